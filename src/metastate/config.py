@@ -1,0 +1,294 @@
+"""Frozen, typed configurations with a strict `from_dict` / `to_dict`.
+
+A key that no configuration knows is an error that names it and the nearest known one, so a typing
+mistake never trains a model silently with a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from metastate.errors import ConfigError
+
+T = TypeVar("T")
+
+CONFIG_VERSION = 1
+
+
+def unknown_key_message(key: str, known: list[str], where: str) -> str:
+    """Say that `key` is unknown in `where` and name the nearest known key."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    return f"unknown key {key!r} in {where}{hint}"
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Check `value` against the type hint `hint` and return it in that type."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value not in get_args(hint):
+            allowed = ", ".join(repr(a) for a in get_args(hint))
+            raise ConfigError(f"{where} is {value!r}; allowed: {allowed}")
+        return value
+    if origin in (Union, types.UnionType):
+        options = get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _coerce(value, next(o for o in options if o is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {value!r}; a list is needed")
+        return tuple(_coerce(v, get_args(hint)[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} is {value!r}; a mapping is needed")
+        return dict(value)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 6e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+        raise ConfigError(f"{where} is {value!r}; {hint.__name__} is needed")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value!r}; a finite number is needed")
+    return value
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Build the dataclass `cls` from a mapping; unknown keys and wrong types raise ConfigError."""
+    where = where or cls.__name__
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} is {data!r}; a mapping of settings is needed")
+    hints = get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise ConfigError(unknown_key_message(str(key), known, where))
+    return cls(**{k: _coerce(v, hints[k], f"{where}.{k}") for k, v in data.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return `config` as plain JSON-ready values; `from_dict` gives the same object back."""
+    return dataclasses.asdict(config)
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `override` laid over it, nested mappings merged key by key."""
+    out = dict(base)
+    for key, value in override.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def _positive(where: str, **values: int | float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{where}.{name} is {value}; it must be positive")
+
+
+@dataclass(frozen=True)
+class MetaStateConfig:
+    """The options of the Meta-State layer; docs/architecture.md gives the equation of each.
+
+    The defaults are the reading that measured best so far (docs/log.md); `paper()` is the literal one.
+    """
+
+    readout: Literal["both", "meta", "encoding"] = "both"
+    modulation: Literal["input", "none"] = "input"
+    update: Literal["delta", "input", "self"] = "delta"
+    query: Literal["input", "encoding"] = "input"
+    encoding_norm: Literal["l2", "rms", "none"] = "l2"
+    output_norm: Literal["group", "none"] = "group"
+    read: Literal["key", "value"] = "key"
+    encoder_size: int | None = None
+    encoder: Literal["self_state", "cross"] = "self_state"
+    latent_size: int | None = None
+    variational: bool = False
+    kl_weight: float = 1e-3
+    activation: Literal["none", "relu2", "silu"] = "none"
+    gate: bool = False
+    token_shift: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("meta_state", encoder_size=self.encoder_size, latent_size=self.latent_size)
+        if self.variational and self.encoder != "cross":
+            raise ConfigError("meta_state.variational needs meta_state.encoder='cross'")
+        if self.encoder != "cross" and self.latent_size is not None:
+            raise ConfigError("meta_state.latent_size needs meta_state.encoder='cross'")
+        if self.readout == "encoding" and self.query != "input":
+            raise ConfigError("meta_state.query is unused when meta_state.readout='encoding'")
+
+    @classmethod
+    def paper(cls) -> MetaStateConfig:
+        """Return the paper's literal reading: no modulation, no norm, U = e^T e."""
+        return cls(
+            readout="meta",
+            modulation="none",
+            update="self",
+            encoding_norm="none",
+            output_norm="none",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model's shape and function.
+
+    Sizes: D = hidden_size, L = num_layers, H = num_heads, N = head_size (D/H unless given),
+    V = vocab_size. The low-rank sizes of RWKV-7 follow its training code where they are None.
+    """
+
+    architecture: Literal["metastate", "rwkv7", "transformer"] = "metastate"
+    vocab_size: int = 50304
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 2
+    head_size: int | None = None
+    head_segments: tuple[int, ...] | None = None
+    ffn_size: int | None = None
+    decay_rank: int | None = None
+    icl_rate_rank: int | None = None
+    value_rank: int | None = None
+    gate_rank: int | None = None
+    parameter_tokens: int = 0
+    meta_state: MetaStateConfig = field(default_factory=MetaStateConfig)
+    rope_theta: float = 10000.0
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version > CONFIG_VERSION:
+            raise ConfigError(
+                f"this model's config has version {self.version}, this program reads up to "
+                f"{CONFIG_VERSION}; install a newer metastate"
+            )
+        _positive(
+            "model",
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "vocab_size hidden_size num_layers num_heads head_size ffn_size decay_rank "
+                    "icl_rate_rank value_rank gate_rank rope_theta"
+                ).split()
+            },
+        )
+        if self.parameter_tokens < 0:
+            raise ConfigError(f"model.parameter_tokens is {self.parameter_tokens}; 0 or more")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of num_heads "
+                f"{self.num_heads}; change one of them"
+            )
+        if self.head_size is None:
+            object.__setattr__(self, "head_size", self.hidden_size // self.num_heads)
+        assert self.head_size is not None
+        segments = self.head_segments or (self.head_size,)
+        if sum(segments) != self.head_size or min(segments) < 1:
+            raise ConfigError(
+                f"model.head_segments {list(segments)} must be positive and sum to head_size "
+                f"{self.head_size}"
+            )
+        object.__setattr__(self, "head_segments", tuple(segments))
+        if self.architecture == "transformer":
+            if self.head_size != self.hidden_size // self.num_heads or self.head_size % 2:
+                raise ConfigError(
+                    "a transformer needs an even head_size equal to hidden_size / num_heads "
+                    f"(rotary positions turn pairs); head_size is {self.head_size}"
+                )
+            if self.parameter_tokens:
+                raise ConfigError("model.parameter_tokens needs a WKV state; a transformer has none")
+        elif self.head_size < self.hidden_size // self.num_heads:
+            raise ConfigError(
+                f"model.head_size {self.head_size} is below hidden_size / num_heads = "
+                f"{self.hidden_size // self.num_heads}"
+            )
+        size = self.meta_state.encoder_size
+        if size is not None and size > self.head_size:
+            raise ConfigError(f"meta_state.encoder_size {size} is above head_size {self.head_size}")
+
+    @property
+    def attention_size(self) -> int:
+        """D_att = H N, the width of all heads together."""
+        assert self.head_size is not None
+        return self.num_heads * self.head_size
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """Return a copy with `changes`; derived fields follow unless they are given."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if {"hidden_size", "num_heads", "head_size"} & changes.keys():
+            data["head_segments"] = None
+            if "head_size" not in changes and self.attention_size == self.hidden_size:
+                data["head_size"] = None
+        return ModelConfig(**(data | changes))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `model` overrides single fields of the preset."""
+
+    preset: str = "metastate-tiny"
+    data: str = ""
+    out: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1000
+    batch_size: int = 16
+    context: int = 512
+    accumulate: int = 1
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int = 50
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    clip: float = 1.0
+    z_loss: float = 1e-4
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    backend: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    document_reset: bool = True
+    carry_state: bool = False
+    log_every: int = 10
+    valid_every: int = 200
+    valid_tokens: int = 65536
+    checkpoint_every: int = 200
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(
+            "train",
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "steps batch_size context accumulate lr clip log_every valid_every "
+                    "valid_tokens checkpoint_every eps"
+                ).split()
+            },
+        )
+        if not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"train.min_lr {self.min_lr} must be between 0 and lr {self.lr}")
+        if not 0 <= self.warmup:
+            raise ConfigError(f"train.warmup is {self.warmup}; 0 or more steps")
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"train.decay_fraction is {self.decay_fraction}; in (0, 1]")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; in [0, 1)")
+        if self.weight_decay < 0 or self.z_loss < 0:
+            raise ConfigError("train.weight_decay and train.z_loss must not be negative")

@@ -1,0 +1,31 @@
+"""Every error that a user's mistake can raise. Each message says what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class MetaStateError(Exception):
+    """Base of all errors that are the input's fault; the command line turns it into exit code 2."""
+
+
+class ConfigError(MetaStateError):
+    """A setting is unknown, of the wrong type, out of range, or impossible on this machine."""
+
+
+class ShapeError(MetaStateError, ValueError):
+    """A tensor has the wrong shape or dtype."""
+
+
+class StateError(MetaStateError):
+    """A state does not belong to this model or batch."""
+
+
+class CheckpointError(MetaStateError):
+    """A checkpoint is missing, truncated, corrupt, foreign or newer than this program."""
+
+
+class DataError(MetaStateError):
+    """Input text or prepared data is missing, empty, truncated, corrupt or of another vocabulary."""
+
+
+class TrainingError(MetaStateError):
+    """Training cannot go on (a loss that is not finite, a disk that is full)."""
