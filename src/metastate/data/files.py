@@ -1,0 +1,92 @@
+"""Files that are either whole or absent: atomic writes with errors a person can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from metastate.errors import MetaStateError, TrainingError
+
+
+def atomic_write(
+    path: str | os.PathLike[str],
+    content: bytes | Callable[[BinaryIO], Any],
+    *,
+    error: type[MetaStateError] = TrainingError,
+) -> None:
+    """Write a file so that at every moment `path` holds the old content or the whole new one.
+
+    Temporary file in the same folder, flush, fsync, rename over `path`, fsync of the folder. Missing
+    folders are made. The temporary file has one fixed name for each path, so what a killed process
+    left is overwritten by the next write and never piles up; one process at a time writes a path.
+
+    Args:
+        path: where to write.
+        content: the bytes, or a callable that writes them to the binary file it is given.
+        error: the class to raise when the system refuses.
+
+    Raises:
+        error: the disk is full or the system refuses; the previous file is untouched and the
+            temporary one removed. What the callable itself raises (no OSError) passes unchanged.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as cause:
+        raise error(_refusal(cause, path)) from cause
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(
+    path: str | os.PathLike[str], value: Any, *, error: type[MetaStateError] = TrainingError
+) -> None:
+    """Write `value` as indented JSON with `atomic_write`; the same errors."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(path, text.encode("utf-8"), error=error)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refusal(cause: OSError, path: Path) -> str:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"disk full while writing {path}; free room and run again; "
+            "the previous file is untouched"
+        )
+    return f"cannot write {path}: {cause.strerror or cause}; the previous file is untouched"
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
