@@ -1,0 +1,281 @@
+"""The Transformer's two layers: causal attention with rotary positions and a feed-forward layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metastate.config import ModelConfig
+from metastate.errors import ShapeError, StateError
+from metastate.layers.common import MATRIX
+
+MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
+
+
+class _Watermark:
+    """How many tokens of a shared buffer are written; the state that ends there owns the rest."""
+
+    def __init__(self, filled: int) -> None:
+        self.filled = filled
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionState:
+    """The key-value cache of one attention layer; it grows with every token.
+
+    The buffers may be longer than `length` and shared with other states. A state never reads beyond
+    its own length, and writes in place only if nobody has written behind its last token before it,
+    so what an older state (or a fork) sees never changes and decoding still appends in amortised
+    constant time.
+
+    Attributes:
+        keys: rotated keys, [B, H, capacity, N].
+        values: [B, H, capacity, N].
+        start: [B] int64, the first position that row b still sees (its document starts there);
+            None means 0 in every row.
+        length: number of tokens held; the capacity unless given.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor | None = None
+    length: int = -1
+    watermark: _Watermark = field(default_factory=lambda: _Watermark(-1), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            object.__setattr__(self, "length", self.keys.shape[2])
+        if self.watermark.filled < 0:
+            self.watermark.filled = self.length
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        num_heads: int,
+        head_size: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
+        """Return the state before the first token."""
+        keys = torch.empty(batch_size, num_heads, 0, head_size, device=device, dtype=dtype)
+        return cls(keys, torch.empty_like(keys))
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of this state's own tokens, [B, H, length, N] each."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> AttentionState:
+        """Apply `fn` to every tensor, the buffers cut to `length` first; `fn` keeps the time axis.
+
+        `map(torch.Tensor.detach)`, `map(torch.clone)`, `map(lambda t: t[rows])` are the uses.
+        """
+        keys, values = self.visible()
+        start = None if self.start is None else fn(self.start)
+        return AttentionState(fn(keys), fn(values), start)
+
+    def detach(self) -> AttentionState:
+        """Return the state cut off from the graph that made it; the memory is shared."""
+        return self.map(torch.Tensor.detach)
+
+    def clone(self) -> AttentionState:
+        """Return a copy that shares no memory, its buffers cut to `length`."""
+        return self.map(torch.clone)
+
+    def to(self, device: torch.device | str) -> AttentionState:
+        """Return the state on `device`."""
+        return self.map(lambda t: t.to(device))
+
+    def __getitem__(self, rows: int | slice | Tensor) -> AttentionState:
+        """Return the state of some batch rows; an int keeps a batch of one."""
+        if isinstance(rows, int):
+            rows = slice(rows, rows + 1 or None)
+        return self.map(lambda t: t[rows])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values that some later token can still see."""
+        rows, heads, _, size = self.keys.shape
+        tokens = rows * self.length - (0 if self.start is None else int(self.start.sum()))
+        return 2 * tokens * heads * size * self.keys.element_size()
+
+    def append(self, k: Tensor, v: Tensor, start: Tensor | None) -> AttentionState:
+        """Return the state with the tokens of k and v, [B, H, T, N] each, behind its own.
+
+        With gradients enabled the buffers are built anew, since a write in place would change what
+        the backward pass needs.
+        """
+        if torch.is_grad_enabled():
+            old_k, old_v = self.visible()
+            keys = torch.cat([old_k.to(k), k], 2) if self.length else k
+            values = torch.cat([old_v.to(v), v], 2) if self.length else v
+            return AttentionState(keys, values, start)
+        keys, values, watermark = self.keys, self.values, self.watermark
+        length = self.length + k.shape[2]
+        owned = watermark.filled == self.length and length <= keys.shape[2]
+        if keys.is_inference() and not torch.is_inference_mode_enabled():
+            owned = False  # torch refuses to write into such a tensor here
+        if not owned or keys.dtype != k.dtype:
+            # A first prefill gets exactly its size; growing by half keeps appending amortised.
+            spare = max(self.length // 2, MIN_CAPACITY) if self.length else 0
+            shape = (*k.shape[:2], max(length, self.length + spare), k.shape[3])
+            old_k, old_v = self.visible()
+            keys, values = k.new_empty(shape), v.new_empty(shape)
+            keys[:, :, : self.length], values[:, :, : self.length] = old_k, old_v
+            watermark = _Watermark(self.length)
+        keys[:, :, self.length : length] = k
+        values[:, :, self.length : length] = v
+        watermark.filled = length
+        return AttentionState(keys, values, start, length, watermark)
+
+
+@lru_cache(maxsize=8)
+def rotary_table(
+    length: int, first: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the angles p theta^(-2 i / N), [length, N/2], p = first, first + 1, ...
+
+    Angles are float64: at p = 100,000 a float32 angle is already wrong in the third decimal. The
+    cache lets all layers of a forward pass share one table.
+    """
+    with torch.inference_mode(False):  # the table outlives the caller's mode
+        position = torch.arange(first, first + length, device=device, dtype=torch.float64)
+        index = torch.arange(0, head_size, 2, device=device, dtype=torch.float64)
+        angle = torch.outer(position, theta ** (-index / head_size))
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + N/2) of x [..., T, N] by the angles of `rotary_table`.
+
+    Source: RoFormer, arXiv:2104.09864, eq 34, with the half-split pairing of GPT-NeoX.
+    """
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def document_starts(
+    resets: Tensor | None, past: int, start: Tensor | None, length: int
+) -> Tensor | None:
+    """Return the first position that each query sees, [B, T] or [B, 1] int64; None means 0.
+
+    Args:
+        resets: [B, T] bool, True where a document starts; None means nowhere.
+        past: number of tokens before the first query.
+        start: [B] int64, the first visible position before the first query; None means 0.
+        length: T.
+    """
+    if resets is None:
+        return None if start is None else start[:, None]
+    position = torch.arange(past, past + length, device=resets.device)
+    starts = torch.where(resets, position, 0).cummax(1).values
+    return starts if start is None else torch.maximum(starts, start[:, None])
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions.
+
+    q, k, v = x W_qkv;  y_t = sum_s softmax_{s <= t}(R_t q_t (R_s k_s)^T / sqrt(N)) v_s
+    o = concat_h(y) W_o;  R_t the rotation of position t
+
+    Source: arXiv:1706.03762 with arXiv:2104.09864; the arrangement of GPT-2, without biases.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_size = config.attention_size // config.num_heads
+        self.theta = config.rope_theta
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.attention_size, bias=False)
+        self.output = nn.Linear(config.attention_size, config.hidden_size, bias=False)
+        init_gpt(self.qkv, self.output, config)
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of every parameter."""
+        return {"qkv.weight": MATRIX, "output.weight": MATRIX}
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """Attend from every token to the tokens of its document up to itself.
+
+        Args:
+            x: [B, T, D], T >= 1.
+            state: what came before; None means nothing. It is not changed.
+            resets: [B, T] bool, True where a document starts: earlier tokens, also those of
+                `state`, are hidden from there on. None means nowhere.
+
+        Returns:
+            o [B, T, D] in x's dtype (under autocast in its own), and the state after the last token.
+
+        Raises:
+            ShapeError: `resets` does not fit x. StateError: `state` does not fit x or the heads.
+        """
+        batch, length, _ = x.shape
+        if resets is not None and (resets.shape != x.shape[:2] or resets.dtype != torch.bool):
+            raise ShapeError(
+                f"resets must be bool {[batch, length]}; got {resets.dtype} {list(resets.shape)}"
+            )
+        heads = (batch, self.num_heads, self.head_size)
+        if state is not None and (*state.keys.shape[:2], state.keys.shape[3]) != heads:
+            raise StateError(
+                f"the attention state is for batch, heads, head size "
+                f"{[*state.keys.shape[:2], state.keys.shape[3]]}, this call needs {list(heads)}"
+            )
+        past = 0 if state is None else state.length
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, N]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = rotary_table(length, past, self.head_size, self.theta, dtype, x.device)
+        q, k = rotate(q, *table), rotate(k, *table)
+
+        if resets is not None and not resets[:, 1:].any():
+            # Only whole rows start a document: without a past, plain causal attention is the same.
+            resets = None if past == 0 else resets
+        starts = document_starts(resets, past, None if state is None else state.start, length)
+        if state is None:
+            state = AttentionState.empty(*heads, device=k.device, dtype=k.dtype)
+        state = state.append(k, v, None if starts is None else starts[:, -1])
+        keys, values = state.visible()
+        mask = None
+        if starts is not None or (past and length > 1):
+            key = torch.arange(past + length, device=x.device)
+            mask = key <= key[past:, None]  # [T, past + T]
+            if starts is not None:
+                mask = mask & (key >= starts[:, None, :, None])  # [B, 1, T, past + T]
+        # T = 1 without a mask sees everything, and CPU and GPU take their flash kernels.
+        y = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None and length > 1
+        )
+        return self.output(y.transpose(1, 2).reshape(batch, length, -1)), state
+
+
+class Mlp(nn.Module):
+    """Feed-forward layer, y = gelu(x W_k) W_v; width `ffn_size`, 4 D unless the config gives it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = config.ffn_size or 4 * config.hidden_size
+        self.key = nn.Linear(config.hidden_size, size, bias=False)
+        self.value = nn.Linear(size, config.hidden_size, bias=False)
+        init_gpt(self.key, self.value, config)
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of every parameter."""
+        return {"key.weight": MATRIX, "value.weight": MATRIX}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return gelu(x W_k) W_v for x [..., D]."""
+        return self.value(F.gelu(self.key(x)))
+
+
+def init_gpt(inner: nn.Linear, output: nn.Linear, config: ModelConfig) -> None:
+    """Initialise a layer as GPT-2 does: normal, std 0.02, the residual output 1/sqrt(2 L) of it."""
+    nn.init.normal_(inner.weight, std=0.02)
+    nn.init.normal_(output.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
