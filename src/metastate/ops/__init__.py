@@ -1,0 +1,208 @@
+"""Pure functions on tensors: the WKV recurrence of RWKV-7, readers of its states, the meta state.
+
+Every function checks its arguments and hands them to one backend: `reference` (the meaning),
+`chunked` (PyTorch, any device), `cpu` (native kernels), chosen by an argument, never by
+environment. `auto` is `cpu` on a CPU where Numba is installed, else `chunked`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metastate.errors import ConfigError, ShapeError
+from metastate.ops import chunked, reference
+from metastate.ops.reference import Trajectory, state_dtype
+
+__all__ = ["BACKENDS", "Trajectory", "meta_state", "resolve_backend", "state_dtype", "wkv7"]
+__all__ += ["wkv7_trajectory"]
+
+BACKENDS = ("auto", "reference", "chunked", "cpu")
+NUMBA_FOUND = importlib.util.find_spec("numba") is not None
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Return the backend that `backend` means on `device`; ConfigError if it cannot run there."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "cpu" if device.type == "cpu" and NUMBA_FOUND else "chunked"
+    if backend == "cpu" and device.type != "cpu":
+        raise ConfigError(f"backend 'cpu' cannot run on {device}; use 'auto' or 'chunked'")
+    if backend == "cpu" and not NUMBA_FOUND:
+        raise ConfigError("backend 'cpu' needs Numba: pip install numba, or use 'chunked'")
+    return backend
+
+
+def _module(backend: str, device: torch.device) -> Any:
+    name = resolve_backend(backend, device)
+    if name == "cpu":
+        from metastate.ops import cpu
+
+        return cpu
+    return {"reference": reference, "chunked": chunked}[name]
+
+
+def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Check shapes and dtypes; return the initial state, zeros where `state` is None."""
+    first = next(iter(tensors.values()))
+    if first.dim() != 4 or 0 in first.shape:
+        raise ShapeError(f"{next(iter(tensors))} must be [B, T, H, N]; got {list(first.shape)}")
+    for name, x in tensors.items():
+        if x.shape != first.shape:
+            raise ShapeError(
+                f"{name} is {list(x.shape)}, but {next(iter(tensors))} is {list(first.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ShapeError(f"{name} is {x.dtype}; a floating-point tensor is needed")
+        if x.device != first.device:
+            raise ShapeError(f"{name} is on {x.device}, but {next(iter(tensors))} on {first.device}")
+    batch, length, heads, size = first.shape
+    rows = batch
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            raise ShapeError("cu_seqlens must be int64 [n + 1]")
+        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        if ends != (0, batch * length) or bool((cu_seqlens.diff() < 1).any()):
+            raise ShapeError(
+                f"cu_seqlens must rise from 0 to B * T = {batch * length}; got {ends[0]} to {ends[1]}"
+            )
+        rows = len(cu_seqlens) - 1
+    # The state takes the widest of the dtypes: under autocast the inputs may differ.
+    dtype = state_dtype(max((x.dtype for x in tensors.values()), key=lambda d: d.itemsize))
+    shape = (rows, heads, size, size)
+    if state is None:
+        return first.new_zeros(shape, dtype=dtype)
+    if state.shape != shape:
+        raise ShapeError(f"state is {list(state.shape)}; {list(shape)} is needed")
+    return state.to(dtype)
+
+
+def wkv7_trajectory(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Trajectory]:
+    """Run the RWKV-7 recurrence as `wkv7` does and keep what later readers of its states need.
+
+    Returns:
+        y [B, T, H, N] in r's dtype, and the Trajectory: `.state` is the final state,
+        `.read(x)` gives x_t S_t^T, `.recur(r, k, v, state)` runs a second memory through the same
+        transitions.
+    """
+    tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
+    state = _check(tensors, state, cu_seqlens)
+    return _module(backend, r.device).wkv7(r, log_w, k, v, kappa, a, state, cu_seqlens)
+
+
+def wkv7(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the RWKV-7 recurrence over a sequence and read it with r.
+
+    S_t = S_{t-1} (diag(exp log_w_t) - kappa_t^T (a_t * kappa_t)) + v_t^T k_t;   y_t = r_t S_t^T
+
+    Args:
+        r: receptance, [B, T, H, N], any float dtype.
+        log_w: log decay a token, [B, T, H, N], in (-exp(-0.5), 0).
+        k: replacement key, [B, T, H, N].
+        v: value, [B, T, H, N].
+        kappa: removal key, [B, T, H, N], unit norm over N.
+        a: in-context learning rate, [B, T, H, N], in (0, 1).
+        state: state before token 0, [B, H, N_v, N_k] float32 (float64 for float64 inputs); None
+            means zeros. With cu_seqlens one a sequence, [n, H, N_v, N_k].
+        cu_seqlens: [n + 1] int64, offsets of n documents in the flattened B * T tokens, from 0 to
+            B * T; every document starts from its own row of `state`.
+        backend: `auto`, `reference`, `chunked` or `cpu`.
+
+    Returns:
+        y [B, T, H, N] in r's dtype, and the state after the last token of every sequence. Both are
+        differentiable in every input, `state` included.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices disagree.
+        ConfigError: the backend is unknown or cannot run here.
+
+    Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
+    """
+    y, trajectory = wkv7_trajectory(
+        r, log_w, k, v, kappa, a, state, cu_seqlens=cu_seqlens, backend=backend
+    )
+    return y, trajectory.state
+
+
+def meta_state(
+    x: Tensor,
+    e: Tensor,
+    q: Tensor | None,
+    trajectory: Trajectory,
+    state: Tensor | None = None,
+    *,
+    update: str = "delta",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the meta state, whose transition is the WKV state's own, and read it with q.
+
+        self:  M_t = M_{t-1} G_t + e_t^T e_t        G_t = diag(w_t) - kappa_t^T (a_t * kappa_t)
+        input: M_t = M_{t-1} G_t + e_t^T x_t N^-1/2
+        delta: M_t = M_{t-1} (diag(w_t) - x^_t^T (a_t * x^_t)) + e_t^T (a_t * x^_t),  x^ = x / |x|
+        y_t = q_t M_t^T
+
+    Args:
+        x: the layer's input by head, [B, T, H, N].
+        e: the state-encoded token, [B, T, H, N].
+        q: query, [B, T, H, N]; None means x (for `delta` the normalised x^).
+        trajectory: of the WKV pass over the same tokens; its w, kappa, a are reused.
+        state: M before token 0, [n, H, N, N]; None means zeros.
+        update: `self`, `input` or `delta`.
+        backend: as in `wkv7`; used by `delta`, which has a geometry of its own.
+
+    Returns:
+        y [B, T, H, N] in e's dtype, and M after the last token of every sequence.
+
+    Raises:
+        ShapeError, ConfigError: as `wkv7`.
+
+    Source: Meta-State, arXiv:2504.08247, eqs 2, 3, 9 (our reconstruction); `delta` is ours.
+    """
+    state = _check({"x": x, "e": e, "q": x if q is None else q}, state, trajectory.cu_seqlens)
+    if update == "delta":
+        x = F.normalize(x.to(state.dtype), dim=-1, eps=1e-12)
+        a = trajectory.a.to(state.dtype)
+        y, own = wkv7_trajectory(
+            x if q is None else q,
+            trajectory.log_w,
+            a * x,
+            e,
+            x,
+            a,
+            state,
+            cu_seqlens=trajectory.cu_seqlens,
+            backend=backend,
+        )
+        return y.to(e.dtype), own.state
+    if update not in ("self", "input"):
+        raise ConfigError(f"update is {update!r}; allowed: 'self', 'input', 'delta'")
+    key = e if update == "self" else x * x.shape[-1] ** -0.5
+    y, state = trajectory.recur(x if q is None else q, key, e, state)
+    return y.to(e.dtype), state

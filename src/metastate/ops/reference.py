@@ -1,0 +1,116 @@
+"""The token-by-token recurrence: THE meaning of every backend. Any dtype, plain autograd, slow.
+
+Row vectors; `a^T b` is an outer product. Symbols are those of docs/notation.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of states for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What one pass of the recurrence leaves behind for later readers of the same states S_t.
+
+    Attributes:
+        state: the state after the last token of every sequence, [n, H, N, N].
+        log_w, kappa, a: the transition G_t = diag(w_t) - kappa_t^T (a_t * kappa_t), [B, T, H, N].
+        cu_seqlens: [n + 1] int64 offsets of the sequences in the flattened B * T tokens, or None.
+    """
+
+    state: Tensor
+    log_w: Tensor
+    kappa: Tensor
+    a: Tensor
+    cu_seqlens: Tensor | None
+
+    def read(self, x: Tensor, by: str = "key") -> Tensor:
+        """Read every state: e_t = x_t S_t^T (`by="key"`) or x_t S_t (`by="value"`), [B, T, H, N]."""
+        raise NotImplementedError
+
+    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Run M_t = M_{t-1} G_t + v_t^T k_t through the same transitions, read with r."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReferenceTrajectory(Trajectory):
+    """Every state written out; `states` [B, T, H, N_v, N_k]."""
+
+    states: Tensor
+
+    def read(self, x: Tensor, by: str = "key") -> Tensor:
+        """See Trajectory.read."""
+        equation = "bthvk,bthk->bthv" if by == "key" else "bthvk,bthv->bthk"
+        return torch.einsum(equation, self.states, x.to(self.states.dtype)).to(x.dtype)
+
+    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See Trajectory.recur."""
+        y, trajectory = wkv7(r, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)
+        return y, trajectory.state
+
+
+def wkv7(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ReferenceTrajectory]:
+    """Run S_t = S_{t-1} (diag(exp log_w_t) - kappa_t^T (a_t * kappa_t)) + v_t^T k_t token by token.
+
+    Args:
+        r, log_w, k, v, kappa, a: [B, T, H, N], any one float dtype.
+        state: [n, H, N, N], one a sequence (n = B without cu_seqlens), float32 or float64.
+        cu_seqlens: [n + 1] int64 or None.
+
+    Returns:
+        y_t = r_t S_t^T in r's dtype [B, T, H, N], and the trajectory.
+
+    Source: RWKV-7, arXiv:2503.14456, eqs 16-21.
+    """
+    if cu_seqlens is None:
+        states, final = _states(log_w, k, v, kappa, a, state)
+    else:
+        shape = log_w.shape
+        parts, finals = [], []
+        flat = [x.flatten(0, 1).unsqueeze(0) for x in (log_w, k, v, kappa, a)]
+        offsets = cu_seqlens.tolist()
+        for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            part, last = _states(*[x[:, start:end] for x in flat], state[i : i + 1])
+            parts.append(part)
+            finals.append(last)
+        states = torch.cat(parts, 1).view(*shape, shape[-1])
+        final = torch.cat(finals)
+    trajectory = ReferenceTrajectory(final, log_w, kappa, a, cu_seqlens, states)
+    return trajectory.read(r), trajectory
+
+
+def _states(
+    log_w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return all states [B, T, H, N, N] and the last one of sequences that share their length."""
+    w = log_w.to(S.dtype).exp()
+    k, v, kappa, a = (x.to(S.dtype) for x in (k, v, kappa, a))
+    b = a * kappa
+    states = []
+    for t in range(log_w.shape[1]):
+        u = torch.einsum("bhvk,bhk->bhv", S, kappa[:, t])  # what S holds under the removal key
+        S = (
+            S * w[:, t, :, None, :]
+            - u[..., :, None] * b[:, t, :, None, :]
+            + v[:, t, :, :, None] * k[:, t, :, None, :]
+        )
+        states.append(S)
+    return torch.stack(states, 1), S
