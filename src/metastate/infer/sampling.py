@@ -1,0 +1,97 @@
+"""Choose the next token: temperature, top-k, top-p, repetition penalty, one seeded generator."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metastate.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to choose a token.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token always.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens that together reach this probability; 1 keeps all.
+        repetition_penalty: p >= 1; logits of tokens among the last `repetition_window` are divided
+            by p where positive, multiplied by p where negative (CTRL, arXiv:1909.05858); 1 is off.
+        repetition_window: number of last tokens (prompt included) that count; 0 means all.
+        seed: of the generator; None draws one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "repetition_penalty": (self.repetition_penalty >= 1, "1 (off) or more"),
+            "repetition_window": (self.repetition_window >= 0, "0 (all tokens) or more"),
+        }
+        for name, (ok, allowed) in limits.items():
+            if not ok:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {allowed}")
+
+
+class Sampler:
+    """Draws token after token; the generator and the window of last tokens are its state."""
+
+    def __init__(self, config: SamplingConfig, num_tokens: int) -> None:
+        """Start a sampler over the ids 0 .. num_tokens - 1; higher ids (padding) never come out."""
+        self.config = config
+        self.num_tokens = num_tokens
+        self.generator = torch.Generator()
+        self.seed = self.generator.seed() if config.seed is None else config.seed
+        self.generator.manual_seed(self.seed)
+        self.recent: deque[int] = deque(maxlen=config.repetition_window or None)
+
+    def observe(self, tokens: Iterable[int]) -> None:
+        """Let `tokens` count for the repetition penalty."""
+        if self.config.repetition_penalty != 1:
+            self.recent.extend(tokens)
+
+    def sample(self, logits: Tensor) -> int:
+        """Choose one token by its logits [V] (any float dtype) and observe it."""
+        probabilities = self.probabilities(logits)
+        if self.config.temperature == 0:
+            token = int(probabilities.argmax())
+        else:
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        self.observe([token])
+        return token
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities to draw from, [num_tokens] float32 on the CPU."""
+        config = self.config
+        logits = logits[: self.num_tokens].to("cpu", torch.float32, copy=True)
+        if config.repetition_penalty != 1 and self.recent:
+            index = torch.tensor(sorted({t for t in self.recent if t < len(logits)}))
+            seen, penalty = logits[index], config.repetition_penalty
+            logits[index] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        if config.temperature == 0:
+            return logits.softmax(0)
+        # The largest logit becomes 0 first: a tiny temperature must not overflow.
+        logits = (logits - logits.max()) / config.temperature
+        if 0 < config.top_k < len(logits):
+            best = logits.topk(config.top_k)  # by index: among equals exactly k stay
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, best.indices, best.values)
+        probabilities = logits.softmax(0)
+        if config.top_p < 1:
+            ordered, index = probabilities.sort(descending=True)
+            before = ordered.cumsum(0) - ordered
+            probabilities[index[before >= config.top_p]] = 0
+            probabilities /= probabilities.sum()
+        return probabilities

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from metastate.errors import ConfigError
+from metastate.infer.sampling import Sampler, SamplingConfig
+
+LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0, 9.0])  # id 5 is padding in most tests
+
+
+def draw(n=400, num_tokens=5, logits=LOGITS, **settings):
+    sampler = Sampler(SamplingConfig(**{"seed": 0} | settings), num_tokens)
+    return [sampler.sample(logits) for _ in range(n)]
+
+
+def test_greedy_and_tiny_temperature_take_the_best_real_token():
+    assert set(draw(temperature=0)) == {1}
+    assert set(draw(temperature=1e-30)) == {1}
+
+
+def test_padding_ids_are_never_drawn():
+    assert set(draw(2000, temperature=100.0)) == {0, 1, 2, 3, 4}
+    assert 5 in draw(num_tokens=6)
+
+
+def test_frequencies_follow_the_softmax():
+    counts = torch.bincount(torch.tensor(draw(4000, temperature=2.0)), minlength=5) / 4000
+    torch.testing.assert_close(counts, (LOGITS[:5] / 2).softmax(0), rtol=0, atol=0.03)
+
+
+def test_top_k():
+    assert set(draw(temperature=10.0, top_k=2)) == {1, 3}
+    assert set(draw(temperature=10.0, top_k=50)) == {0, 1, 2, 3, 4}
+    assert len(set(draw(top_k=3, logits=torch.zeros(6)))) == 3
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    p = LOGITS[:5].softmax(0)
+    both = float(p[1] + p[3])
+    assert set(draw(top_p=float(p[1]) - 0.01)) == {1}
+    assert set(draw(1000, top_p=float(p[1]) + 0.01)) == {1, 3}
+    assert set(draw(4000, top_p=both + 0.01)) == {1, 3, 4}
+    sampler = Sampler(SamplingConfig(top_p=0.5), 5)
+    assert float(sampler.probabilities(LOGITS).sum()) == pytest.approx(1)
+
+
+def test_repetition_penalty_pushes_both_signs_down():
+    sampler = Sampler(SamplingConfig(repetition_penalty=4.0, repetition_window=2), 5)
+    sampler.observe([4, 1, 2])  # 4 has left the window of two
+    logits = LOGITS[:5].clone()
+    logits[1] /= 4
+    logits[2] *= 4
+    torch.testing.assert_close(sampler.probabilities(LOGITS), logits.softmax(0))
+    assert draw(3, temperature=0, repetition_penalty=4.0) == [1, 3, 4]
+    assert LOGITS[1] == 3.0  # the caller's tensor is untouched
+
+
+def test_window_zero_means_every_token():
+    sampler = Sampler(SamplingConfig(repetition_penalty=2.0, repetition_window=0), 5)
+    sampler.observe(range(1000))
+    assert len(sampler.recent) == 1000
+
+
+def test_seed():
+    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
+    free = Sampler(SamplingConfig(), 5)
+    again = Sampler(SamplingConfig(seed=free.seed), 5)
+    assert [free.sample(LOGITS) for _ in range(50)] == [again.sample(LOGITS) for _ in range(50)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.5},
+        {"repetition_window": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        SamplingConfig(**bad)
