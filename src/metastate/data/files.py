@@ -22,9 +22,10 @@ def atomic_write(
 ) -> None:
     """Write a file so that at every moment `path` holds the old content or the whole new one.
 
-    Temporary file in the same folder, flush, fsync, rename over `path`, fsync of the folder. Missing
-    folders are made. The temporary file has one fixed name for each path, so what a killed process
-    left is overwritten by the next write and never piles up; one process at a time writes a path.
+    Temporary file in the same folder, flush, fsync, rename over `path`, fsync of the folder.
+    Missing folders are made. The temporary file has one fixed name for each path, so what a killed
+    process left is overwritten by the next write and never piles up; one process at a time writes
+    a path.
 
     Args:
         path: where to write.
