@@ -1,0 +1,262 @@
+"""Generation: streamed text, stop strings, and runs that go on exactly where another stopped."""
+
+import pytest
+import torch
+
+from metastate.config import ModelConfig
+from metastate.data.tokenizer import ByteTokenizer
+from metastate.errors import ConfigError, StateError
+from metastate.infer.generate import Continuation, StopMatcher, generate, num_real_tokens
+from metastate.infer.sampling import Sampler, SamplingConfig
+from metastate.model.lm import LanguageModel
+
+TOKENIZER = ByteTokenizer()
+TEXT = "größer → 日本語 🙂 end."  # characters of 1, 2, 3 and 4 bytes
+
+
+def make(architecture, seed=0, vocab_size=256):
+    torch.manual_seed(seed)
+    model = LanguageModel(
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=vocab_size,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+        )
+    )
+    model.backend = "reference"
+    for p in model.parameters():  # far from uniform, so that every token matters
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.25)
+    return model
+
+
+@pytest.fixture(params=["metastate", "transformer"])
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Let the sampler write a given text, byte by byte, whatever the model says."""
+
+    def set_text(text, end=()):
+        ids = iter([*text.encode(), *end])
+        monkeypatch.setattr(Sampler, "sample", lambda self, logits: next(ids))
+
+    return set_text
+
+
+def greedy(model, prompt="ab", **kw):
+    return generate(model, TOKENIZER, prompt, sampling=SamplingConfig(temperature=0), **kw)
+
+
+def oracle(model, prompt, n):
+    """Greedy tokens by running the whole sequence again for each."""
+    tokens = [0, *TOKENIZER.encode(prompt)]
+    for _ in range(n):
+        with torch.no_grad():
+            tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    return tokens[-n:]
+
+
+def test_greedy_equals_running_the_whole_text_again(model):
+    run = greedy(model, max_tokens=12)
+    text = "".join(run)
+    assert run.tokens == oracle(model, "ab", len(run.tokens))
+    assert TOKENIZER.decode(run.tokens).startswith(text.rstrip("\ufffd"))
+    assert run.statistics.prefill_tokens == 2  # eod and "a"; the last token starts the decoding
+    assert run.statistics.decode_tokens == len(run.tokens)
+
+
+def test_prefill_in_chunks_changes_nothing(model):
+    prompt = "a longer prompt that is cut into chunks"
+    runs = [greedy(model, prompt, max_tokens=5, prefill_chunk=n) for n in (1, 7, 512)]
+    for run in runs:
+        list(run)
+    assert runs[0].tokens == runs[1].tokens == runs[2].tokens
+
+
+def test_memory_of_prefill_is_bounded(model, monkeypatch):
+    lengths, features = [], model.features
+
+    def counted(tokens, state=None, **kw):
+        lengths.append(tokens.shape[1])
+        return features(tokens, state, **kw)
+
+    monkeypatch.setattr(model, "features", counted)
+    list(greedy(model, "x" * 100, max_tokens=2, prefill_chunk=16))
+    assert max(lengths) == 16 and sum(lengths) == 102
+
+
+def test_pieces_are_whole_characters(model, script):
+    script(TEXT, end=[0])
+    run = greedy(model, max_tokens=99)
+    assert list(run) == list(TEXT)
+    assert run.finish_reason == "eod"
+
+
+@pytest.mark.parametrize("cut", range(len(TEXT.encode()) + 1))
+def test_a_character_cut_by_max_tokens_comes_whole_later(model, script, cut):
+    script(TEXT, end=[0])
+    first = greedy(model, max_tokens=cut)
+    pieces = list(first)
+    assert first.finish_reason == "length" and "\ufffd" not in "".join(pieces)
+    pieces += greedy(model, "", state=first.continuation, max_tokens=99)
+    assert "".join(pieces) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("stops", "shown"),
+    [
+        (["→"], "größer "),
+        (["本語"], "größer → 日"),
+        (["語 🙂 e", "zzz"], "größer → 日本"),
+        (["xx", "end!"], TEXT),  # begins like a stop string and is none
+        (["end", " end"], "größer → 日本語 🙂"),
+        (["", TEXT[0]], ""),
+    ],
+)
+def test_stop_strings_are_never_shown(model, script, stops, shown):
+    script(TEXT, end=[0])
+    run = greedy(model, max_tokens=99, stop=stops)
+    seen = ""
+    for piece in run:
+        seen += piece
+        assert shown.startswith(seen)
+    assert seen == shown
+    assert run.finish_reason == ("eod" if shown == TEXT else "stop")
+
+
+def test_a_stop_string_begun_in_the_first_run_stops_the_second(model, script):
+    script(TEXT, end=[0])
+    cut = len("größer → 日本".encode())
+    first = greedy(model, max_tokens=cut, stop=["日本語"])
+    assert "".join(first) == "größer → 日本"  # shown at the end: it might be all there ever is
+    second = greedy(model, "", state=first.continuation, max_tokens=99, stop=["日本語"])
+    assert "".join(second) == "" and second.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("pieces", [["abcab", "cabd", "x"], list("abcabcabdx"), ["abcabcabdx"]])
+def test_stop_matcher_finds_a_match_behind_a_false_start(pieces):
+    matcher, out, stopped = StopMatcher(["abcabd"]), "", False
+    for piece in pieces:
+        text, stopped = matcher.push(piece)
+        out += text
+        if stopped:
+            break
+    assert out == "abc" and stopped
+
+
+SAMPLED = SamplingConfig(
+    temperature=1.3, top_k=40, top_p=0.95, repetition_penalty=1.2, repetition_window=8, seed=5
+)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 20])
+def test_saved_and_continued_is_exactly_one_run(model, tmp_path, cut):
+    whole = generate(model, TOKENIZER, "ab", sampling=SAMPLED, max_tokens=20)
+    text = "".join(whole)
+    first = generate(model, TOKENIZER, "ab", sampling=SAMPLED, max_tokens=cut)
+    pieces = list(first)
+    first.continuation.save(tmp_path / "state", model.config)
+    loaded = Continuation.load(tmp_path / "state", model)
+    second = generate(
+        model, TOKENIZER, "", state=loaded, sampling=SAMPLED, max_tokens=20 - len(first.tokens)
+    )
+    pieces += second
+    assert len(whole.tokens) == 20
+    assert first.tokens + second.tokens == whole.tokens
+    assert "".join(pieces) == text
+    ours, theirs = second.state.tensors(), whole.state.tensors()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_new_seed_draws_anew(model):
+    first = generate(model, TOKENIZER, "ab", sampling=SAMPLED, max_tokens=3)
+    list(first)
+
+    def tokens(seed):
+        config = SamplingConfig(temperature=2.0, seed=seed)
+        run = generate(
+            model, TOKENIZER, "", state=first.continuation, sampling=config, max_tokens=30
+        )
+        list(run)
+        return run.tokens
+
+    assert tokens(None) == tokens(5) != tokens(6)
+
+
+def test_continuing_with_a_prompt_reads_the_pending_token_first(model):
+    first = greedy(model, max_tokens=4)
+    list(first)
+    second = greedy(model, "cd", state=first.continuation, max_tokens=6)
+    list(second)
+    prompt = TOKENIZER.encode("ab") + first.tokens + TOKENIZER.encode("cd")
+    one = greedy(model, prompt, max_tokens=6)
+    list(one)
+    assert second.tokens == one.tokens
+
+
+def test_the_state_given_is_not_changed(model):
+    first = greedy(model, max_tokens=4)
+    list(first)
+    before = first.state.clone().tensors()
+    list(greedy(model, "cd", state=first.continuation, max_tokens=6))
+    assert all(torch.equal(v, before[k]) for k, v in first.state.tensors().items())
+
+
+def test_bare_state_needs_a_prompt(model):
+    with torch.no_grad():
+        _, state = model(torch.tensor([[0, 97]]))
+    with pytest.raises(ConfigError, match="prompt"):
+        greedy(model, "", state=state)
+    run = greedy(model, "b", state=state, max_tokens=5).drain()
+    assert run.tokens == oracle(model, "ab", len(run.tokens))
+
+
+def test_empty_prompt_starts_a_document(model):
+    run = greedy(model, "", max_tokens=5).drain()
+    assert run.tokens == oracle(model, "", len(run.tokens))
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    model = make("transformer", vocab_size=300)
+    with torch.no_grad():
+        model.head.weight[256:] *= 50
+    run = generate(
+        model, TOKENIZER, "a", sampling=SamplingConfig(temperature=5.0, seed=0), max_tokens=60
+    ).drain()
+    assert max(run.tokens) < 256
+    assert num_real_tokens(TOKENIZER) == 256
+
+
+def test_training_mode_and_gradients_are_left_alone(model):
+    model.train()
+    run = greedy(model, max_tokens=2).drain()
+    assert model.training
+    assert not any(t.requires_grad for t in run.state.tensors().values())
+    pieces = greedy(model, max_tokens=2)
+    next(pieces, None)
+    assert torch.is_grad_enabled()
+
+
+def test_refusals(model):
+    with pytest.raises(ConfigError, match="max_tokens"):
+        greedy(model, max_tokens=-1)
+    small = make("transformer", vocab_size=200)
+    with pytest.raises(ConfigError, match="256 ids"):
+        greedy(small)
+    other = "transformer" if model.config.architecture == "metastate" else "metastate"
+    run = greedy(make(other), max_tokens=1).drain()
+    with pytest.raises(StateError):
+        greedy(model, "", state=run.continuation)
+
+
+def test_broken_notes_are_a_clear_error(model, tmp_path):
+    run = greedy(model, max_tokens=1).drain()
+    run.state.extra["generation"] = '{"pendin": 3}'
+    run.state.save(tmp_path / "state", model.config)
+    with pytest.raises(StateError, match="notes"):
+        Continuation.load(tmp_path / "state", model)
