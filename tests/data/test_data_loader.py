@@ -1,0 +1,235 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metastate.data.indexed import IndexedDataset, write_dataset
+from metastate.data.loader import IGNORE, BatchSource, PreparedData, Split, permute
+from metastate.errors import ConfigError, DataError
+
+
+def make_split(tmp_path, lengths, domains=None):
+    """Documents of distinct tokens 1, 2, 3, ... that each end with 0."""
+    values = iter(range(1, 10_000))
+    documents = [np.array([next(values) for _ in range(n - 1)] + [0]) for n in lengths]
+    write_dataset(tmp_path / "train", documents, 65_536)
+    domains = np.zeros(len(lengths), np.int64) if domains is None else np.array(domains)
+    text_bytes = np.array(lengths) * 4
+    dataset = IndexedDataset(tmp_path / "train", domains)
+    return Split("train", dataset, ["a", "b"], text_bytes, 0, 65_536), documents
+
+
+def write_folder(tmp_path, lengths=(9, 5, 7)):
+    split, documents = make_split(tmp_path, lengths)
+    table = np.stack([np.zeros(len(lengths), np.int64), split.text_bytes], 1)
+    np.save(tmp_path / "train.docs.npy", table)
+    record = {
+        "format": 1,
+        "tokenizer": {"kind": "bytes", "name": "x", "vocab_size": 65_536, "eod_id": 0},
+        "domains": ["a"],
+        "splits": {"train": {"tokens": int(sum(lengths))}, "valid": {"tokens": 0}},
+    }
+    (tmp_path / "data.json").write_text(json.dumps(record))
+    return documents
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(size, key):
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+def test_permutations_differ_by_key_and_are_no_shift():
+    first, second = (permute(np.arange(1000), 1000, key) for key in (1, 2))
+    assert (first == second).mean() < 0.02
+    assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.15
+    assert np.unique(np.diff(first)).size > 500
+
+
+def test_an_epoch_reads_every_window_once(tmp_path):
+    split, documents = make_split(tmp_path, [30, 41, 11, 19])
+    source = BatchSource(split, 3, 4, seed=5)
+    assert source.num_windows == 25
+    seen = [source.batch(s) for s in range(25)]  # 75 rows: three epochs
+    first_tokens = torch.cat([b.tokens[:, 0] for b in seen]).reshape(3, 25)
+    flat = np.concatenate(documents)
+    for epoch in first_tokens:
+        assert np.isin(epoch.numpy(), flat).all()
+        assert len(set(epoch[epoch > 0].tolist())) == (epoch > 0).sum()
+    assert first_tokens[0].tolist() != first_tokens[1].tolist()
+
+
+def test_targets_are_the_next_tokens_and_resets_the_document_starts(tmp_path):
+    split, documents = make_split(tmp_path, [3, 5, 2, 6, 1, 4])
+    flat = np.concatenate(documents).tolist()
+    source = BatchSource(split, 2, 5)
+    for step in range(6):
+        batch = source.batch(step)
+        assert batch.carry is None
+        assert (batch.tokens.dtype, batch.resets.dtype) == (torch.int64, torch.bool)
+        assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        assert batch.resets[:, 0].all()
+        assert torch.equal(batch.resets[:, 1:], batch.tokens[:, :-1] == 0)
+        for row, target in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            window = [*row, target[-1]]
+            assert any(flat[i : i + 6] == window for i in range(len(flat) - 5))
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_a_batch_is_a_pure_function_of_seed_step_and_rank(tmp_path, carry_state):
+    split, _ = make_split(tmp_path, [30, 41, 11, 19, 8])
+    first = BatchSource(split, 4, 3, seed=1, carry_state=carry_state)
+    again = BatchSource(split, 4, 3, seed=1, carry_state=carry_state)
+    other = BatchSource(split, 4, 3, seed=2, carry_state=carry_state)
+    straight = [first.batch(s) for s in range(20)]
+    for step in (19, 3, 7):  # any order, another object: the same rows
+        whole = again.batch(step)
+        assert torch.equal(whole.tokens, straight[step].tokens)
+        assert torch.equal(whole.resets, straight[step].resets)
+        ranks = [again.batch(step, rank, 2) for rank in range(2)]
+        assert torch.equal(torch.cat([b.tokens for b in ranks]), whole.tokens)
+        assert torch.equal(torch.cat([b.targets for b in ranks]), whole.targets)
+    assert any(not torch.equal(other.batch(s).tokens, straight[s].tokens) for s in range(20))
+
+
+def test_carried_rows_continue_and_cover_whole_documents(tmp_path):
+    lengths = [6, 9, 4, 12, 1, 7, 3, 8]
+    split, documents = make_split(tmp_path, lengths)
+    source = BatchSource(split, 2, 4, seed=3, carry_state=True)
+    steps = source.num_windows
+    assert steps == (50 - 1) // 8
+    for epoch in range(3):
+        batches = [source.batch(epoch * steps + s) for s in range(steps)]
+        assert [b.carry.tolist() for b in batches] == [[s > 0] * 2 for s in range(steps)]
+        for before, after in zip(batches, batches[1:], strict=False):
+            assert torch.equal(before.targets[:, -1], after.tokens[:, 0])
+        for row in range(2):
+            tokens = torch.cat([b.tokens[row] for b in batches])
+            resets = torch.cat([b.resets[row] for b in batches])
+            assert resets[0]
+            assert torch.equal(resets[1:], tokens[:-1] == 0)
+            # between two ends of documents lies one whole document
+            ends = [i + 1 for i, t in enumerate(tokens.tolist()) if t == 0]
+            for start, end in zip(ends, ends[1:], strict=False):
+                assert tokens[start:end].tolist() in [d.tolist() for d in documents]
+    orders = [source.batch(e * steps).tokens.tolist() for e in range(4)]
+    assert any(order != orders[0] for order in orders[1:])
+
+
+def test_evaluation_windows_cover_each_target_once(tmp_path):
+    split, documents = make_split(tmp_path, [5, 3, 6], domains=[0, 1, 0])
+    batches = list(split.windows(4, batch_size=3))
+    assert [len(b.tokens) for b in batches] == [3, 1]
+    targets = torch.cat([b.targets for b in batches])
+    domains = torch.cat([b.domains for b in batches])
+    counted = targets != IGNORE
+    flat = np.concatenate(documents).tolist()
+    assert targets[counted].tolist() == flat[1:]
+    assert domains[counted].tolist() == [0] * 4 + [1] * 3 + [0] * 6
+    resets = torch.cat([b.resets for b in batches])
+    assert resets[:, 0].all() and resets[1, 1] and not resets[0, 1:].any()  # token 5 starts "b"
+
+
+def test_limited_windows_lie_all_over_the_split(tmp_path):
+    split, _ = make_split(tmp_path, [50, 50], domains=[0, 1])
+    batches = list(split.windows(5, limit_tokens=20))
+    assert len(batches) == 4
+    assert {int(d) for b in batches for d in b.domains.unique()} == {0, 1}
+    assert len(list(split.windows(200, limit_tokens=10))) == 1
+
+
+def test_documents(tmp_path):
+    split, documents = make_split(tmp_path, [5, 3, 6], domains=[0, 1, 0])
+    found = list(split.documents())
+    assert [d.tokens.tolist() for d in found] == [d.tolist() for d in documents]
+    assert [(d.domain, d.text_bytes) for d in found] == [("a", 20), ("b", 12), ("a", 24)]
+    limited = list(split.documents(limit_tokens=7))
+    assert sum(len(d.tokens) for d in limited) == 7
+    assert sum(d.text_bytes for d in limited) == 28
+    assert split.bytes_per_token == 4.0
+    assert split.bytes_per_token_by_domain == {"a": 4.0, "b": 4.0}
+
+
+def test_a_context_longer_than_the_data(tmp_path):
+    split, _ = make_split(tmp_path, [5, 4])
+    assert BatchSource(split, 2, 8).batch(0).tokens.shape == (2, 8)
+    with pytest.raises(DataError, match=r"has 9 tokens, T = 9 needs at least 10; lower --context"):
+        BatchSource(split, 2, 9)
+    with pytest.raises(DataError, match="2 streams of context 5 needs at least 11"):
+        BatchSource(split, 2, 5, carry_state=True)
+
+
+def test_ranks_must_divide_the_batch(tmp_path):
+    split, _ = make_split(tmp_path, [9])
+    with pytest.raises(ConfigError, match="batch size 4 must be a multiple of the 3 processes"):
+        BatchSource(split, 4, 2).batch(0, 0, 3)
+
+
+def test_a_folder_opens(tmp_path):
+    documents = write_folder(tmp_path)
+    data = PreparedData.open(tmp_path)
+    split = data.split("train")
+    assert split.num_tokens == 21
+    assert split.dataset[1].tolist() == documents[1].tolist()
+    with pytest.raises(DataError, match="has no 'valid' split; it has train"):
+        data.split("valid")
+    with pytest.raises(DataError, match="has no 'dev' split"):
+        data.split("dev")
+
+
+def test_a_folder_that_was_not_prepared(tmp_path):
+    with pytest.raises(DataError, match="there is no such folder: run `metastate prepare"):
+        PreparedData.open(tmp_path / "none")
+    with pytest.raises(DataError, match=r"it holds no data\.json"):
+        PreparedData.open(tmp_path)
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(DataError, match="interrupted: run the same"):
+        PreparedData.open(tmp_path)
+    (tmp_path / "data.json").write_text('{"format": 2}')
+    with pytest.raises(DataError, match="prepared in format 2, this program reads up to 1"):
+        PreparedData.open(tmp_path)
+    for broken in ("{", "[]", '{"format": 1}'):
+        (tmp_path / "data.json").write_text(broken)
+        with pytest.raises(DataError, match=r"data\.json is broken"):
+            PreparedData.open(tmp_path)
+
+
+def test_damaged_files_of_a_folder(tmp_path):
+    write_folder(tmp_path)
+    data = PreparedData.open(tmp_path)
+    content = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(content[:-4])
+    with pytest.raises(DataError, match=r"truncated: expected 42 bytes, found 38"):
+        data.split("train")
+    (tmp_path / "train.bin").write_bytes(content)
+    np.save(tmp_path / "train.docs.npy", np.array([[7, 1]] * 3))
+    with pytest.raises(DataError, match=r"names a domain that data\.json lacks"):
+        data.split("train")
+    np.save(tmp_path / "train.docs.npy", np.array([[0, 1]] * 2))
+    with pytest.raises(DataError, match="3 documents, but 2 domains"):
+        data.split("train")
+    np.save(tmp_path / "train.docs.npy", np.array(["x"], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"train\.docs\.npy is broken"):
+        data.split("train")
+
+
+def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
+    split, _ = make_split(tmp_path, [9, 9])
+    split.vocab_size = 12
+    source = BatchSource(split, 4, 4)
+    with pytest.raises(DataError, match="token outside the vocabulary of 12"):
+        source.batch(0)
+
+
+def test_check_vocab(tmp_path):
+    write_folder(tmp_path)
+    data = PreparedData.open(tmp_path)
+    data.check_vocab(65_536)
+    data.check_vocab(65_536, {"kind": "bytes", "name": "y", "sha256": None})
+    with pytest.raises(DataError, match=r"vocabulary 65,536\), but the model has .* of 256"):
+        data.check_vocab(256)
+    with pytest.raises(DataError, match="trained with 'neox'"):
+        data.check_vocab(65_536, {"kind": "json", "name": "neox", "sha256": "1"})
