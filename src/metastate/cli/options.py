@@ -1,0 +1,165 @@
+"""Options shared by the commands: flags made from TrainConfig, config files and overrides.
+
+A flag means the same in every command that has it, because its name, type and help come from one
+table; a setting is the configuration's default, then the file's, then the flag's, then `--set`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from metastate.config import TrainConfig, merge
+from metastate.errors import ConfigError
+
+HELP = {
+    "preset": "model to train: ARCHITECTURE-SIZE, as in metastate-tiny, rwkv7-mini",
+    "data": "folder made by `metastate prepare`",
+    "out": "folder for checkpoints, log and curve",
+    "model": "",
+    "steps": "optimizer steps",
+    "batch_size": "sequences a step (times --accumulate)",
+    "context": "tokens a sequence",
+    "accumulate": "batches whose gradients are summed before a step",
+    "lr": "peak learning rate",
+    "min_lr": "learning rate at the end of the schedule",
+    "schedule": "course of the learning rate after warm-up: cosine, wsd or constant",
+    "warmup": "steps over which the learning rate rises from zero",
+    "decay_fraction": "last part of the run in which wsd decays, 0 to 1",
+    "weight_decay": "decay of the large matrices (nothing else is decayed)",
+    "beta1": "AdamW: memory of the gradient's mean",
+    "beta2": "AdamW: memory of the gradient's square",
+    "eps": "AdamW: added to the denominator",
+    "clip": "largest norm of the whole gradient",
+    "z_loss": "weight of the penalty that keeps the logits' scale near zero",
+    "seed": "initial weights, order of the data, sampling",
+    "device": "where to compute: cpu, cuda, cuda:1",
+    "dtype": "arithmetic of the matrix products: float32, bfloat16 (autocast) or float64",
+    "backend": "kernels of the recurrence: auto, cpu, chunked, reference",
+    "compile": "fuse elementwise work with torch.compile; slow to start",
+    "activation_checkpointing": "recompute layers in the backward pass: less memory, more time",
+    "document_reset": "start every document from an empty state, also inside a sequence",
+    "carry_state": "sequences of a long document follow each other and hand on their state",
+    "log_every": "steps between lines of the log",
+    "valid_every": "steps between validations",
+    "valid_tokens": "tokens of a validation",
+    "checkpoint_every": "steps between checkpoints",
+    "tensorboard": "also write TensorBoard events (needs the package tensorboard)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are ConfigErrors, so that they look like all others."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("allow_abbrev", False)
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage: the message is what helps."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+    def check_unknown(self, unknown: list[str]) -> None:
+        """Refuse arguments that nothing took; name the flag nearest to the first of them."""
+        if not unknown:
+            return
+        given = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(given, list(self._option_string_actions), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        kind = "option" if given.startswith("-") else "argument"
+        raise ConfigError(f"unknown {kind} {given!r}{hint}; see `{self.prog} --help`")
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
+    """Add a flag for each TrainConfig field of `names`; given as `None`-less namespace entries.
+
+    A flag that is not given leaves no trace in the namespace, so that a config file can set it,
+    unless `defaults` has its name: then that value stands in its place and in the help.
+    """
+    hints = get_type_hints(TrainConfig)
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for name in names:
+        shown = defaults.get(name, fields[name].default)
+        suffix = f" (default: {shown})" if shown not in ("", None) else ""
+        settings: dict[str, Any] = {
+            "dest": name,
+            "default": defaults.get(name, argparse.SUPPRESS),
+            "help": (HELP[name] + suffix).replace("%", "%%"),
+        }
+        if hints[name] is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = hints[name] if hints[name] in (int, float) else str
+            settings["metavar"] = {int: "N", float: "X"}.get(hints[name], name.upper())
+        parser.add_argument("--" + name.replace("_", "-"), **settings)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add `--config` and `--set`."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the settings below; flags override it"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting by its dotted name, as in model.meta_state.update=self; repeatable",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, and nothing else, on stdout"
+    )
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return the mapping in the YAML file `path`; ConfigError says what is wrong with it."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigError(
+            "reading a YAML config needs PyYAML: pip install 'metastate[cli]'"
+        ) from error
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines; it holds a {type(data).__name__}")
+    return data
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Turn `a.b=value` into {"a": {"b": value}}; the value is JSON, or else the text itself."""
+    key, equals, raw = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE, as in model.num_layers=6")
+    try:
+        value: Any = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the TrainConfig settings of the file, the flags and `--set`, laid over each other."""
+    settings = read_yaml(args.config) if args.config else {}
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    settings = merge(settings, {k: v for k, v in vars(args).items() if k in fields})
+    for text in args.set:
+        settings = merge(settings, parse_override(text))
+    return settings

@@ -1,0 +1,53 @@
+"""What a person sees while a command works: a bar on stderr, lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LINE_EVERY_S = 10.0
+
+
+def log(text: str) -> None:
+    """Say something to the person; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Show how far a piece of work is; yields `show(done, total, **figures)`.
+
+    A terminal gets a bar (with tqdm), anything else a line every ten seconds and one at the end.
+    """
+    tqdm: Any = None
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+    painted: Any = None
+    started = said = time.monotonic()
+
+    def show(done: int, total: int, **figures: str) -> None:
+        nonlocal painted, said
+        if tqdm is not None:
+            if painted is None:
+                painted = tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False)
+            painted.set_postfix(figures, refresh=False)
+            painted.update(done - painted.n)
+            return
+        now = time.monotonic()
+        if now - said < LINE_EVERY_S and done < total:
+            return
+        said = now
+        text = ", ".join(f"{key} {value}" for key, value in figures.items())
+        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s{', ' if text else ''}{text}")
+
+    try:
+        yield show
+    finally:
+        if painted is not None:
+            painted.close()

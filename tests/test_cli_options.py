@@ -1,0 +1,122 @@
+"""The command line's own mistakes and help: nothing here needs a model."""
+
+import dataclasses
+
+import pytest
+
+from metastate.cli import build_parser, main
+from metastate.cli.options import HELP, parse_override, settings_of
+from metastate.config import TrainConfig
+from metastate.errors import ConfigError
+
+
+def refused(capsys, *argv):
+    """Run a command line that must fail; return its message."""
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+    return captured.err
+
+
+def train_settings(*argv):
+    parser, _ = build_parser()
+    return settings_of(parser.parse_args(["train", *argv]))
+
+
+def test_no_arguments_print_help_with_a_quick_start(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "quick start" in out and "metastate demo" in out
+
+
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "generate", "info"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--json" in out and len(out) > 300
+
+
+def test_every_training_setting_has_a_flag_and_a_help_text():
+    _, commands = build_parser()
+    flags = commands["train"].format_help()
+    for field in dataclasses.fields(TrainConfig):
+        if field.name != "model":
+            assert HELP[field.name]
+            assert "--" + field.name.replace("_", "-") in flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["train", "--stpes", "5"], ["'--stpes'", "--steps"]),
+        (["train", "--stpes=5"], ["'--stpes'", "--steps"]),
+        (["eval", "x", "--by-domian"], ["'--by-domian'", "--by-domain"]),
+        (["train", "--steps", "many"], ["--steps", "many"]),
+        (["prepare"], ["INPUT", "prepare --help"]),
+        (["prepare", "stdlib"], ["--out"]),
+        (["eval", "x"], ["--data"]),
+        (["info", "a", "b"], ["'b'"]),
+    ],
+)
+def test_mistakes_name_what_was_meant(argv, words, capsys):
+    message = refused(capsys, *argv)
+    for word in words:
+        assert word in message
+
+
+def test_settings_are_laid_over_each_other(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 5\nlr: 6e-4\nmodel:\n  num_layers: 3\n  meta_state: {read: value}\n")
+    settings = train_settings(
+        "--config", str(path), "--steps", "7", "--set", "model.meta_state.update=self"
+    )
+    assert settings["steps"] == 7
+    assert float(settings["lr"]) == 6e-4
+    assert settings["model"] == {"num_layers": 3, "meta_state": {"read": "value", "update": "self"}}
+
+
+def test_a_flag_that_is_not_given_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("batch_size: 3\ncarry_state: true\n")
+    settings = train_settings("--config", str(path), "--no-document-reset")
+    assert settings == {"batch_size": 3, "carry_state": True, "document_reset": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", {"a": 1}),
+        ("a.b=true", {"a": {"b": True}}),
+        ("a=1e-3", {"a": 1e-3}),
+        ("a=self", {"a": "self"}),
+        ("a=x=y", {"a": "x=y"}),
+        ("a=[1, 2]", {"a": [1, 2]}),
+    ],
+)
+def test_overrides(text, value):
+    assert parse_override(text) == value
+
+
+@pytest.mark.parametrize("text", ["a", "=1", "a..b=1", ".a=1"])
+def test_what_is_no_override(text):
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        parse_override(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"- 1\n- 2\n", "list"), (b"a: [", "not YAML"), (b"\xff\xfe\x00", "YAML")]
+)
+def test_broken_config_files(tmp_path, content, word):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=word):
+        train_settings("--config", str(path))
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        train_settings("--config", str(tmp_path / "none.yaml"))
