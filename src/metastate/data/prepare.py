@@ -1,0 +1,394 @@
+"""Turn text into memory-mapped token files, once; an interrupted preparation goes on.
+
+The documents, in order, are tokenised in blocks; each block becomes one file OUT/parts/NNNNNN.npz.
+A second run reads the text again but tokenises only the blocks that are missing. When all are there
+they are merged into the splits, data.json is written last, and the parts are removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from metastate.data.files import atomic_write, write_json
+from metastate.data.indexed import token_dtype, write_index
+from metastate.data.loader import FORMAT, RECORD, PreparedData
+from metastate.data.sources import SPLITS, Source, find_sources
+from metastate.data.tokenizer import Tokenizer, load_tokenizer
+from metastate.errors import ConfigError, DataError
+
+BLOCK_CHARACTERS = 1 << 22  # a block of text that is tokenised, and lost by a kill, at once
+PIECE_CHARACTERS = 1 << 20  # a longer document is tokenised in pieces, cut at line ends
+MIN_DOMAIN_DOCUMENTS = 20  # a domain of so many documents gets one into every split
+BY_HASH = -1
+
+
+class _Text(NamedTuple):
+    text: str
+    domain: str
+    split: int  # index into SPLITS, or BY_HASH
+
+
+def prepare(
+    inputs: Sequence[str | os.PathLike[str]],
+    tokenizer: str | Tokenizer,
+    out: str | os.PathLike[str],
+    *,
+    valid: Sequence[str | os.PathLike[str]] = (),
+    test: Sequence[str | os.PathLike[str]] = (),
+    fractions: tuple[float, float, float] = (0.98, 0.01, 0.01),
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PreparedData:
+    """Tokenise `inputs` into the folder `out`: per split .bin, .idx and .docs.npy, and data.json.
+
+    Splits: inputs named train.*, valid.* or test.* (and what `valid` and `test` give) go where they
+    say, if they say more than one split; the rest is train. If nothing says valid, documents are
+    drawn by the SHA-256 of their text, so equal documents never stand on both sides. Every split
+    with a fraction above 0 gets a document if there are enough (valid from 2 documents on, test
+    from 3), and one of every domain of 20 documents or more. A single document is cut by position.
+
+    Args:
+        inputs: see `find_sources`.
+        tokenizer: see `load_tokenizer`.
+        out: the folder to write; made if missing.
+        valid: inputs for the valid split.
+        test: inputs for the test split.
+        fractions: of train, valid and test among the documents that are drawn by hash.
+        overwrite: replace what `out` holds, whatever settings it was made with.
+        progress: show a bar on standard error.
+
+    Returns:
+        The prepared data. If `out` was finished with the same inputs and settings: at once.
+
+    Raises:
+        DataError: an input is missing, is no text, or holds none; `out` holds data made with other
+            settings; the disk is full. ConfigError: a package is missing, or fractions are wrong.
+    """
+    folder = Path(out)
+    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or sum(fractions) > 1 + 1e-9:
+        raise ConfigError(
+            f"fractions are {tuple(fractions)}; three numbers for train, valid and test are needed "
+            "that sum to 1, the first above 0"
+        )
+    tokenizer = load_tokenizer(tokenizer)
+    sources = find_sources(inputs, exclude=folder)
+    sources += find_sources(valid, "valid", folder) + find_sources(test, "test", folder)
+    if not sources:
+        raise DataError("no input was given; name text files, folders, 'stdlib' or a dataset")
+    sources, fractions = _settle_splits(sources, fractions)
+    # through JSON, so that it compares equal to what is read back
+    settings = json.loads(
+        json.dumps(
+            {
+                "inputs": [[source.identity, source.split] for source in sources],
+                "fractions": fractions,
+                "tokenizer": {
+                    k: v for k, v in tokenizer.info().items() if k not in ("path", "name")
+                },
+                "format": FORMAT,
+            }
+        )
+    )
+    if overwrite:
+        _remove(folder)
+    elif (folder / RECORD).is_file():
+        done = PreparedData.open(folder)
+        _same_settings(folder, done.record.get("settings"), settings)
+        return done
+    parts = folder / "parts"
+    if (parts / "settings.json").is_file():
+        _same_settings(folder, _read_settings(parts / "settings.json"), settings)
+    else:
+        write_json(parts / "settings.json", settings, error=DataError)
+    count = _write_parts(sources, tokenizer, parts, fractions, progress)
+    record = _merge([parts / f"{i:06d}.npz" for i in range(count)], folder, tokenizer, fractions)
+    tokenizer.save(folder)
+    write_json(folder / RECORD, record | {"settings": settings}, error=DataError)
+    shutil.rmtree(parts)
+    return PreparedData.open(folder)
+
+
+def _settle_splits(
+    sources: list[Source], fractions: tuple[float, float, float]
+) -> tuple[list[Source], tuple[float, float, float]]:
+    """Decide whether the names say the splits; what they say is not drawn by hash."""
+    said = {source.split for source in sources}
+    if len(said) == 1:  # one file `test.txt`, or only train files: the name says nothing
+        return [replace(source, split=None) for source in sources], fractions
+    if "valid" in said:
+        sources = [replace(source, split=source.split or "train") for source in sources]
+        return sources, (1.0, 0.0, 0.0)
+    if "test" in said:
+        fractions = (1.0 - fractions[1], fractions[1], 0.0)
+    return [replace(s, split=s.split if s.split == "test" else None) for s in sources], fractions
+
+
+def _same_settings(folder: Path, old: Any, new: dict[str, Any]) -> None:
+    if old == new:
+        return
+    old = old if isinstance(old, dict) else {}
+    differ = ", ".join(key for key in new if old.get(key) != new[key])
+    raise DataError(
+        f"{folder} holds data that was prepared with other settings ({differ} differ); give "
+        "another --out, or --overwrite to prepare it anew"
+    )
+
+
+def _read_settings(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def _remove(folder: Path) -> None:
+    """Remove what `prepare` writes, nothing else; data.json first: no half may pass as whole."""
+    (folder / RECORD).unlink(missing_ok=True)
+    for split in SPLITS:
+        for suffix in ("bin", "idx", "docs.npy"):
+            (folder / f"{split}.{suffix}").unlink(missing_ok=True)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+
+
+def _texts(sources: list[Source], advance: Callable[[int], Any]) -> Iterator[_Text]:
+    """Yield every text that is not empty; `advance` is told the bytes read since the last one."""
+    for source in sources:
+        split = BY_HASH if source.split is None else SPLITS.index(source.split)
+        before = 0
+        for text, domain, position in source.read():
+            advance(position - before)
+            before = position
+            if text.strip("\0"):
+                yield _Text(text, domain, split)
+
+
+def _cut_single(texts: Iterator[_Text], fractions: tuple[float, float, float]) -> Iterator[_Text]:
+    """Pass the texts on; one document alone is cut by position: train first, test last."""
+    head = list(islice(texts, 2))
+    if not head:
+        raise DataError(
+            "the inputs hold no text: every file or record is empty; give text to learn from"
+        )
+    if len(head) == 2 or head[0].split != BY_HASH or len(head[0].text) < len(SPLITS):
+        return chain(head, texts)
+    text, domain, _ = head[0]
+    valid, test = (math.ceil(fraction * len(text) / sum(fractions)) for fraction in fractions[1:])
+    cuts = [0, len(text) - valid - test, len(text) - test, len(text)]
+    pieces = ((text[cuts[i] : cuts[i + 1]], i) for i in range(len(SPLITS)))
+    return (_Text(piece, domain, i) for piece, i in pieces if piece)
+
+
+def _blocks(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
+    block, size = [], 0
+    for text in texts:
+        block.append(text)
+        size += len(text.text)
+        if size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _write_parts(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    parts: Path,
+    fractions: tuple[float, float, float],
+    progress: bool,
+) -> int:
+    """Tokenise the blocks that have no file yet; return how many blocks there are."""
+    bar, count = _progress_bar(sources, progress), 0
+    texts = _texts(sources, bar.update if bar else lambda num_bytes: None)
+    blocks = _blocks(_cut_single(texts, fractions))
+    try:
+        for block in blocks:
+            path = parts / f"{count:06d}.npz"
+            if not path.is_file():
+                _save(path, **_tokenise(block, tokenizer))
+            count += 1
+    finally:
+        if bar:
+            bar.close()
+    return count
+
+
+def _progress_bar(sources: list[Source], wanted: bool) -> Any:
+    if not wanted:
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError as cause:
+        raise ConfigError("the progress bar needs tqdm: pip install 'metastate[cli]'") from cause
+    sizes = [source.num_bytes for source in sources]
+    total = None if None in sizes else sum(size for size in sizes if size)
+    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="prepare")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield `text` in pieces of bounded size, cut behind a line end where there is one."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        end = end if end > start else start + PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _tokenise(block: list[_Text], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Return the columns of a part: all tokens, and one value a document of the rest."""
+    pieces = [list(_pieces(text.text)) for text in block]
+    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(pieces))))
+    dtype = token_dtype(tokenizer.vocab_size)
+    end = np.array([tokenizer.eod_id], dtype)
+    documents = [
+        np.concatenate([*(ids.astype(dtype) for ids in islice(encoded, len(own))), end])
+        for own in pieces
+    ]
+    raw = [text.text.encode("utf-8") for text in block]
+    names = sorted({text.domain for text in block})
+    return {
+        "tokens": np.concatenate(documents),
+        "lengths": np.array([len(document) for document in documents]),
+        "text_bytes": np.array([len(data) for data in raw]),
+        "hashes": np.array(
+            [int.from_bytes(hashlib.sha256(d).digest()[:8]) for d in raw], np.uint64
+        ),
+        "splits": np.array([text.split for text in block]),
+        "domains": np.array([names.index(text.domain) for text in block]),
+        "names": np.frombuffer(json.dumps(names).encode("utf-8"), np.uint8),
+    }
+
+
+def _merge(
+    parts: list[Path], folder: Path, tokenizer: Tokenizer, fractions: tuple[float, float, float]
+) -> dict[str, Any]:
+    """Write every split's files from the parts; return what data.json says about them."""
+    names: list[str] = []
+    columns: dict[str, list[np.ndarray]] = {}
+    for path in parts:
+        with _load(path) as part:
+            own = json.loads(part["names"].tobytes())
+            names += [name for name in own if name not in names]
+            place = np.array([names.index(name) for name in own])
+            for key in ("lengths", "text_bytes", "hashes", "splits"):
+                columns.setdefault(key, []).append(part[key])
+            columns.setdefault("domains", []).append(place[part["domains"]])
+    ends = np.cumsum([len(lengths) for lengths in columns["lengths"]])[:-1]
+    table = {key: np.concatenate(value) for key, value in columns.items()}
+    splits = _assign(table["splits"], table["hashes"], table["domains"], fractions)
+    record: dict[str, Any] = {}
+    dtype = token_dtype(tokenizer.vocab_size)
+    for index, name in enumerate(SPLITS):
+        mine = splits == index
+        digest = hashlib.sha256()
+
+        def write(file: BinaryIO, mine: np.ndarray = mine, digest: Any = digest) -> None:
+            for path, keep in zip(parts, np.split(mine, ends), strict=True):
+                with _load(path) as part:
+                    data = part["tokens"][np.repeat(keep, part["lengths"])].tobytes()
+                digest.update(data)
+                file.write(data)
+
+        atomic_write(folder / f"{name}.bin", write, error=DataError)
+        write_index(folder / name, table["lengths"][mine], dtype)
+        docs = np.stack([table["domains"][mine], table["text_bytes"][mine]], 1)
+        _save(folder / f"{name}.docs.npy", docs)
+        record[name] = _sizes(table, mine) | {
+            "sha256": digest.hexdigest(),
+            "domains": {
+                domain: _sizes(table, mine & (table["domains"] == i))
+                for i, domain in enumerate(names)
+            },
+        }
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer.info(),
+        "dtype": dtype.name,
+        "domains": names,
+        "splits": record,
+    }
+
+
+def _save(path: Path, array: np.ndarray | None = None, **columns: np.ndarray) -> None:
+    """Write one array as .npy, or named ones as .npz."""
+
+    def write(file: BinaryIO) -> None:
+        if array is not None:
+            np.save(file, array)
+        else:
+            np.savez(file, **columns)  # type: ignore[arg-type]
+
+    atomic_write(path, write, error=DataError)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as cause:
+        raise DataError(
+            f"{path} is broken ({cause}); remove it and run the same prepare again"
+        ) from cause
+
+
+def _sizes(table: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, int]:
+    return {
+        "documents": int(rows.sum()),
+        "tokens": int(table["lengths"][rows].sum()),
+        "text_bytes": int(table["text_bytes"][rows].sum()),
+    }
+
+
+def _assign(
+    given: np.ndarray, hashes: np.ndarray, domains: np.ndarray, fractions: tuple[float, ...]
+) -> np.ndarray:
+    """Return the split of every document, [documents] index into SPLITS.
+
+    Args:
+        given: index into SPLITS, or -1 where the hash decides.
+        hashes: [documents] uint64, uniform.
+        domains: [documents] index of the domain.
+        fractions: of train, valid and test.
+    """
+    share = hashes.astype(np.float64) / 2.0**64
+    bounds = np.cumsum(fractions)[:-1]
+    splits = np.where(given == BY_HASH, np.searchsorted(bounds, share, side="right"), given)
+    drawn = given == BY_HASH
+    wanted = [index for index, fraction in enumerate(fractions) if fraction > 0]
+    for domain in np.unique(domains).tolist():
+        rows = drawn & (domains == domain)
+        if rows.sum() >= MIN_DOMAIN_DOCUMENTS:
+            _fill(splits, rows, drawn, hashes, wanted)
+    _fill(splits, drawn, drawn, hashes, wanted)
+    return splits
+
+
+def _fill(
+    splits: np.ndarray,
+    rows: np.ndarray,
+    drawn: np.ndarray,
+    hashes: np.ndarray,
+    wanted: list[int],
+) -> None:
+    """Give every wanted split that has none of `rows` one text of the split that has most.
+
+    Equal texts among `drawn` move together, so that none ever stands on both sides.
+    """
+    for index in wanted[: len(np.unique(hashes[rows]))]:
+        texts = [np.unique(hashes[rows & (splits == i)]) for i in range(len(SPLITS))]
+        if not len(texts[index]):
+            _, most = max((len(found), i) for i, found in enumerate(texts))
+            splits[drawn & (hashes == texts[most][-1])] = index
