@@ -66,15 +66,19 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     """Build the dataclass `cls` from a mapping; unknown keys and wrong types raise ConfigError."""
-    where = where or cls.__name__
+    return cls(**coerce_fields(cls, data, where or cls.__name__))
+
+
+def coerce_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
+    """Check the keys and types of settings for the dataclass `cls`; return them typed."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where} is {data!r}; a mapping of settings is needed")
     hints = get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in known:
             raise ConfigError(unknown_key_message(str(key), known, where))
-    return cls(**{k: _coerce(v, hints[k], f"{where}.{k}") for k, v in data.items()})
+    return {k: _coerce(v, hints[k], f"{where}.{k}") for k, v in data.items()}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

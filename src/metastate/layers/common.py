@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metastate.errors import ShapeError
 
@@ -59,3 +60,138 @@ class Packing:
         keep = ~self.resets[:, 0]
         rows = torch.where(keep.view(-1, *[1] * fresh.dim()), state, fresh.to(state))
         return out.index_copy(0, self.first, rows)
+
+
+@dataclass(frozen=True)
+class RecurrentState:
+    """What one recurrent block carries from token to token; constant in size.
+
+    Attributes:
+        S: WKV state, [B, H, N_v, N_k], float32 (float64 in a float64 model).
+        time_shift: the last input of time mixing, [B, D].
+        M: meta state, [B, H, N_v, N_k], or None where the block has none.
+        channel_shift: the last input of the second layer, [B, D], or None where it has no shift.
+    """
+
+    S: Tensor
+    time_shift: Tensor
+    M: Tensor | None = None
+    channel_shift: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """Return a state whose tensors are `fn` of this one's."""
+        fields = (self.S, self.time_shift, self.M, self.channel_shift)
+        return RecurrentState(*(None if x is None else fn(x) for x in fields))  # type: ignore[arg-type]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        fields = (self.S, self.time_shift, self.M, self.channel_shift)
+        return sum(x.numel() * x.element_size() for x in fields if x is not None)
+
+
+def token_shift(x: Tensor, last: Tensor, packing: Packing | None) -> Tensor:
+    """Return x_{t-1} for every token, [B, T, D]: `last` [B, D] before the first, 0 at a reset."""
+    shifted = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], 1)
+    if packing is not None:
+        shifted = shifted.masked_fill(packing.resets.unsqueeze(-1), 0)
+    return shifted
+
+
+def run_packed(
+    state: Tensor, fresh: Tensor, packing: Packing | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the initial states [n, H, N, N] of a recurrence and its `cu_seqlens`."""
+    if packing is None:
+        return state, None
+    return packing.initial(state, fresh), packing.cu_seqlens
+
+
+def last_of_rows(state: Tensor, packing: Packing | None) -> Tensor:
+    """Return the states that the rows end with, [B, ...], from one state a sequence."""
+    return state if packing is None else state[packing.last]
+
+
+def segment_norm(x: Tensor, kind: str, segments: tuple[int, ...], eps: float = 1e-12) -> Tensor:
+    """Normalise the last axis of x [..., N] by growth segment: `l2` x/|x|, `rms` x/sqrt(mean x^2)."""
+    if kind == "none":
+        return x
+    parts = []
+    for part in x.split(segments, -1):
+        unit = F.normalize(part, dim=-1, eps=eps)
+        parts.append(unit if kind == "l2" else unit * part.shape[-1] ** 0.5)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class GroupNorm(nn.Module):
+    """Affine group norm over each head and growth segment of [B, T, H, N].
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over one segment of one head.
+    """
+
+    def __init__(
+        self, num_heads: int, segments: tuple[int, ...], eps: float = 64e-5, gain: float = 1.0
+    ) -> None:
+        super().__init__()
+        size = num_heads * sum(segments)
+        self.weight = nn.Parameter(torch.full((size,), gain))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.num_heads, self.segments, self.eps = num_heads, segments, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x, [B, T, H * N]."""
+        batch, length, heads, size = x.shape
+        if len(self.segments) == 1:
+            flat = x.reshape(batch * length, heads * size)
+            y = F.group_norm(flat, heads, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return y.view(batch, length, heads * size)
+        parts = [F.layer_norm(p, p.shape[-1:], eps=self.eps) for p in x.split(self.segments, -1)]
+        return torch.cat(parts, -1).flatten(2) * self.weight + self.bias
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter."""
+        return {"weight": VECTOR, "bias": VECTOR}
+
+
+class LowRank(nn.Module):
+    """Low-rank map f(x A) B (+ bias), A [D, rank], B [rank, out]; `loramlp` of RWKV-7."""
+
+    def __init__(self, size: int, rank: int, out: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(size, rank))
+        self.B = nn.Parameter(torch.empty(rank, out))
+        self.bias = None if bias is None else nn.Parameter(bias)
+        orthogonal_(self.B, 0.1 * max(1.0, rank / out) ** 0.5)
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return activation(x A) B + bias, [..., out]."""
+        hidden = x @ self.A
+        y = (hidden if activation is None else activation(hidden)) @ self.B
+        return y if self.bias is None else y + self.bias
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter."""
+        groups = {"A": VECTOR, "B": VECTOR}
+        return groups if self.bias is None else groups | {"bias": VECTOR}
+
+
+def orthogonal_(x: Tensor, gain: float) -> None:
+    """Fill x with an orthogonal matrix times `gain`; nothing is drawn on the meta device."""
+    if not x.is_meta:
+        nn.init.orthogonal_(x, gain)
+
+
+def low_rank_size(given: int | None, factor: float, size: int, head_size: int = 64) -> int:
+    """Return `given`, or RWKV-7's rank: factor sqrt(D) N/64, rounded to 32, at least 32."""
+    return given or max(32, round(factor * size**0.5 * head_size / 64 / 32) * 32)
+
+
+def linear(size_in: int, size_out: int, gain: float) -> nn.Linear:
+    """Return a bias-free nn.Linear with an orthogonal weight times `gain`; zero where gain is 0."""
+    device = torch.get_default_device()  # skip_init would take the CPU under a meta context
+    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, bias=False, device=device)
+    if gain == 0:
+        nn.init.zeros_(layer.weight)
+    else:
+        orthogonal_(layer.weight, gain)
+    return layer

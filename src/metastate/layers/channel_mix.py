@@ -1,0 +1,37 @@
+"""RWKV-7 channel mixing: the feed-forward layer that the Meta-State layer replaces."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metastate.config import ModelConfig
+from metastate.layers.common import MATRIX, VECTOR, Packing, linear, token_shift
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing of RWKV-7: o = relu(lerp(x_t, x_{t-1}, mu) W_k)^2 W_v, hidden width 4 D.
+
+    Source: arXiv:2503.14456, section 4.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        hidden = config.ffn_size or 4 * D
+        rest = 1 - layer / config.num_layers
+        self.mu = nn.Parameter(1 - (torch.arange(D) / D) ** rest**4)
+        self.key = linear(D, hidden, 1.0)
+        self.value = linear(hidden, D, 0.0)
+
+    def forward(
+        self, x: Tensor, shift: Tensor, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return y [B, T, D] and the new shift [B, D] for x [B, T, D] and the carried shift [B, D]."""
+        mixed = torch.lerp(x, token_shift(x, shift, packing), self.mu.to(x.dtype))
+        return self.value(F.relu(self.key(mixed)).square()), x[:, -1]
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter."""
+        return {"mu": VECTOR, "key.weight": MATRIX, "value.weight": MATRIX}

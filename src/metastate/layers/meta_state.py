@@ -1,0 +1,176 @@
+"""The Meta-State layer: the WKV state itself is the weight matrix, a second state is its memory.
+
+Source: arXiv:2504.08247, eqs 1-4 and 7-11. The paper's formulas are lost; every reading of its prose
+is an option of MetaStateConfig. docs/architecture.md says which words each equation rests on.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metastate import ops
+from metastate.config import ModelConfig
+from metastate.layers.common import (
+    MATRIX,
+    VECTOR,
+    GroupNorm,
+    LowRank,
+    Packing,
+    last_of_rows,
+    linear,
+    low_rank_size,
+    run_packed,
+    segment_norm,
+    token_shift,
+)
+
+
+class MetaState(nn.Module):
+    """Meta-State layer, per head (every bracket an option of `config.meta_state`).
+
+    e_t = x_t S_t^T                             self-state encoder (`read`, `encoder_size`)
+    e_t = silu([x_t, e_t] W_z) W_u              compressing cross-encoder (`encoder="cross"`)
+    M_t = M_{t-1} G_t + U_t                     meta state (`update`), from norm(e_t) (`encoding_norm`)
+    y_t = norm(q_t M_t^T) + norm(e_t)           readout (`readout`, `query`, `output_norm`)
+    o_t = concat_h(y_t * act(x_t) [* g_t]) W_o  `modulation`, `activation`, `gate`
+
+    W_o is zero at the start. Where N > D/H the state reads x W_p, W_p = [I 0] at the start, and the
+    modulation repeats the head's slice of x. With `token_shift`, x is lerp(x_t, x_{t-1}, mu).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.head_size is not None and config.head_segments is not None
+        D, H, N = config.hidden_size, config.num_heads, config.head_size
+        options = self.options = config.meta_state
+        self.num_heads, self.head_size, self.segments = H, N, config.head_segments
+        self.has_meta = options.readout != "encoding"
+        self.projection = nn.Parameter(torch.eye(D // H, N)) if N != D // H else None
+        normed = options.output_norm == "group"
+        self.meta_norm = GroupNorm(H, self.segments) if normed and self.has_meta else None
+        reads_encoding = options.readout != "meta"
+        self.encoding_norm = GroupNorm(H, self.segments) if normed and reads_encoding else None
+        num_mixes = (1 + options.gate) if options.token_shift else 0
+        self.mu = nn.Parameter(torch.full((num_mixes, D), 0.5)) if num_mixes else None
+        self.gate = LowRank(D, low_rank_size(config.gate_rank, 5.0, D), H * N) if options.gate else None
+        self.output = linear(H * N, D, 0.0)
+        if options.encoder == "cross":
+            width = options.latent_size or max(1, N // 2)
+            self.compress = nn.Parameter(
+                torch.randn(H, 2 * N, width * (1 + options.variational)) * (2 * N) ** -0.5
+            )
+            self.expand = nn.Parameter(torch.randn(H, width, N) * width**-0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        trajectory: ops.Trajectory,
+        M: Tensor | None,
+        shift: Tensor | None,
+        packing: Packing | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Read the WKV states with x and evolve the meta state.
+
+        Args:
+            x: [B, T, D]. trajectory: of the block's time mixing over the same tokens.
+            M: meta state before token 0, [B, H, N, N], or None where the readout has none.
+            shift: x before token 0, [B, D], or None without `token_shift`.
+            packing: where documents start. backend: of metastate.ops.
+
+        Returns:
+            y [B, T, D], M after the last token, the new shift, and the mean KL divergence a token
+            of a variational encoder (nats), None without one.
+        """
+        options = self.options
+        batch, length, width = x.shape
+        x_g, new_shift = x, None
+        if self.mu is not None:
+            assert shift is not None
+            new_shift, shifted = x[:, -1], token_shift(x, shift, packing)
+            mixes = [torch.lerp(x, shifted, mu) for mu in self.mu.to(x.dtype)]
+            x, x_g = mixes[0], mixes[-1]
+        by_head = x.view(batch, length, self.num_heads, width // self.num_heads)
+        x_state = by_head if self.projection is None else by_head @ self.projection
+        e, kl = self.encode(x_state, trajectory)
+        y, M = self.read_out(x_state, e, trajectory, M, packing, backend)
+        if options.modulation == "input":
+            repeats = -(-self.head_size // by_head.shape[-1])
+            factor = by_head.repeat(1, 1, 1, repeats)[..., : self.head_size].flatten(2)
+            y = y * self.activate(factor)
+        else:
+            y = self.activate(y)
+        if self.gate is not None:
+            y = y * self.gate(x_g, torch.sigmoid)
+        return self.output(y), M, new_shift, kl
+
+    def encode(self, x: Tensor, trajectory: ops.Trajectory) -> tuple[Tensor, Tensor | None]:
+        """Return the state-encoded token e [B, T, H, N] and the KL term of a variational encoder."""
+        options, size = self.options, self.options.encoder_size
+        if size is None or size == self.head_size:
+            e = trajectory.read(x, by=options.read)
+        else:  # the top-left size x size block of S: other channels neither ask nor answer
+            kept = F.pad(x[..., :size], (0, self.head_size - size))
+            e = F.pad(
+                trajectory.read(kept, by=options.read)[..., :size], (0, self.head_size - size)
+            )
+        if options.encoder == "self_state":
+            return e, None
+        pair = torch.cat([x, e.to(x.dtype)], -1)
+        z = torch.einsum("bthn,hnr->bthr", pair, self.compress.to(pair.dtype))
+        kl = None
+        if options.variational:
+            mean, log_var = z.float().chunk(2, -1)
+            kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((-1, -2)).mean()
+            if self.training:
+                mean = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
+            z = mean.to(x.dtype)
+        else:
+            z = F.silu(z)
+        return torch.einsum("bthr,hrn->bthn", z, self.expand.to(z.dtype)), kl
+
+    def read_out(
+        self,
+        x: Tensor,
+        e: Tensor,
+        trajectory: ops.Trajectory,
+        M: Tensor | None,
+        packing: Packing | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return y = norm(q M^T) [+ norm(e)], [B, T, H N], and M after the last token."""
+        options, parts = self.options, []
+        if self.has_meta:
+            assert M is not None
+            written = segment_norm(e, options.encoding_norm, self.segments)
+            q = written if options.query == "encoding" else None
+            initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
+            y, final = ops.meta_state(
+                x, written, q, trajectory, initial, update=options.update, backend=backend
+            )
+            M = last_of_rows(final, packing)
+            parts.append(y.flatten(2) if self.meta_norm is None else self.meta_norm(y))
+        if options.readout != "meta":
+            parts.append(e.flatten(2) if self.encoding_norm is None else self.encoding_norm(e))
+        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]), M
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply `activation`."""
+        kind = self.options.activation
+        return {"none": lambda: x, "relu2": lambda: F.relu(x).square(), "silu": lambda: F.silu(x)}[
+            kind
+        ]()
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter."""
+        groups = {"output.weight": MATRIX}
+        for name, group in (("projection", VECTOR), ("mu", VECTOR), ("compress", MATRIX), ("expand", MATRIX)):
+            if getattr(self, name, None) is not None:
+                groups[name] = group
+        for name in ("meta_norm", "encoding_norm", "gate"):
+            module = getattr(self, name)
+            if module is not None:
+                groups |= {f"{name}.{k}": g for k, g in module.optimizer_groups().items()}
+        return groups

@@ -1,0 +1,171 @@
+"""RWKV-7 time mixing: token shift, low-rank data-dependent decay and rates, the WKV recurrence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metastate import ops
+from metastate.config import ModelConfig
+from metastate.layers.common import (
+    DECAY_BASE,
+    MATRIX,
+    VECTOR,
+    GroupNorm,
+    LowRank,
+    Packing,
+    last_of_rows,
+    linear,
+    low_rank_size,
+    run_packed,
+    token_shift,
+)
+
+DECAY_SCALE = -math.exp(-0.5)
+
+
+class TimeMix(nn.Module):
+    """Time mixing of RWKV-7 (arXiv:2503.14456), D_att = H N channels of state on a width of D.
+
+    x^i = x_t + (x_{t-1} - x_t) mu_i,  i in r, w, k, v, a, g
+    a = sigmoid(lowrank(x^a))      log_w = -exp(-0.5) sigmoid(lowrank(x^w; tanh))
+    kappa = unit(k * k_k)          k~ = k (1 + (a - 1) k_a)        v = v' + (v_first - v') sigmoid(lowrank(x^v))
+    S_t = S_{t-1} (diag(w) - kappa^T (a * kappa)) + v^T k~
+    o = (g * (group_norm(r S^T) + (sum_N r r_k k~) v)) W_o
+
+    `parameter_tokens` pairs (k_p, v_p) give the state before the first token, S_0 = V_P^T K_P.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D, A, H = config.hidden_size, config.attention_size, config.num_heads
+        assert config.head_size is not None and config.head_segments is not None
+        N = config.head_size
+        self.num_heads, self.head_size, self.layer = H, N, layer
+        depth = layer / max(config.num_layers - 1, 1)  # 0 -> 1 over the layers
+        rest = 1 - layer / config.num_layers  # 1 -> 0
+        c = torch.arange(D) / D
+        power = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+        self.mu = nn.Parameter(torch.stack([1 - c ** (p * rest) for p in power.values()]))
+        n = torch.arange(A)
+        line = n / max(A - 1, 1)
+        z = (n % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
+        zigzag = z * z.abs()
+        self.decay = LowRank(
+            D,
+            low_rank_size(config.decay_rank, 2.5, D, N),
+            A,
+            -6 + 6 * line ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag,
+        )
+        self.icl_rate = LowRank(
+            D,
+            low_rank_size(config.icl_rate_rank, 2.5, D, N),
+            A,
+            -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5),
+        )
+        self.value_mix = (
+            LowRank(
+                D,
+                low_rank_size(config.value_rank, 1.7, D, N),
+                A,
+                0.73 - 0.4 * (line - 0.5),
+            )
+            if layer > 0
+            else None
+        )
+        self.gate = LowRank(D, low_rank_size(config.gate_rank, 5.0, D), A)
+        self.k_k = nn.Parameter(0.71 - 0.1 * (line - 0.5))
+        self.k_a = nn.Parameter(torch.full((A,), 1.02))
+        self.r_k = nn.Parameter(torch.full((H, N), -0.04))
+        self.receptance = linear(D, A, 1.0)
+        self.key = linear(D, A, 0.1)
+        self.value = linear(D, A, 1.0)
+        self.output = linear(A, D, 0.0)
+        self.norm = GroupNorm(
+            H, config.head_segments, gain=((1 + layer) / config.num_layers) ** 0.7
+        )
+        P = config.parameter_tokens
+        self.token_keys = nn.Parameter(torch.randn(H, P, N) * N**-0.5) if P else None
+        self.token_values = nn.Parameter(torch.zeros(H, P, N)) if P else None
+
+    def initial_state(self) -> Tensor:
+        """Return S_0 = V_P^T K_P, [H, N, N]; zeros without parameter tokens."""
+        dtype = ops.state_dtype(self.k_k.dtype)
+        if self.token_keys is None or self.token_values is None:
+            shape = (self.num_heads, self.head_size, self.head_size)
+            return torch.zeros(shape, dtype=dtype, device=self.k_k.device)
+        return self.token_values.to(dtype).mT @ self.token_keys.to(dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        S: Tensor,
+        shift: Tensor,
+        v_first: Tensor | None,
+        packing: Packing | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, ops.Trajectory]:
+        """Mix x over time.
+
+        Args:
+            x: [B, T, D]. S: state before token 0, [B, H, N, N]. shift: x before token 0, [B, D].
+            v_first: layer 0's value, [B, T, H, N]; None in layer 0.
+            packing: where documents start; None means nowhere.
+            backend: of metastate.ops.
+
+        Returns:
+            y [B, T, D], the state S after the last token, the new shift, v_first, and the WKV
+            trajectory that the Meta-State layer reads.
+        """
+        batch, length, _ = x.shape
+        heads = (batch, length, self.num_heads, self.head_size)
+        delta = token_shift(x, shift, packing) - x
+        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, delta, mu) for mu in self.mu.to(x.dtype))
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v).view(heads)
+        log_w = DECAY_SCALE * torch.sigmoid(self.decay(x_w, torch.tanh))
+        a = torch.sigmoid(self.icl_rate(x_a))
+        if self.value_mix is None:
+            v_first = v
+        else:
+            assert v_first is not None
+            v = torch.lerp(v, v_first.to(v.dtype), torch.sigmoid(self.value_mix(x_v)).view(heads).to(v.dtype))
+        kappa = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
+        k = (k * (1 + (a - 1) * self.k_a)).view(heads)
+        r = r.view(heads)
+        initial, cu_seqlens = run_packed(S, self.initial_state(), packing)
+        y, trajectory = ops.wkv7_trajectory(
+            r,
+            log_w.view(heads),
+            k,
+            v,
+            kappa,
+            a.view(heads),
+            initial,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        p = self.norm(y) + bonus.flatten(2)
+        out = self.output(p * self.gate_of(x_g))
+        return out, last_of_rows(trajectory.state, packing), x[:, -1], v_first, trajectory
+
+    def gate_of(self, x_g: Tensor) -> Tensor:
+        """Return g = sigmoid(x^g A) B, [B, T, H N]."""
+        return self.gate(x_g, torch.sigmoid)
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter that this layer owns directly or in a map."""
+        groups = dict.fromkeys(("mu", "k_k", "k_a", "r_k"), VECTOR)
+        for name in ("receptance", "key", "value", "output"):
+            groups[f"{name}.weight"] = MATRIX
+        for name in ("decay", "icl_rate", "value_mix", "gate", "norm"):
+            module = getattr(self, name)
+            if module is not None:
+                groups |= {f"{name}.{k}": g for k, g in module.optimizer_groups().items()}
+        groups["decay.bias"] = DECAY_BASE
+        if self.token_keys is not None:
+            groups |= {"token_keys": VECTOR, "token_values": VECTOR}
+        return groups

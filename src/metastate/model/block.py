@@ -1,0 +1,111 @@
+"""One block of each architecture: x = x + mix(ln1(x)); x = x + second(ln2(x))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metastate.config import ModelConfig
+from metastate.layers.attention import Attention, AttentionState, Mlp
+from metastate.layers.channel_mix import ChannelMix
+from metastate.layers.common import VECTOR, Packing, RecurrentState
+from metastate.layers.meta_state import MetaState
+from metastate.layers.time_mix import TimeMix
+
+
+class RecurrentBlock(nn.Module):
+    """Time mixing, then the Meta-State layer or RWKV-7's channel mixing.
+
+    x = x + TimeMix(ln1(x))            also yields the WKV trajectory S_t
+    x = x + MetaState(ln2(x), S_t)     or + ChannelMix(ln2(x))
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.ln1 = nn.LayerNorm(config.hidden_size)
+        self.time_mix = TimeMix(config, layer)
+        self.ln2 = nn.LayerNorm(config.hidden_size)
+        if config.architecture == "metastate":
+            self.meta_state = MetaState(config)
+        else:
+            self.channel_mix = ChannelMix(config, layer)
+
+    def init_state(self, batch_size: int) -> RecurrentState:
+        """Return the state before the first token: S_0, everything else zero."""
+        config, weight = self.config, self.ln1.weight
+        S = self.time_mix.initial_state()
+        S = S.expand(batch_size, *S.shape)
+        zeros = weight.new_zeros(batch_size, config.hidden_size)
+        is_meta = config.architecture == "metastate"
+        has_M = is_meta and self.meta_state.has_meta
+        has_shift = not is_meta or config.meta_state.token_shift
+        M = torch.zeros_like(S, requires_grad=False) if has_M else None
+        return RecurrentState(S, zeros, M, zeros if has_shift else None)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: RecurrentState,
+        v_first: Tensor | None,
+        packing: Packing | None,
+        backend: str,
+    ) -> tuple[Tensor, RecurrentState, Tensor | None, Tensor | None]:
+        """Return x [B, T, D], the new state, layer 0's value for the layers above, and a KL term."""
+        y, S, time_shift, v_first, trajectory = self.time_mix(
+            self.ln1(x), state.S, state.time_shift, v_first, packing, backend
+        )
+        x = x + y
+        M, kl = None, None
+        if self.config.architecture == "metastate":
+            y, M, shift, kl = self.meta_state(
+                self.ln2(x), trajectory, state.M, state.channel_shift, packing, backend
+            )
+        else:
+            y, shift = self.channel_mix(self.ln2(x), state.channel_shift, packing)
+        return x + y, RecurrentState(S, time_shift, M, shift), v_first, kl
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter."""
+        return block_groups(self)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.ln2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = Mlp(config)
+
+    def init_state(self, batch_size: int) -> AttentionState:
+        """Return an empty key-value cache."""
+        weight, layer = self.ln1.weight, self.attention
+        return AttentionState.empty(
+            batch_size, layer.num_heads, layer.head_size, device=weight.device, dtype=weight.dtype
+        )
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None, resets: Tensor | None
+    ) -> tuple[Tensor, AttentionState]:
+        """Return x [B, T, D] and the new cache."""
+        y, state = self.attention(self.ln1(x), state, resets)
+        x = x + y
+        return x + self.mlp(self.ln2(x)), state
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter."""
+        return block_groups(self)
+
+
+def block_groups(module: nn.Module) -> dict[str, str]:
+    """Collect the groups of a module's children; a layer norm's weight and bias take no decay."""
+    groups = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.LayerNorm):
+            groups |= {f"{name}.weight": VECTOR, f"{name}.bias": VECTOR}
+        else:
+            groups |= {f"{name}.{k}": g for k, g in child.optimizer_groups().items()}  # type: ignore[operator]
+    return groups

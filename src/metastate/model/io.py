@@ -1,0 +1,128 @@
+"""Checkpoints: a folder of `model.safetensors` and `config.json`; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from metastate.config import ModelConfig, from_dict, to_dict
+from metastate.data.files import atomic_write, write_json
+from metastate.errors import CheckpointError, ConfigError
+from metastate.model import presets
+from metastate.model.lm import LanguageModel
+
+FORMAT = "metastate"
+VERSION = 1
+
+
+def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
+    """Write `model` to the folder `path` as model.safetensors and config.json, each atomically.
+
+    Raises:
+        CheckpointError: the disk is full or the system refuses; the previous file is untouched.
+    """
+    path = Path(path)
+    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    content = safetensors.torch.save(tensors, {"format": FORMAT})
+    atomic_write(path / "model.safetensors", content, error=CheckpointError)
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": to_dict(model.config),
+        "lineage": model.lineage,
+        "tokenizer": model.tokenizer_info,
+    }
+    write_json(path / "config.json", config, error=CheckpointError)
+
+
+def load(
+    path_or_preset: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+) -> LanguageModel:
+    """Return a trained model from a checkpoint folder, or a fresh one from the name of a preset.
+
+    The folder of a training run stands for its last checkpoint.
+
+    Raises:
+        CheckpointError: nothing is there, or it is truncated, corrupt, foreign or newer than this
+            program.
+    """
+    path = Path(path_or_preset)
+    if not path.exists() and str(path_or_preset) in presets.NAMES:
+        return LanguageModel(presets.preset(str(path_or_preset))).to(device)
+    info = read_config(path)
+    path = path if (path / "config.json").exists() else path / "last"
+    with torch.device("meta"):
+        model = LanguageModel(info["model"])
+    tensors = read_tensors(path / "model.safetensors")
+    check_tensors(tensors, dict(model.state_dict()), path / "model.safetensors")
+    model.load_state_dict(tensors, assign=True)
+    model.lineage, model.tokenizer_info = info.get("lineage") or [], info.get("tokenizer")
+    return model.to(device)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a checkpoint's config.json with `model` as a ModelConfig.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    path = Path(path)
+    file = path / "config.json"
+    if not file.exists() and (path / "last" / "config.json").exists():
+        file = path / "last" / "config.json"
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "" if path.exists() else f" and no preset has that name ({presets.nearest(str(path))})"
+        raise CheckpointError(f"no checkpoint at {path}: no config.json there{hint}") from None
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"{file} cannot be read ({cause}); the checkpoint is corrupt") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is no metastate checkpoint's config")
+    if not isinstance(info.get("version"), int) or info["version"] > VERSION:
+        raise CheckpointError(
+            f"{file} has version {info.get('version')}, this program reads up to {VERSION}; "
+            "install a newer metastate"
+        )
+    try:
+        info["model"] = from_dict(ModelConfig, info.get("model"), "model")
+    except ConfigError as cause:
+        raise CheckpointError(f"{file}: {cause}") from None
+    return info
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file; CheckpointError if it is missing, cut or corrupt."""
+    try:
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; the checkpoint is not whole") from None
+    except (safetensors.SafetensorError, OSError) as cause:
+        raise CheckpointError(
+            f"{file} is no whole safetensors file ({cause}); it is corrupt or cut off: use another "
+            "checkpoint"
+        ) from None
+
+
+def check_tensors(
+    found: dict[str, torch.Tensor], needed: dict[str, torch.Tensor], file: Path
+) -> None:
+    """Raise CheckpointError unless `found` has exactly the names, shapes and dtypes' kind needed."""
+    for name, x in needed.items():
+        if name not in found:
+            raise CheckpointError(f"{file} has no tensor {name!r}; it is of another model")
+        if found[name].shape != x.shape:
+            raise CheckpointError(
+                f"{file}: {name} is {list(found[name].shape)}, the config needs {list(x.shape)}"
+            )
+        if not found[name].is_floating_point():
+            raise CheckpointError(f"{file}: {name} is {found[name].dtype}, not floating point")
+    extra = sorted(found.keys() - needed.keys())
+    if extra:
+        raise CheckpointError(f"{file} holds {extra[0]!r}, which this model does not have")

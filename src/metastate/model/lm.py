@@ -1,0 +1,197 @@
+"""The language model: embedding, blocks, head; one forward for training, prefill and decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from metastate.config import ModelConfig
+from metastate.errors import ShapeError, StateError
+from metastate.layers.common import MATRIX, Packing, linear
+from metastate.model.block import RecurrentBlock, TransformerBlock, block_groups
+from metastate.model.state import ModelState
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of any of our architectures, fixed by its ModelConfig.
+
+    x = embedding(tokens) (then ln0 in the recurrent ones);  x = block(x) L times;  logits = head(ln_out(x))
+
+    Attributes:
+        config: the ModelConfig.
+        backend: of metastate.ops, "auto" unless set.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping it.
+        lineage: how this model grew, oldest step first.
+        tokenizer_info: what metastate.data.tokenizer needs to rebuild its tokenizer, or None.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = "auto"
+        self.activation_checkpointing = False
+        self.lineage: list[dict[str, Any]] = []
+        self.tokenizer_info: dict[str, Any] | None = None
+        D, V = config.hidden_size, config.vocab_size
+        self.recurrent = config.architecture != "transformer"
+        device = torch.get_default_device()
+        self.embedding = nn.utils.skip_init(nn.Embedding, V, D, device=device)
+        if self.recurrent:
+            nn.init.uniform_(self.embedding.weight, -1e-4, 1e-4)
+            self.head = linear(D, V, 0.5 * max(1.0, V / D) ** 0.5)
+            self.ln0: nn.Module = nn.LayerNorm(D)
+            blocks: list[nn.Module] = [RecurrentBlock(config, i) for i in range(config.num_layers)]
+        else:
+            nn.init.normal_(self.embedding.weight, std=0.02)
+            self.head = nn.Linear(D, V, bias=False)
+            nn.init.normal_(self.head.weight, std=0.02)
+            blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_out = nn.LayerNorm(D)
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """Return the detached state before the first token for `batch_size` rows."""
+        if batch_size < 1:
+            raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
+        return self._fresh(batch_size).detach()
+
+    def _fresh(self, batch_size: int) -> ModelState:
+        return ModelState(tuple(block.init_state(batch_size) for block in self.blocks))  # type: ignore[operator]
+
+    def features(
+        self, tokens: Tensor, state: ModelState | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, ModelState, Tensor | None]:
+        """Run everything but the head.
+
+        Args:
+            tokens: [B, T] int64 ids below the vocabulary size.
+            state: what came before, from `init_state` or an earlier call; None means nothing. It is
+                not changed. Gradients flow through it unless it was detached.
+            resets: [B, T] bool, True where a document starts: the state returns to its start there.
+
+        Returns:
+            ln_out(x) [B, T, D], the state after the last token, and the KL term of variational
+            encoders, weighted, or None.
+
+        Raises:
+            ShapeError: tokens or resets have the wrong shape, dtype or range.
+            StateError: the state is of another model or batch size.
+        """
+        self._check_tokens(tokens, resets)
+        batch, length = tokens.shape
+        if state is None:
+            state = self._fresh(batch)
+        elif state.batch_size != batch or len(state.layers) != len(self.blocks):
+            raise StateError(
+                f"the state holds {state.batch_size} rows and {len(state.layers)} layers; the call "
+                f"needs {batch} rows and {len(self.blocks)} layers"
+            )
+        x = self.embedding(tokens)
+        kl: Tensor | None = None
+        layers: list[Any] = []
+        if self.recurrent:
+            packing = None if resets is None else Packing.from_resets(resets)
+            x, v_first = self.ln0(x), None
+            for block, old in zip(self.blocks, state.layers, strict=True):
+                args = (x, old, v_first, packing, self.backend)
+                x, new, v_first, term = self._run(block, *args)
+                layers.append(new)
+                if term is not None:
+                    kl = term if kl is None else kl + term
+        else:
+            for block, old in zip(self.blocks, state.layers, strict=True):
+                x, new = self._run(block, x, old, resets)
+                layers.append(new)
+        if kl is not None:
+            kl = kl * self.config.meta_state.kl_weight
+        return self.ln_out(x), ModelState(tuple(layers), state.tokens_seen + length), kl
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Return logits [B, T, V] and the state after the last token; arguments as `features`."""
+        x, state, _ = self.features(tokens, state, resets=resets)
+        return self.head(x), state
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def _check_tokens(self, tokens: Tensor, resets: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+            raise ShapeError(
+                f"tokens must be int64 [B, T], B and T at least 1; got {tokens.dtype} "
+                f"{list(tokens.shape)}"
+            )
+        if resets is not None and (resets.shape != tokens.shape or resets.dtype != torch.bool):
+            raise ShapeError(
+                f"resets must be bool {list(tokens.shape)}; got {resets.dtype} {list(resets.shape)}"
+            )
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ShapeError(
+                    f"token ids run from {int(low)} to {int(high)}, the vocabulary from 0 to "
+                    f"{self.config.vocab_size - 1}; use the tokenizer that the model was trained with"
+                )
+
+    def optimizer_groups(self) -> dict[str, str]:
+        """Return the optimizer group of each parameter: MATRIX, VECTOR or DECAY_BASE."""
+        groups = {"embedding.weight": MATRIX, "head.weight": MATRIX}
+        for i, block in enumerate(self.blocks):
+            groups |= {f"blocks.{i}.{k}": g for k, g in block.optimizer_groups().items()}  # type: ignore[operator]
+        norms = nn.ModuleDict({n: m for n, m in self.named_children() if n in ("ln0", "ln_out")})
+        return groups | block_groups(norms)
+
+    def count_parameters(self) -> dict[str, int]:
+        """Return the number of parameters by part, `total`, and `non_embedding` (without the head)."""
+        counts: dict[str, int] = {}
+        for name, p in self.named_parameters():
+            pieces = name.split(".")
+            part = pieces[2] if pieces[0] == "blocks" else pieces[0]
+            part = "norms" if part.startswith("ln") else part
+            counts[part] = counts.get(part, 0) + p.numel()
+        total = sum(counts.values())
+        inner = total - counts["embedding"] - counts["head"]
+        return counts | {"total": total, "non_embedding": inner}
+
+    def flops_per_token(self, context: int) -> tuple[int, int]:
+        """Return (forward, backward) FLOPs a token in training at length `context`.
+
+        Matrix products count 2 a weight forward and 4 backward. An N x N state costs, a head and
+        token, 10 N^2 for the recurrence (removal read, decay, two rank-1 writes, read) and 2 N^2
+        for another reader, 26 N^2 and 10 N^2 backward. Attention costs 4 D a visible key forward
+        (8 backward), (T + 1) / 2 keys on average. Elementwise work is left out.
+        """
+        config = self.config
+        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and self._multiplies(n))
+        forward, backward = 2 * matrices, 4 * matrices
+        if not self.recurrent:
+            attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
+            return forward + attention, backward + 2 * attention
+        assert config.head_size is not None
+        unit = config.num_layers * config.num_heads * config.head_size**2
+        forward, backward = forward + 10 * unit, backward + 26 * unit
+        if config.architecture == "metastate":
+            forward, backward = forward + 2 * unit, backward + 10 * unit
+            if config.meta_state.readout != "encoding":
+                forward, backward = forward + 10 * unit, backward + 26 * unit
+        return forward, backward
+
+    @staticmethod
+    def _multiplies(name: str) -> bool:
+        """Whether a parameter of two axes is a matrix product's factor (an embedding is a look-up)."""
+        return name != "embedding.weight" and not name.endswith((".mu", ".r_k"))
+
+    def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:
+        """Return the bytes of the state after `tokens` tokens; constant in a recurrent model."""
+        if self.recurrent:
+            return sum(b.init_state(batch_size).num_bytes for b in self.blocks)  # type: ignore[operator]
+        config, size = self.config, self.embedding.weight.element_size()
+        return 2 * config.num_layers * config.attention_size * size * batch_size * tokens
+
+

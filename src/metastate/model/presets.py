@@ -1,0 +1,72 @@
+"""Named sizes, `architecture-size`; the sizes of one row have equal non-embedding parameters within 1 %.
+
+Meta-State sets the count of a row: it keeps D and H, its depth comes nearest to the name (for 150m
+and above with the 50,304 x D embedding and head counted in). The others keep D and H and meet the
+count by depth and FFN width, the width as near to 4 D as the depth allows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from metastate.config import MetaStateConfig, ModelConfig, coerce_fields, merge, to_dict
+from metastate.errors import ConfigError
+
+# size: D, H, Meta-State's depth, (depth, FFN width) of RWKV-7 and of the Transformer
+SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int]]] = {
+    "tiny": (128, 2, 4, (3, 232), (3, 384)),
+    "mini": (256, 4, 12, (6, 928), (6, 1088)),
+    "small": (512, 8, 15, (7, 2048), (8, 1920)),
+    "150m": (768, 12, 21, (10, 2816), (10, 3104)),
+    "450m": (1536, 12, 21, (10, 5792), (10, 6464)),
+    "900m": (2304, 12, 21, (10, 8832), (11, 8704)),
+    "1.5b": (3072, 12, 21, (10, 11936), (11, 11872)),
+}
+ARCHITECTURES = ("metastate", "paper", "rwkv7", "transformer")
+NAMES = [f"{architecture}-{size}" for architecture in ARCHITECTURES for size in SIZES]
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """Return the configuration `name`, for example `metastate-mini`, with fields replaced.
+
+    `paper-SIZE` is Meta-State in the paper's literal reading. A mapping given for `meta_state`
+    replaces single options of it.
+
+    Raises:
+        ConfigError: no such preset (the nearest name is said), or an override is not valid.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"unknown preset {name!r}; {nearest(name)}")
+    architecture, size = re.fullmatch(r"(\w+)-(.+)", name).groups()  # type: ignore[union-attr]
+    D, H, depth, rwkv7, transformer = SIZES[size]
+    layers, ffn = {"rwkv7": rwkv7, "transformer": transformer}.get(architecture, (depth, None))
+    fields = {
+        "architecture": "metastate" if architecture == "paper" else architecture,
+        "hidden_size": D,
+        "num_heads": H,
+        "num_layers": layers,
+        "ffn_size": ffn,
+        "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
+    }
+    return override(ModelConfig(**fields), overrides)  # type: ignore[arg-type]
+
+
+def override(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """Return `config` with the fields of `changes` replaced, checked as `from_dict` checks them.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not allowed.
+    """
+    changes = dict(changes)
+    meta = changes.get("meta_state")
+    if isinstance(meta, dict):
+        changes["meta_state"] = merge(to_dict(config.meta_state), meta)
+    return config.replace(**coerce_fields(ModelConfig, changes, "model"))
+
+
+def nearest(name: str) -> str:
+    """Say which preset is nearest to `name`, or which there are."""
+    near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"

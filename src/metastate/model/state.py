@@ -1,0 +1,168 @@
+"""What a model carries from token to token: typed, immutable in use, saved as safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from metastate.config import ModelConfig
+from metastate.data.files import atomic_write
+from metastate.errors import StateError
+from metastate.layers.attention import AttentionState
+from metastate.layers.common import RecurrentState
+
+if TYPE_CHECKING:
+    from metastate.model.lm import LanguageModel
+
+LayerState = RecurrentState | AttentionState
+FORMAT = "metastate-state"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The states of all layers after `tokens_seen` tokens, for a batch of B rows.
+
+    A forward pass never changes the state that it was given; it returns a new one. So a state can be
+    kept, forked and continued any number of times.
+
+    Attributes:
+        layers: one RecurrentState or AttentionState a block.
+        tokens_seen: number of tokens consumed so far.
+        extra: notes that travel with a saved state, text to text.
+    """
+
+    layers: tuple[LayerState, ...]
+    tokens_seen: int = 0
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ModelState:
+        """Return a state whose tensors are `fn` of this one's."""
+        return dataclasses.replace(self, layers=tuple(layer.map(fn) for layer in self.layers))
+
+    def detach(self) -> ModelState:
+        """Return the state cut off from the graph that made it."""
+        return self.map(torch.Tensor.detach)
+
+    def clone(self) -> ModelState:
+        """Return a copy that shares no memory."""
+        return self.map(torch.clone)
+
+    def to(self, device: torch.device | str) -> ModelState:
+        """Return the state on `device`."""
+        return self.map(lambda x: x.to(device))
+
+    def __getitem__(self, rows: int | slice | Tensor) -> ModelState:
+        """Return the state of some batch rows; an int keeps a batch of one."""
+        if isinstance(rows, int):
+            if not -self.batch_size <= rows < self.batch_size:
+                raise IndexError(f"row {rows} of a state with {self.batch_size} rows")
+            rows = slice(rows, rows + 1 or None)
+        return self.map(lambda x: x[rows])
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        layer = self.layers[0]
+        return (layer.S if isinstance(layer, RecurrentState) else layer.keys).shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes; constant for a recurrent model, growing with every token for a Transformer."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name, `layers.0.S` and so on, buffers cut to what is in use."""
+        out = {}
+        for i, layer in enumerate(self.layers):
+            whole = layer.map(lambda x: x)
+            for f in dataclasses.fields(whole):
+                value = getattr(whole, f.name)
+                if isinstance(value, Tensor):
+                    out[f"layers.{i}.{f.name}"] = value
+        return out
+
+    def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
+        """Write the state as safetensors, atomically; `config` of the model that made it is recorded."""
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "tokens_seen": str(self.tokens_seen),
+            "config": config_hash(config),
+            "extra": json.dumps(self.extra),
+        }
+        tensors = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items()}
+        atomic_write(path, safetensors.torch.save(tensors, header), error=StateError)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LanguageModel) -> ModelState:
+        """Read a state for `model`.
+
+        Raises:
+            StateError: the file is missing, corrupt, no state, newer, or of another model.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise StateError(f"no state file at {path}") from None
+        except (safetensors.SafetensorError, OSError) as cause:
+            raise StateError(f"{path} is no whole safetensors file ({cause}); it is corrupt or cut "
+                             "off: make the state again") from None
+        if header.get("format") != FORMAT:
+            raise StateError(f"{path} is a safetensors file but no metastate state")
+        if int(header["version"]) > VERSION:
+            raise StateError(f"{path} has version {header['version']}; install a newer metastate")
+        if header["config"] != config_hash(model.config):
+            raise StateError(f"{path} was made by a model of another configuration; use that model")
+        kind = AttentionState if model.config.architecture == "transformer" else RecurrentState
+        layers = []
+        for i in range(model.config.num_layers):
+            prefix = f"layers.{i}."
+            fields = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            try:
+                layers.append(kind(**fields))
+            except TypeError:
+                raise StateError(f"{path} holds no whole state of layer {i}") from None
+        state = cls(tuple(layers), int(header["tokens_seen"]), json.loads(header["extra"]))
+        state.check(model)
+        return state.to(next(model.parameters()).device)
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise StateError unless this state fits `model`."""
+        if len(self.layers) != model.config.num_layers:
+            raise StateError(
+                f"the state has {len(self.layers)} layers, the model {model.config.num_layers}"
+            )
+        for i, (own, fresh) in enumerate(
+            zip(self.layers, model.init_state(self.batch_size).layers, strict=True)
+        ):
+            if type(own) is not type(fresh):
+                raise StateError(f"the state's layer {i} is a {type(own).__name__}, the model "
+                                 f"needs a {type(fresh).__name__}")
+            if isinstance(own, AttentionState) or isinstance(fresh, AttentionState):
+                continue  # the layer itself checks a cache, whose length is free
+            for f in dataclasses.fields(RecurrentState):
+                a, b = getattr(own, f.name), getattr(fresh, f.name)
+                found = None if a is None else list(a.shape)
+                needed = None if b is None else list(b.shape)
+                if found != needed:
+                    raise StateError(f"the state's layers.{i}.{f.name} is {found}, the model needs "
+                                     f"{needed}")
+
+
+def config_hash(config: ModelConfig) -> str:
+    """Return the SHA-256 of a configuration, in hexadecimal."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
