@@ -277,13 +277,15 @@ def _merge(
     parts: list[Path], folder: Path, tokenizer: Tokenizer, fractions: tuple[float, float, float]
 ) -> dict[str, Any]:
     """Write every split's files from the parts; return what data.json says about them."""
-    names: list[str] = []
-    columns: dict[str, list[np.ndarray]] = {}
+    local: list[list[str]] = []
     for path in parts:
         with _load(path) as part:
-            own = json.loads(part["names"].tobytes())
-            names += [name for name in own if name not in names]
-            place = np.array([names.index(name) for name in own])
+            local.append(json.loads(part["names"].tobytes()))
+    names = sorted(set(chain.from_iterable(local)))
+    columns: dict[str, list[np.ndarray]] = {}
+    for path, own in zip(parts, local, strict=True):
+        place = np.array([names.index(name) for name in own])
+        with _load(path) as part:
             for key in ("lengths", "text_bytes", "hashes", "splits"):
                 columns.setdefault(key, []).append(part[key])
             columns.setdefault("domains", []).append(place[part["domains"]])

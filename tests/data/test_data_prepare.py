@@ -1,0 +1,255 @@
+import errno
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+
+from metastate.data import prepare as module
+from metastate.data.loader import PreparedData
+from metastate.data.prepare import prepare
+from metastate.data.tokenizer import ByteTokenizer
+from metastate.errors import ConfigError, DataError
+
+
+def write_lines(path, documents, domain="a"):
+    lines = [json.dumps({"text": d, "meta": {"set": domain}}) for d in documents]
+    with open(path, "a") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def random_documents(count, seed=0):
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abc é\n", k=rng.randint(1, 80))) for _ in range(count)]
+
+
+def run(inputs, out, **options):
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    return prepare(inputs, options.pop("tokenizer", "bytes"), out, progress=False, **options)
+
+
+def texts(data, name):
+    if not data.record["splits"][name]["tokens"]:
+        return []
+    found = []
+    for document in data.split(name).documents():
+        assert document.tokens[-1] == 0 and 0 not in document.tokens[:-1]
+        found.append(bytes(document.tokens[:-1].tolist()).decode())
+        assert document.text_bytes == len(document.tokens) - 1
+    return found
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_documents_are_kept_apart_and_drawn_by_their_hash(tmp_path):
+    documents = random_documents(2000)
+    write_lines(tmp_path / "a.jsonl", documents)
+    data = run(tmp_path / "a.jsonl", tmp_path / "out", fractions=(0.8, 0.1, 0.1))
+    found = {name: texts(data, name) for name in ("train", "valid", "test")}
+    assert sorted(sum(found.values(), [])) == sorted(documents)
+    assert not set(found["train"]) & set(found["valid"] + found["test"])
+    assert 120 < len(found["valid"]) < 280 and 120 < len(found["test"]) < 280
+    order = {text: i for i, text in reversed(list(enumerate(documents)))}
+    assert [order[t] for t in found["valid"]] == sorted(order[t] for t in found["valid"])
+    # another order, another neighbour: the same documents are held out
+    write_lines(tmp_path / "b.jsonl", [*documents[::-1], "one more"])
+    again = run(tmp_path / "b.jsonl", tmp_path / "again", fractions=(0.8, 0.1, 0.1))
+    assert set(found["valid"]) <= set(texts(again, "valid")) <= {*found["valid"], "one more"}
+
+
+def test_the_record_counts_documents_tokens_and_bytes_by_domain(tmp_path):
+    write_lines(tmp_path / "train.jsonl", ["ab", "é"], "law")
+    write_lines(tmp_path / "train.jsonl", ["cde"], "code")
+    write_lines(tmp_path / "valid.jsonl", ["xy"], "code")
+    data = run([tmp_path / "train.jsonl", tmp_path / "valid.jsonl"], tmp_path / "out")
+    assert data.record["domains"] == ["code", "law"]
+    train = data.record["splits"]["train"]
+    assert (train["documents"], train["tokens"], train["text_bytes"]) == (3, 10, 7)
+    assert train["domains"]["law"] == {"documents": 2, "tokens": 6, "text_bytes": 4}
+    binary = (tmp_path / "out" / "train.bin").read_bytes()
+    assert train["sha256"] == hashlib.sha256(binary).hexdigest()
+    assert data.record["tokenizer"] == ByteTokenizer().info()
+    assert data.split("train").dataset.domains.tolist() == [1, 1, 0]
+    assert data.split("valid").documents().__next__().domain == "code"
+
+
+def test_names_and_arguments_give_the_splits(tmp_path):
+    for name in ("train", "valid", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", random_documents(30, seed=len(name)))
+    data = run(tmp_path, tmp_path / "a")
+    sizes = {name: split["documents"] for name, split in data.record["splits"].items()}
+    assert sizes == {"train": 30, "valid": 30, "test": 30}
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    data = run(train, tmp_path / "b", valid=[valid])
+    sizes = [split["documents"] for split in data.record["splits"].values()]
+    assert sizes == [30, 30, 0]
+    data = run([train, tmp_path / "test.jsonl"], tmp_path / "c")
+    sizes = [split["documents"] for split in data.record["splits"].values()]
+    assert sum(sizes) == 60 and sizes[1] >= 1 and sizes[2] == 30  # valid is drawn from train
+    data = run(train, tmp_path / "d")  # the name alone says nothing
+    assert all(split["documents"] for split in data.record["splits"].values())
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 40])
+def test_few_documents_still_give_a_valid_split(tmp_path, count):
+    for seed in range(6):
+        path = tmp_path / f"{seed}.jsonl"
+        write_lines(path, random_documents(count, seed), "a")
+        data = run(path, tmp_path / f"out{seed}", fractions=(0.5, 0.25, 0.25))
+        sizes = [split["documents"] for split in data.record["splits"].values()]
+        assert sizes[0] and sizes[1] and sum(sizes) == count
+        assert sizes[2] or count == 2
+
+
+def test_equal_documents_stay_on_one_side(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["same"] * 25 + ["one", "two"])
+    data = run(tmp_path / "a.jsonl", tmp_path / "out")
+    sides = [name for name in ("train", "valid", "test") if "same" in texts(data, name)]
+    assert len(sides) == 1
+    assert all(split["documents"] for split in data.record["splits"].values())
+
+
+def test_every_larger_domain_is_held_out(tmp_path):
+    for i in range(4):
+        write_lines(tmp_path / "a.jsonl", random_documents(25, seed=i), f"domain {i}")
+    splits = run(tmp_path / "a.jsonl", tmp_path / "out").record["splits"]
+    for name in ("train", "valid", "test"):
+        assert all(domain["documents"] for domain in splits[name]["domains"].values())
+
+
+def test_one_document_is_cut_by_position(tmp_path):
+    text = "".join(random_documents(50))
+    (tmp_path / "a.txt").write_text(text)
+    data = run(tmp_path / "a.txt", tmp_path / "out")
+    pieces = [texts(data, name) for name in ("train", "valid", "test")]
+    assert [len(piece) for piece in pieces] == [1, 1, 1]
+    assert "".join(sum(pieces, [])) == text
+    assert 0.97 < len(pieces[0][0]) / len(text) < 0.985
+
+
+def test_long_documents_are_tokenised_in_pieces(tmp_path, monkeypatch):
+    documents = ["x" * 25, "ab\ncd\nef\ngh\nij\nkl", "é" * 11, "\n" * 21]
+    write_lines(tmp_path / "train.jsonl", documents)
+    write_lines(tmp_path / "valid.jsonl", ["v"])
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+    assert list(module._pieces(documents[1])) == ["ab\ncd\nef\n", "gh\nij\nkl"]
+    assert texts(run(tmp_path, tmp_path / "out"), "train") == documents
+
+
+class Interrupted(ByteTokenizer):
+    """Stops after some blocks, as Ctrl-C would."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def encode_batch(self, batch):
+        if not self.blocks:
+            raise KeyboardInterrupt
+        self.blocks -= 1
+        return super().encode_batch(batch)
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 200)
+    write_lines(tmp_path / "a.jsonl", random_documents(40), "a")
+    write_lines(tmp_path / "b.jsonl", random_documents(30, 1), "b")
+    inputs = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    run(inputs, tmp_path / "straight")
+    out = tmp_path / "out"
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, out, tokenizer=Interrupted(2))
+    with pytest.raises(DataError, match="interrupted: run the same"):
+        PreparedData.open(out)
+    done = len(list((out / "parts").glob("*.npz")))
+    assert done == 6
+    with pytest.raises(DataError, match=r"other settings \(inputs differ\)"):
+        run(inputs[:1], out)
+    last = Interrupted(1000)
+    run(inputs, out, tokenizer=last)
+    assert 1000 - last.blocks > 3
+    assert files(out) == files(tmp_path / "straight")
+
+
+def test_a_finished_folder_is_taken_as_it_is(tmp_path):
+    write_lines(tmp_path / "a.jsonl", random_documents(9))
+    out = tmp_path / "out"
+    run(tmp_path / "a.jsonl", out)
+    before = files(out)
+    run(tmp_path / "a.jsonl", out, tokenizer=Interrupted(0))  # nothing is tokenised again
+    assert files(out) == before
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"other settings \(fractions differ\).*--overwrite"):
+        run(tmp_path / "a.jsonl", out, fractions=(0.5, 0.5, 0.0))
+    write_lines(tmp_path / "a.jsonl", ["more"])
+    with pytest.raises(DataError, match="inputs differ"):
+        run(tmp_path / "a.jsonl", out)
+    data = run(tmp_path / "a.jsonl", out, overwrite=True)
+    assert sum(split["documents"] for split in data.record["splits"].values()) == 10
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_empty_and_missing_inputs(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    write_lines(tmp_path / "a.jsonl", ["", "\0"])
+    with pytest.raises(DataError, match="the inputs hold no text: every file or record is empty"):
+        run([tmp_path / "empty.txt", tmp_path / "a.jsonl"], tmp_path / "out")
+    with pytest.raises(DataError, match="no input was given"):
+        run([], tmp_path / "out")
+    with pytest.raises(ConfigError, match="fractions are"):
+        run(tmp_path / "a.jsonl", tmp_path / "out", fractions=(0.5, 0.6, 0.0))
+
+
+def test_nul_characters_do_not_end_a_document(tmp_path):
+    write_lines(tmp_path / "train.jsonl", ["a\0b"])
+    write_lines(tmp_path / "valid.jsonl", ["c"])
+    data = run(tmp_path, tmp_path / "out")
+    assert data.split("train").dataset[0].tolist() == [97, 98, 0]
+
+
+def test_a_full_disk_is_said_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", random_documents(9))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.np, "savez", full)
+        with pytest.raises(DataError, match=r"disk full while writing .*000000\.npz; free room"):
+            run(tmp_path / "a.jsonl", tmp_path / "out")
+    assert len(texts(run(tmp_path / "a.jsonl", tmp_path / "out"), "valid")) >= 1
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    write_lines(tmp_path / "a.jsonl", random_documents(9))
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a.jsonl", out, tokenizer=Interrupted(0))
+    (out / "parts" / "000000.npz").write_bytes(b"PK\3\4 no archive")
+    with pytest.raises(DataError, match=r"000000\.npz is broken .*; remove it and run the same"):
+        run(tmp_path / "a.jsonl", out)
+
+
+def test_progress_reaches_the_size_of_the_inputs(tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    write_lines(tmp_path / "a.jsonl", random_documents(50))
+    prepare([tmp_path / "a.jsonl"], "bytes", tmp_path / "out")
+    captured = capsys.readouterr()
+    assert "prepare: 100%" in captured.err and not captured.out
+
+
+def test_a_vocabulary_beyond_u16_is_stored_wider(tmp_path):
+    class Wide(ByteTokenizer):
+        vocab_size = 70_016
+
+        def encode_batch(self, batch):
+            return [np.array([70_000] * len(text)) for text in batch]
+
+    write_lines(tmp_path / "train.jsonl", ["ab"])
+    write_lines(tmp_path / "valid.jsonl", ["c"])
+    data = run(tmp_path, tmp_path / "out", tokenizer=Wide())
+    assert data.record["dtype"] == "int32"
+    assert data.split("train").dataset[0].tolist() == [70_000, 70_000, 0]

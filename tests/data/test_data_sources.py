@@ -1,0 +1,184 @@
+import bz2
+import gzip
+import json
+import lzma
+import sys
+import types
+
+import pytest
+
+from metastate.data.sources import find_sources
+from metastate.errors import ConfigError, DataError
+
+
+def read(*inputs, **options):
+    return [d for source in find_sources(inputs, **options) for d in source.read()]
+
+
+def zst(data):
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zst}
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffLine é\r\n\r\nend".encode())
+    (document,) = read(path)
+    assert document.text == "Line é\r\n\r\nend"  # the byte order mark goes, line ends stay
+    assert document.position == path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_text_and_lines(tmp_path, suffix):
+    (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESS[suffix](b"plain"))
+    lines = b'{"text": "one", "meta": {"set": "law"}}\n\n{"text": "two"}'
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(COMPRESS[suffix](lines))
+    found = read(tmp_path / f"a.txt{suffix}", tmp_path / f"b.jsonl{suffix}")
+    assert [(d.text, d.domain) for d in found] == [
+        ("plain", "text"),
+        ("one", "law"),
+        ("two", "text"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_truncated_archive_is_an_error_not_a_short_text(tmp_path, suffix, name):
+    import random
+
+    noise = "".join(random.Random(0).choices("abcdefgh", k=5000))
+    line = json.dumps({"text": noise}) + "\n" if name == "a.jsonl" else noise
+    path = tmp_path / (name + suffix)
+    content = COMPRESS[suffix](line.encode() * 3)
+    path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(DataError, match=f"{name}{suffix} cannot be read, it is damaged"):
+        read(path)
+    path.write_bytes(b"this was never compressed")
+    with pytest.raises(DataError, match="damaged or truncated"):
+        read(path)
+
+
+def test_zst_of_several_frames(tmp_path):
+    (tmp_path / "a.txt.zst").write_bytes(zst(b"one ") + zst(b"two ") + zst(b"three"))
+    assert read(tmp_path / "a.txt.zst")[0].text == "one two three"
+
+
+def test_domains_of_pile_records(tmp_path):
+    records = [
+        {"text": "a", "meta": {"pile_set_name": "ArXiv"}},
+        {"text": "b", "meta": {"set": "law", "src": "x"}},
+        {"text": "c", "meta": "none"},
+        {"text": "half \ud83e character"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = read(tmp_path / "a.jsonl")
+    assert [d.domain for d in found] == ["ArXiv", "law", "text", "text"]
+    assert found[3].text == "half \ufffd character"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text\0binary", "is not text: a NUL byte at byte 4"),
+        (b"caf\xe9 latin", "is not text: invalid UTF-8 at byte 3"),
+        (b"\xef\xbb\xbfab\xff", "is not text: invalid UTF-8 at byte 5"),
+        ("utf-16".encode("utf-16-le"), "is not text: a NUL byte at byte 1"),
+    ],
+)
+def test_what_is_not_text_is_named_with_its_offset(tmp_path, content, message):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} {message}"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "b"', r"a\.jsonl:2: the line is not JSON"),
+        ('{"body": "b", "id": 1}', r"a\.jsonl:2: .* field 'text'.* found: body, id"),
+        ('{"text": null}', r"a\.jsonl:2: a record needs a field 'text'"),
+        ("[1]", r"a\.jsonl:2: .*found: list"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
+    with pytest.raises(DataError, match=r"a\.jsonl is not text: invalid UTF-8 at byte 24"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_folder_is_read_in_order_without_what_is_no_text(tmp_path):
+    (tmp_path / "z").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("z/b.txt", "a.md", "z/a.py", ".git/config", "out/data.json"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"\0"))
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"d.txt.gz"))
+    found = read(tmp_path, exclude=tmp_path / "out")
+    assert [d.text for d in found] == ["a.md", "d.txt.gz", "z/a.py", "z/b.txt"]
+
+
+def test_names_say_the_split(tmp_path):
+    for name in ("train.txt", "validation.jsonl", "test.txt", "SOURCE.txt"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    splits = {s.name.rsplit("/")[-1]: s.split for s in find_sources([tmp_path])}
+    assert splits == {"train.txt": "train", "validation.jsonl": "valid", "test.txt": "test"}
+    (tmp_path / "train.txt").unlink()
+    assert len(find_sources([tmp_path])) == 3  # no train file: an ordinary folder
+    assert find_sources([tmp_path / "SOURCE.txt"])[0].split is None
+    assert find_sources([tmp_path / "SOURCE.txt"], split="valid")[0].split == "valid"
+
+
+def test_mistaken_inputs(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"no such file or folder: .*none\.txt"):
+        find_sources([tmp_path / "none.txt"])
+    with pytest.raises(DataError, match="holds no text files"):
+        find_sources([tmp_path])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"no file or folder 'wiki'.*metastate\[hub\]"):
+        find_sources(["wiki"])
+    (tmp_path / "a.zst").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ConfigError, match=r"zstandard: pip install 'metastate\[cli\]'"):
+        read(tmp_path / "a.zst")
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(path, configuration, streaming):
+        asked.append((path, configuration, streaming))
+        if path == "none":
+            raise ConnectionError("offline")
+        return {"train": [{"text": "a"}, {"text": "bc"}], "validation": [{"texts": "d"}]}
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    train, valid = find_sources(["some/set:small"])
+    assert asked == [("some/set", "small", True)]
+    assert [(d.text, d.position) for d in train.read()] == [("a", 1), ("bc", 3)]
+    assert (train.split, valid.split, train.num_bytes) == ("train", "valid", None)
+    with pytest.raises(DataError, match="some/set:small/validation:1: .*field 'text'"):
+        list(valid.read())
+    with pytest.raises(DataError, match="hub cannot give a dataset of that name: offline"):
+        find_sources(["none"])
+
+
+def test_stdlib_is_the_running_python():
+    (source,) = find_sources(["stdlib"])
+    found = list(source.read())
+    assert found == list(source.read())
+    size = {}
+    for document in found:
+        size[document.domain] = size.get(document.domain, 0) + len(document.text)
+    assert {"docstrings", "source"} <= set(size)
+    assert 1_000_000 < sum(size.values()) <= 12_000_000
+    assert found[-1].position <= source.num_bytes
+    assert not any("\0" in d.text for d in found)
