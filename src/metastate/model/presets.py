@@ -17,8 +17,8 @@ from metastate.errors import ConfigError
 # size: D, H, Meta-State's depth, (depth, FFN width) of RWKV-7 and of the Transformer
 SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int]]] = {
     "tiny": (128, 2, 4, (3, 232), (3, 384)),
-    "mini": (256, 4, 12, (6, 928), (6, 1088)),
-    "small": (512, 8, 15, (7, 2048), (8, 1920)),
+    "mini": (256, 4, 12, (6, 944), (6, 1104)),
+    "small": (512, 8, 15, (7, 2064), (8, 1936)),
     "150m": (768, 12, 21, (10, 2816), (10, 3104)),
     "450m": (1536, 12, 21, (10, 5792), (10, 6464)),
     "900m": (2304, 12, 21, (10, 8832), (11, 8704)),
