@@ -1,0 +1,138 @@
+"""Held-out loss against a plain loop over documents."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metastate.config import ModelConfig
+from metastate.data.indexed import IndexedDataset, write_dataset
+from metastate.data.loader import Split
+from metastate.errors import ConfigError, DataError
+from metastate.eval import loss
+from metastate.eval.loss import evaluate
+from metastate.model.lm import LanguageModel
+
+LENGTHS = [1, 7, 40, 3, 25, 40, 12]
+DOMAINS = [0, 1, 1, 0, 2, 2, 0]
+
+
+@pytest.fixture
+def split(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(1, 50, n - 1), 0) for n in LENGTHS]
+    write_dataset(tmp_path / "valid", documents, 50)
+    dataset = IndexedDataset(tmp_path / "valid", np.array(DOMAINS))
+    text_bytes = np.array(LENGTHS) * 3
+    return Split("valid", dataset, ["code", "prose", "web", "unused"], text_bytes, 0, 50)
+
+
+@pytest.fixture(params=["metastate", "transformer"])
+def model(request, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 8)  # so that the state is carried and rows leave
+    monkeypatch.setattr(loss, "LOGITS", 50 * 5)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        architecture=request.param, vocab_size=50, hidden_size=16, num_layers=2, num_heads=2
+    )
+    model = LanguageModel(config)
+    model.backend = "reference"
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def token_losses(model, split, context=None):
+    """Losses of every document's tokens, one document at a time."""
+    out = []
+    for document in split.documents():
+        text = [0, *document.tokens.tolist()]
+        nll, window = [], context or len(text)
+        for i in range(0, len(text) - 1, window):
+            part = torch.tensor([text[i : i + window + 1]])
+            with torch.no_grad():
+                logits, _ = model(part[:, :-1])
+            nll.append(F.cross_entropy(logits[0], part[0, 1:], reduction="none"))
+        out.append(torch.cat(nll).double().numpy())
+    return out
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("context", [None, 5])
+def test_equals_a_loop_over_documents(model, split, context, batch_size):
+    expected = token_losses(model, split, context)
+    result = evaluate(
+        model,
+        split,
+        context=context,
+        mode="windowed" if context else "stateful",
+        by_domain=True,
+        by_position=True,
+        batch_size=batch_size,
+    )
+    total = sum(map(np.sum, expected))
+    assert result.total.tokens == sum(LENGTHS) and result.total.documents == 7
+    assert result.nats_per_token == pytest.approx(total / sum(LENGTHS), rel=1e-5)
+    out = result.to_json()
+    assert out["bits_per_byte"] == pytest.approx(total / math.log(2) / (3 * sum(LENGTHS)), rel=1e-5)
+    assert out["perplexity"] == pytest.approx(math.exp(out["nats_per_token"]))
+    assert list(out["domains"]) == ["code", "prose", "web"]
+    for i, name in enumerate(out["domains"]):
+        mine = np.concatenate([e for e, d in zip(expected, DOMAINS, strict=True) if d == i])
+        assert out["domains"][name]["tokens"] == len(mine)
+        assert out["domains"][name]["nats_per_token"] == pytest.approx(mine.mean(), rel=1e-5)
+    seen = [np.arange(len(e)) % (context or 99) for e in expected]
+    seen, flat = np.concatenate(seen), np.concatenate(expected)
+    assert sum(p["tokens"] for p in out["positions"]) == sum(LENGTHS)
+    for p in out["positions"]:
+        inside = (seen >= p["first"]) & (seen <= p["last"])
+        assert p["tokens"] == inside.sum()
+        assert p["nats_per_token"] == pytest.approx(flat[inside].mean(), rel=1e-5)
+
+
+def test_context_matters(model, split):
+    stateful = evaluate(model, split).nats_per_token
+    windowed = evaluate(model, split, context=2, mode="windowed").nats_per_token
+    assert abs(stateful - windowed) > 1e-4
+
+
+@pytest.mark.parametrize("limit", [1, 30, 60, 10_000])
+def test_limit(model, split, limit):
+    result = evaluate(model, split, limit_tokens=limit)
+    assert result.total.tokens == min(limit, sum(LENGTHS))
+    kept = list(split.documents(limit))
+    assert result.total.tokens == sum(len(d.tokens) for d in kept)
+    assert result.total.bytes == sum(d.text_bytes for d in kept)
+
+
+def test_progress_and_training_mode(model, split):
+    calls = []
+    model.train()
+    evaluate(model, split, progress=lambda done, total: calls.append((done, total)))
+    assert model.training
+    assert calls[-1] == (sum(LENGTHS), sum(LENGTHS))
+    assert [c[0] for c in calls] == sorted({c[0] for c in calls})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "windowed"}, "length of its windows"),
+        ({"context": 8}, "length of its windows"),
+        ({"mode": "windowed", "context": 0}, "context is 0"),
+        ({"limit_tokens": 0}, "limit_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_settings_out_of_range(model, split, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(model, split, **settings)
+
+
+def test_another_vocabulary_is_refused(model, split):
+    split.vocab_size = 51
+    with pytest.raises(DataError, match="51"):
+        evaluate(model, split)
