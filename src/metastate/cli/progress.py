@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 LINE_EVERY_S = 10.0
@@ -24,10 +24,8 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
     """
     tqdm: Any = None
     if sys.stderr.isatty():
-        try:
+        with suppress(ImportError):
             from tqdm import tqdm
-        except ImportError:
-            pass
     painted: Any = None
     started = said = time.monotonic()
 
@@ -43,8 +41,8 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
         if now - said < LINE_EVERY_S and done < total:
             return
         said = now
-        text = ", ".join(f"{key} {value}" for key, value in figures.items())
-        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s{', ' if text else ''}{text}")
+        text = "".join(f", {key} {value}" for key, value in figures.items())
+        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s{text}")
 
     try:
         yield show

@@ -1,0 +1,244 @@
+"""The command line: parsers, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from metastate import __version__
+from metastate.cli.options import Parser, add_config, add_flags, add_json
+from metastate.config import TrainConfig
+from metastate.errors import ConfigError, MetaStateError
+
+QUICK_START = """\
+quick start:
+  metastate demo                                          five minutes, nothing to download
+  metastate prepare my_texts/ --out data/mine             text to tokens
+  metastate train --preset metastate-tiny --data data/mine --out runs/mine
+  metastate eval runs/mine/best --data data/mine          held-out loss
+  metastate generate runs/mine/best --prompt "Once upon"  continue a text
+
+`metastate COMMAND --help` explains a command.
+"""
+
+PREPARE = """\
+Turn text into the memory-mapped token files that train and eval read.
+
+INPUT is any of: a text file, JSON lines with a `text` field (.jsonl, also .gz .xz .zst), a folder
+of such files, `stdlib` (the documentation and sources of the Python that runs this; nothing to
+download), or the name of a data set on the Hugging Face hub. Inputs named train.*, valid.* and
+test.* are those splits; otherwise each document goes to one by the hash of its text, so preparing
+again gives the same split. Interrupted, the same command goes on where it was.
+"""
+
+TRAIN = """\
+Train a model on prepared data.
+
+Settings come from their defaults, then --config, then flags, then --set. Ctrl-C finishes the step,
+writes a checkpoint and stops; --resume goes on exactly where that was, and needs only --out.
+"""
+
+EVAL = """\
+Measure the loss on held-out documents: nats per token, perplexity and bits per byte.
+
+stateful: each document is read once, the state carried from its first token to its last.
+windowed: each document is cut into windows of --context tokens that start from an empty state.
+"""
+
+GENERATE = """\
+Continue a text, token by token as it is written.
+
+The prompt is --prompt, or else what comes on standard input. --state-out keeps everything that the
+model remembers, in a file of constant size; --state-in goes on from there later.
+"""
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser and the parsers of its commands by name."""
+    parser = Parser(
+        prog="metastate",
+        description="Train, evaluate and run Meta-State language models.",
+        epilog=QUICK_START,
+    )
+    parser.add_argument("--version", action="version", version=f"metastate {__version__}")
+    added = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands = {
+        name: added.add_parser(name, help=help, description=text or help)
+        for name, help, text in (
+            ("demo", "train, evaluate and sample a small model in a few minutes", None),
+            ("prepare", "turn text into token files", PREPARE),
+            ("train", "train a model", TRAIN),
+            ("eval", "measure the held-out loss of a model", EVAL),
+            ("generate", "continue a text", GENERATE),
+            ("info", "parameters, FLOPs and state bytes of a model", None),
+        )
+    }
+    for name, add in (
+        ("demo", _add_demo),
+        ("prepare", _add_prepare),
+        ("train", _add_train),
+        ("eval", _add_eval),
+        ("generate", _add_generate),
+        ("info", _add_info),
+    ):
+        add(commands[name])
+    return parser, commands
+
+
+def _add_model(parser: Parser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a checkpoint: RUN/best, RUN/last or RUN"
+    )
+
+
+def _add_demo(parser: Parser) -> None:
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, metavar="X", help="time to train (default: 5)"
+    )
+    add_flags(parser, "out", out="runs/demo")
+    add_json(parser)
+
+
+def _add_prepare(parser: Parser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="see above")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="bytes, world (RWKV World), the path of a tokenizer.json, or a name on the Hugging "
+        "Face hub (default: bytes)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the prepared data")
+    for name in ("valid", "test"):
+        parser.add_argument(
+            f"--{name}", nargs="+", default=[], metavar="INPUT", help=f"inputs of the {name} split"
+        )
+    for name in ("valid", "test"):
+        parser.add_argument(
+            f"--{name}-fraction",
+            type=float,
+            default=0.01,
+            metavar="X",
+            help=f"part of the documents that goes to {name} (default: 0.01)",
+        )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace data made with other settings"
+    )
+    add_json(parser)
+
+
+def _add_train(parser: Parser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --out"
+    )
+    add_json(parser)
+    add_flags(parser, *(name for name in TrainConfig.__dataclass_fields__ if name != "model"))
+
+
+def _add_eval(parser: Parser) -> None:
+    _add_model(parser)
+    add_flags(parser, "data", "context", "batch_size", "device", "dtype", context=512)
+    parser.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
+    parser.add_argument("--by-domain", action="store_true", help="also the loss of each domain")
+    parser.add_argument(
+        "--by-position", action="store_true", help="also the loss by tokens seen before"
+    )
+    parser.add_argument(
+        "--limit-tokens", type=int, metavar="N", help="score about so many tokens (default: all)"
+    )
+    add_json(parser)
+
+
+def _add_generate(parser: Parser) -> None:
+    _add_model(parser)
+    parser.add_argument("--prompt", help="text to continue (default: standard input)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="1 draws as learned, lower is safer, 0 always takes the most likely (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="draw from the N most likely; 0 is all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="draw from the most likely that together reach this probability (default: 1)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1 makes tokens of the last stretch less likely (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the same text again")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    parser.add_argument("--state-in", metavar="FILE", help="go on from a state of --state-out")
+    parser.add_argument("--state-out", metavar="FILE", help="keep the state for later")
+    add_flags(parser, "device", "dtype")
+    add_json(parser)
+
+
+def _add_info(parser: Parser) -> None:
+    parser.add_argument("model", metavar="CKPT|PRESET", help="a checkpoint's folder, or a preset")
+    add_flags(parser, "context", context=1024)
+    add_json(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own).
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake (said on stderr), 130 after Ctrl-C, 141 where
+        whoever read standard output went away.
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except MetaStateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would complain again when it flushes standard output at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str]) -> int:
+    parser, commands = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(commands)}"
+        raise ConfigError(f"unknown command {argv[0]!r}; {hint}")
+    args, unknown = parser.parse_known_args(argv)
+    commands.get(args.command, parser).check_unknown(unknown)
+    _check_flags(args)
+    from metastate.cli.commands import COMMANDS  # torch comes with it: not for --help
+
+    return COMMANDS[args.command](args) or 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse what is missing here, after unknown flags: those are the likelier mistake."""
+    needed = {"prepare": ("out",), "eval": ("data",)}.get(args.command, ())
+    for name in needed:
+        if not getattr(args, name, None):
+            raise ConfigError(f"--{name} is missing; see `metastate {args.command} --help`")

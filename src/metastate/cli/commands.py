@@ -1,0 +1,203 @@
+"""What each command does: glue between the parsed options and the library."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metastate.cli.progress import bar
+from metastate.data.loader import PreparedData
+from metastate.data.prepare import prepare
+from metastate.data.tokenizer import load_tokenizer
+from metastate.errors import CheckpointError, ConfigError
+from metastate.eval.describe import describe, describe_table
+from metastate.eval.loss import EvalResult, evaluate
+from metastate.infer.generate import Continuation, generate
+from metastate.infer.sampling import SamplingConfig
+from metastate.model import presets
+from metastate.model.io import load
+from metastate.model.lm import LanguageModel
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print the one object that a script reads."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
+    """Load the checkpoint `path` as `--device` and `--dtype` say."""
+    model = load(path)
+    try:
+        model = model.to(torch.device(getattr(args, "device", "cpu")))
+    except RuntimeError as error:
+        raise ConfigError(f"device {args.device!r} cannot be used: {error}") from error
+    if getattr(args, "dtype", "float32") == "float64":
+        model = model.double()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def arithmetic(args: argparse.Namespace) -> Iterator[None]:
+    """Run the matrix products in bfloat16 where `--dtype bfloat16` asks for it."""
+    if getattr(args, "dtype", "float32") == "bfloat16":
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def run_prepare(args: argparse.Namespace) -> None:
+    """`metastate prepare`: text to token files."""
+    held_out = (args.valid_fraction, args.test_fraction)
+    data = prepare(
+        args.inputs,
+        args.tokenizer,
+        args.out,
+        valid=args.valid,
+        test=args.test,
+        fractions=(1 - sum(held_out), *held_out),
+        overwrite=args.overwrite,
+    )
+    record = data.record
+    if args.json:
+        values = {key: record[key] for key in ("tokenizer", "domains", "splits")}
+        print_json({"out": str(data.path)} | values)
+        return
+    print(f"{data.path}: {record['tokenizer']['name']}, vocabulary {data.vocab_size:,}")
+    print(f"{'':<20} {'documents':>12} {'tokens':>15} {'bytes of text':>15}")
+    for split, sizes in record["splits"].items():
+        domains = sizes["domains"].items() if len(record["domains"]) > 1 else ()
+        for name, own in ((split, sizes), *((f"  {domain}", own) for domain, own in domains)):
+            counts = (own["documents"], own["tokens"], own["text_bytes"])
+            print(f"{name:<20} {counts[0]:>12,} {counts[1]:>15,} {counts[2]:>15,}")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """`metastate info`: what a checkpoint or preset is."""
+    is_preset = args.model in presets.NAMES and not Path(args.model).exists()
+    # A preset is described from its config alone: the large ones would not fit in memory.
+    model = presets.preset(args.model) if is_preset else load(args.model)
+    if args.json:
+        print_json({"model": args.model} | describe(model, args.context))
+    else:
+        print(describe_table(model, args.context))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """`metastate eval`: stateful and windowed loss on a split."""
+    model = load_model(args.checkpoint, args)
+    data = PreparedData.open(args.data)
+    data.check_vocab(model.config.vocab_size, model.tokenizer_info)
+    results = []
+    for mode, context in (("stateful", None), ("windowed", args.context)):
+        with bar(f"eval, {mode}", "tokens") as show, arithmetic(args):
+            result = evaluate(
+                model,
+                data,
+                args.split,
+                context=context,
+                mode=mode,  # type: ignore[arg-type]
+                by_domain=args.by_domain,
+                by_position=args.by_position,
+                limit_tokens=args.limit_tokens,
+                batch_size=args.batch_size,
+                progress=show,
+            )
+        results.append(result)
+    stateful, windowed = results
+    if args.json:
+        values = {"checkpoint": args.checkpoint, "data": args.data, "split": args.split}
+        print_json(values | stateful.to_json() | {"windowed": windowed.to_json()})
+    else:
+        print(eval_table(results))
+
+
+def eval_table(results: list[EvalResult]) -> str:
+    """Return results as lines for people: totals, then domains, then positions."""
+
+    def row(name: str, value: dict[str, Any]) -> str:
+        bits = value["bits_per_byte"]
+        return (
+            f"{name:<28} {value['nats_per_token']:>9.4f} {value['perplexity']:>12.2f} "
+            f"{'-' if bits is None else format(bits, '.4f'):>10} {value['tokens']:>12,}"
+        )
+
+    lines = [f"{'':<28} {'nats/token':>9} {'perplexity':>12} {'bits/byte':>10} {'tokens':>12}"]
+    for result in results:
+        value = result.to_json()
+        name = result.mode + (f", context {result.context}" if result.context else "")
+        lines.append(row(name, value))
+        lines += [row(f"  {domain}", own) for domain, own in value["domains"].items()]
+        for own in value["positions"]:
+            name = f"  tokens {own['first']:,} to {own['last']:,} before"
+            lines.append(f"{name:<38} {own['nats_per_token']:>9.4f} {own['tokens']:>23,}")
+    return "\n".join(lines)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """`metastate generate`: stream a continuation to standard output."""
+    sampling = SamplingConfig(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    model = load_model(args.checkpoint, args)
+    if model.tokenizer_info is None:
+        raise CheckpointError(
+            f"{args.checkpoint} does not say which tokenizer it was trained with; only a model "
+            "that `metastate train` made can write"
+        )
+    folder = Path(args.checkpoint)
+    tokenizer = load_tokenizer(model.tokenizer_info, [folder, folder / "last"])
+    state = Continuation.load(args.state_in, model) if args.state_in else None
+    prompt = args.prompt
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() or state else sys.stdin.read()
+    pieces = []
+    with arithmetic(args):
+        text = generate(
+            model,
+            tokenizer,
+            prompt,
+            state=state,
+            sampling=sampling,
+            max_tokens=args.max_tokens,
+            stop=args.stop,
+        )
+        for piece in text:
+            pieces.append(piece)
+            if not args.json:
+                print(piece, end="", flush=True)
+    if not args.json:
+        print()
+    continuation = text.continuation
+    if args.state_out:
+        continuation.save(args.state_out, model.config)
+    if args.json:
+        print_json(
+            {
+                "text": "".join(pieces),
+                "tokens": len(text.tokens),
+                "finish_reason": text.finish_reason,
+                "seed": text.seed,
+                "state_bytes": continuation.state.num_bytes,
+                **text.statistics.to_json(),
+            }
+        )
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "prepare": run_prepare,
+    "eval": run_eval,
+    "generate": run_generate,
+    "info": run_info,
+}
