@@ -1,0 +1,165 @@
+"""Decoding: time a token and memory at 100 ... 100,000 tokens, Meta-State beside a Transformer.
+
+    python bench/decode.py [--size tiny] [--max-tokens 100000] [--transformer-tokens N]
+
+Both models have equal non-embedding parameters. Meta-State really decodes every token. The
+Transformer's cache is filled by chunked prefill, which gives the same cache, then single steps are
+timed; it may stop earlier, and the table then says so. First both must give the same logits step by
+step as in one pass; otherwise there are no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections import deque
+
+import torch
+
+from metastate.model.lm import LanguageModel
+from metastate.model.presets import preset
+from metastate.model.state import ModelState
+
+MARKS = (100, 1_000, 10_000, 100_000)
+TIMED = 64  # steps a figure is the median of
+PREFILL = 1024
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is in RAM now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make(architecture: str, size: str, vocab_size: int) -> LanguageModel:
+    """Build a preset with random weights large enough that the state matters."""
+    torch.manual_seed(0)
+    model = LanguageModel(preset(f"{architecture}-{size}", vocab_size=vocab_size)).eval()
+    for p in model.parameters():
+        if p.dim() == 2 and not p.any():  # an output that starts at zero would hide its layer
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return model
+
+
+def stepwise_error(model: LanguageModel, length: int = 192) -> float:
+    """Return max |logits step by step - logits in one pass|, relative to the largest logit."""
+    tokens = torch.randint(model.config.vocab_size, (1, length))
+    whole, _ = model(tokens)
+    state, steps = model.init_state(1), []
+    for t in range(length):
+        logits, state = model(tokens[:, t : t + 1], state)
+        steps.append(logits)
+    return float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())
+
+
+def step(model: LanguageModel, token: torch.Tensor, state: ModelState) -> tuple:
+    """Run one token; return its logits, the state and the seconds."""
+    started = time.perf_counter()
+    logits, state = model(token, state)
+    return logits, state, time.perf_counter() - started
+
+
+def row(model: LanguageModel, mark: int, seconds: list[float], state: ModelState) -> dict:
+    """Return the figures of one mark."""
+    gc.collect()
+    return {
+        "architecture": model.config.architecture,
+        "tokens": mark,
+        "ms_per_token": 1e3 * statistics.median(seconds),
+        "state_bytes": state.num_bytes,
+        "resident_mib": resident_bytes() / 2**20,
+    }
+
+
+def decode(model: LanguageModel, marks: list[int]) -> list[dict]:
+    """Decode token by token up to the last mark; the figure of a mark is of the steps around it."""
+    state, token = model.init_state(1), torch.zeros(1, 1, dtype=torch.int64)
+    rows, recent = [], deque[float](maxlen=TIMED)
+    for t in range(1, marks[-1] + TIMED // 2 + 1):
+        logits, state, seconds = step(model, token, state)
+        token = logits[:, -1:].argmax(-1)
+        recent.append(seconds)
+        if t - TIMED // 2 in marks:
+            rows.append(row(model, t - TIMED // 2, list(recent), state))
+    return rows
+
+
+def decode_after_prefill(model: LanguageModel, marks: list[int]) -> list[dict]:
+    """Fill the state by chunked prefill up to each mark, then time single steps."""
+    state, rows, consumed = model.init_state(1), [], 0
+    for mark in marks:
+        while consumed < mark - TIMED // 2:
+            n = min(PREFILL, mark - TIMED // 2 - consumed)
+            tokens = torch.randint(model.config.vocab_size, (1, n))
+            _, state, _ = model.features(tokens, state)  # no logits: nobody reads them
+            consumed += n
+        seconds = []
+        for _ in range(TIMED):
+            token = torch.randint(model.config.vocab_size, (1, 1))
+            _, state, taken = step(model, token, state)
+            seconds.append(taken)
+        consumed += TIMED
+        rows.append(row(model, mark, seconds, state))
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    """Check, measure, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="tiny", help="preset size of both models")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="vocabulary of both models")
+    parser.add_argument("--max-tokens", type=int, default=100_000, help="last mark of Meta-State")
+    parser.add_argument(
+        "--transformer-tokens",
+        type=int,
+        help="last mark of the Transformer, whose prefill is quadratic (default: as --max-tokens)",
+    )
+    parser.add_argument("--backend", default="auto", help="of metastate.ops")
+    args = parser.parse_args()
+    limits = {
+        "metastate": args.max_tokens,
+        "transformer": min(args.transformer_tokens or args.max_tokens, args.max_tokens),
+    }
+    rows, parameters = [], {}
+    for architecture, limit in limits.items():
+        marks = [m for m in MARKS if m <= limit]
+        if not marks:
+            sys.exit(f"--max-tokens must be at least {MARKS[0]}")
+        model = make(architecture, args.size, args.vocab_size)
+        model.backend = args.backend
+        error = stepwise_error(model)
+        print(f"{architecture}: stepwise against parallel logits, relative error {error:.1e}")
+        if not error < 1e-3:
+            sys.exit("the two forms disagree: no figures")
+        parameters[architecture] = model.count_parameters()["non_embedding"]
+        measure = decode if architecture == "metastate" else decode_after_prefill
+        rows += measure(model, marks)
+        del model
+    print(f"\nnon-embedding parameters {parameters}, {torch.get_num_threads()} threads, float32")
+    print(
+        f"{'':<12}{'token':>9}{'ms/token':>10}{'of first':>10}{'state KiB':>12}{'resident MiB':>14}"
+    )
+    first: dict[str, dict] = {}
+    for r in rows:
+        base = first.setdefault(r["architecture"], r)
+        r["time_ratio"] = r["ms_per_token"] / base["ms_per_token"]
+        r["resident_ratio"] = r["resident_mib"] / base["resident_mib"]
+        print(
+            f"{r['architecture']:<12}{r['tokens']:>9,}{r['ms_per_token']:>10.3f}"
+            f"{r['time_ratio']:>10.2f}{r['state_bytes'] / 1024:>12,.0f}{r['resident_mib']:>14.1f}"
+        )
+    if limits["transformer"] < limits["metastate"]:
+        print(f"the Transformer was stopped at {limits['transformer']:,} tokens: it gets too slow")
+    print(
+        json.dumps({"bench": "decode", "size": args.size, "parameters": parameters, "rows": rows})
+    )
+
+
+if __name__ == "__main__":
+    main()
