@@ -1,0 +1,168 @@
+"""Figures: loss over training, loss by position. matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metastate.data.files import atomic_write
+from metastate.errors import ConfigError, DataError
+
+TRAIN, VALID = "#4c72b0", "#c44e52"
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL training log; a last line that was cut off is left out.
+
+    Raises:
+        DataError: the file is missing, or a line before the last is no JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise DataError(f"cannot read the training log {path}: {cause}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            rows.append(row)
+        except ValueError as cause:
+            if number < len(lines):  # the run may be writing the last line right now
+                raise DataError(f"{path}, line {number} is no JSON object ({cause})") from None
+    return rows
+
+
+def loss_curve(
+    log: str | os.PathLike[str], out: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Draw training and validation loss over tokens (below) and steps (above) as a PNG.
+
+    Log lines hold `step` and `tokens` (seen so far), and `loss` or `valid_loss` or both, in nats a
+    token. Where a run was resumed, the later line of a step counts.
+
+    Raises:
+        DataError: the log is missing, broken, or holds no loss. ConfigError: matplotlib is missing.
+    """
+    series = {}
+    rows = read_log(log)
+    for key in ("loss", "valid_loss"):
+        points = {
+            r["step"]: (r["tokens"], r[key]) for r in rows if isinstance(r.get(key), int | float)
+        }
+        series[key] = [(s, *points[s]) for s in sorted(points) if math.isfinite(points[s][1])]
+    train, valid = series["loss"], series["valid_loss"]
+    if not train and not valid:
+        raise DataError(f"{log} holds no finite loss yet; let the run log a step first")
+    figure, axes = _figure()
+    if train:
+        _, tokens, losses = zip(*train, strict=True)
+        axes.plot(tokens, losses, color=TRAIN, alpha=0.35 if len(train) > 20 else 1, lw=1)
+        if len(train) > 20:
+            axes.plot(tokens, smooth(losses), color=TRAIN, lw=1.6, label="train, smoothed")
+        else:
+            axes.lines[0].set_label("train")
+    if valid:
+        _, tokens, losses = zip(*valid, strict=True)
+        axes.plot(tokens, losses, "o-", color=VALID, lw=1.6, ms=3.5, label="validation")
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (tokens[-1], losses[-1]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="right",
+            bbox={"fc": "white", "ec": "none", "pad": 0.5},
+            color=VALID,
+        )
+    # A first loss near ln V would flatten the rest: leave it out of view once most is learned.
+    values = sorted(loss for _, _, loss in train + valid)
+    high = values[min(len(values) - 1, int(0.97 * len(values)))]
+    margin = 0.08 * (high - values[0]) or 0.1
+    axes.set_ylim(values[0] - 2 * margin, high + margin)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats a token)")
+    axes.xaxis.set_major_formatter(_short)
+    axes.legend(frameon=False)
+    step, tokens = max((s, t) for s, t, _ in train + valid)
+    if step and tokens:
+        ratio = tokens / step
+        above = axes.secondary_xaxis("top", functions=(lambda t: t / ratio, lambda s: s * ratio))
+        above.set_xlabel("steps")
+        above.xaxis.set_major_formatter(_short)
+    axes.set_title(title or Path(log).resolve().parent.name)
+    _write(figure, out)
+
+
+def position_curve(
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    out: str | os.PathLike[str],
+    title: str = "loss by position",
+) -> None:
+    """Draw mean loss by the number of tokens seen before, a line a result, as a PNG.
+
+    Args:
+        results: name -> `EvalResult.positions`.
+        out: path of the PNG.
+        title: of the figure.
+
+    Raises:
+        DataError: no result has positions. ConfigError: matplotlib is missing.
+    """
+    if not any(results.values()):
+        raise DataError("there are no losses by position; evaluate with by_position=True")
+    figure, axes = _figure()
+    for name, buckets in results.items():
+        centre = [math.sqrt((b["first"] + 1) * (b["last"] + 1)) for b in buckets]
+        axes.plot(centre, [b["nats_per_token"] for b in buckets], "o-", lw=1.6, ms=3.5, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("tokens seen before")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    _write(figure, out)
+
+
+def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
+    """Return the mean of each value and its neighbours, `share` of all values wide."""
+    half = max(1, int(len(values) * share / 2))
+    out = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)  # symmetric, so that the ends are not bent
+        window = values[i - reach : i + reach + 1]
+        out.append(sum(window) / len(window))
+    return out
+
+
+def _short(value: float, _: Any = None) -> str:
+    """Format a count: 1500 -> 1.5K."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _figure() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise ConfigError("figures need matplotlib: pip install 'metastate[cli]'") from cause
+    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _write(figure: Any, out: str | os.PathLike[str]) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(out, buffer.getvalue(), error=DataError)

@@ -1,0 +1,112 @@
+import builtins
+import json
+
+import pytest
+
+from metastate.errors import ConfigError, DataError
+from metastate.eval.plots import loss_curve, position_curve, read_log, smooth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_log(path, rows, tail=""):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    return path
+
+
+def rows(n):
+    out = [{"step": s, "tokens": 64 * s, "loss": 5 / s} for s in range(1, n + 1)]
+    return [*out, {"step": n, "tokens": 64 * n, "valid_loss": 0.5}]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Catch the axes that are written."""
+    pytest.importorskip("matplotlib")
+    from metastate.eval import plots
+
+    found, write = [], plots._write
+    monkeypatch.setattr(
+        plots, "_write", lambda figure, out: found.append(figure.axes[0]) or write(figure, out)
+    )
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_loss_curve_holds_every_point(tmp_path, drawn, n):
+    log = write_log(tmp_path / "log.jsonl", rows(n))
+    loss_curve(log, tmp_path / "loss.png", "a run")
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+    axes = drawn[0]
+    assert axes.get_title() == "a run" and axes.get_xlabel() == "tokens"
+    assert list(axes.lines[0].get_xdata()) == [64 * s for s in range(1, n + 1)]
+    assert list(axes.lines[-1].get_ydata()) == [0.5]
+    steps = axes.child_axes[0]
+    assert steps.get_xlabel() == "steps"
+    steps.figure.canvas.draw()
+    assert steps.get_xlim()[1] == pytest.approx(axes.get_xlim()[1] / 64)
+
+
+def test_a_resumed_run_draws_each_step_once(tmp_path, drawn):
+    log = write_log(
+        tmp_path / "log.jsonl",
+        [
+            {"step": 1, "tokens": 64, "loss": 3.0},
+            {"step": 2, "tokens": 128, "loss": 9.0},
+            {"event": "resume"},
+            {"step": 2, "tokens": 128, "loss": 2.0},
+            {"step": 3, "tokens": 192, "loss": None},
+            {"step": 4, "tokens": 256, "loss": float("nan")},
+        ],
+    )
+    loss_curve(log, tmp_path / "loss.png")
+    assert list(drawn[0].lines[0].get_ydata()) == [3.0, 2.0]
+
+
+def test_log_cut_off_while_writing(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", rows(3), '{"step": 4, "lo')
+    assert len(read_log(log)) == 4
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 1}\n', "5\n{}\n", "\0\n{}\n"])
+def test_unusable_logs_are_clear_errors(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(DataError, match="log"):
+        loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    with pytest.raises(DataError, match="training log"):
+        read_log(tmp_path / "missing.jsonl")
+
+
+def test_position_curve(tmp_path, drawn):
+    buckets = [
+        {"first": 0, "last": 0, "nats_per_token": 5.0, "tokens": 3},
+        {"first": 3, "last": 6, "nats_per_token": 4.0, "tokens": 9},
+    ]
+    position_curve({"stateful": buckets, "windowed": buckets[:1]}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+    stateful, windowed = drawn[0].lines
+    assert list(stateful.get_ydata()) == [5.0, 4.0] and len(windowed.get_xdata()) == 1
+    assert 4 <= stateful.get_xdata()[1] <= 7
+    with pytest.raises(DataError, match="by_position"):
+        position_curve({"stateful": []}, tmp_path / "p.png")
+
+
+def test_smooth_keeps_a_line_and_its_ends():
+    line = [2.0 * i for i in range(101)]
+    assert smooth(line, 0.2) == pytest.approx(line)
+    noisy = [(-1.0) ** i for i in range(101)]
+    assert max(map(abs, smooth(noisy, 0.2)[10:-10])) < 0.1
+
+
+def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def no_matplotlib(name, *args, **kw):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    log = write_log(tmp_path / "log.jsonl", rows(3))
+    with pytest.raises(ConfigError, match=r"metastate\[cli\]"):
+        loss_curve(log, tmp_path / "loss.png")
