@@ -122,7 +122,7 @@ class MetaState(nn.Module):
         z = torch.einsum("bthn,hnr->bthr", pair, self.compress.to(pair.dtype))
         kl = None
         if options.variational:
-            mean, log_var = z.float().chunk(2, -1)
+            mean, log_var = z.to(ops.state_dtype(z.dtype)).chunk(2, -1)
             kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((-1, -2)).mean()
             if self.training:
                 mean = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
