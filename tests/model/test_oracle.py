@@ -1,0 +1,199 @@
+"""The model against the NumPy oracle: every option of the Meta-State layer, states and documents."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from oracle import Oracle
+
+from metastate.config import MetaStateConfig, ModelConfig
+from metastate.model.lm import LanguageModel
+
+BACKENDS = ["reference", "chunked"]
+SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "num_layers": 2,
+    "num_heads": 2,
+    "ffn_size": 20,
+    "decay_rank": 3,
+    "icl_rate_rank": 4,
+    "value_rank": 2,
+    "gate_rank": 5,
+}
+# Head size above D/H (so W_p and a repeated factor), grown once, with parameter tokens.
+GROWN = {"head_size": 8, "head_segments": (6, 2), "parameter_tokens": 3}
+
+CHOICES = {
+    "readout": ["both", "meta", "encoding"],
+    "modulation": ["input", "none"],
+    "update": ["delta", "input", "self"],
+    "query": ["input", "encoding"],
+    "encoding_norm": ["l2", "rms", "none"],
+    "output_norm": ["group", "none"],
+    "read": ["key", "value"],
+    "encoder_size": [None, 5],
+    "encoder": ["self_state", "cross"],
+    "activation": ["none", "relu2", "silu"],
+    "gate": [False, True],
+    "token_shift": [False, True],
+}
+
+
+def one_at_a_time():
+    yield MetaStateConfig()
+    yield MetaStateConfig.paper()
+    for name, values in CHOICES.items():
+        for value in values[1:]:
+            yield MetaStateConfig(**{name: value})
+    yield MetaStateConfig(modulation="none", activation="silu")
+    yield MetaStateConfig(gate=True, token_shift=True)
+    yield MetaStateConfig(encoder="cross", latent_size=2, variational=True)
+
+
+def at_random(number):
+    draw = random.Random(7)
+    for _ in range(number):
+        options = {name: draw.choice(values) for name, values in CHOICES.items()}
+        if options["readout"] == "encoding":
+            options["query"] = "input"
+        if options["encoder"] == "cross":
+            options |= {"latent_size": draw.choice([2, 3]), "variational": draw.random() < 0.5}
+        yield MetaStateConfig(**options)
+
+
+def label(options):
+    default = MetaStateConfig()
+    changed = [f"{k}={v}" for k, v in vars(options).items() if v != getattr(default, k)]
+    return ",".join(changed) or "default"
+
+
+def randomise(model, seed=1):
+    """Give every parameter random values, so that nothing is hidden behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            matrix = p.dim() > 1 and not name.endswith((".mu", ".r_k"))
+            scale = p[0].numel() ** -0.5 if matrix else 0.3
+            scale = 1.0 if name == "embedding.weight" else scale
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.copy_(noise * scale if matrix else p + noise * scale)
+
+
+def build(**fields):
+    model = LanguageModel(ModelConfig(**(SIZES | fields))).double().eval()
+    randomise(model)
+    return model
+
+
+def numpy_weights(model):
+    """Return the model's parameters under the oracle's names, matrices acting on the right."""
+    own = {k: v.detach().numpy() for k, v in model.named_parameters()}
+    out = {"emb": own.pop("embedding.weight"), "head": own.pop("head.weight").T}
+    low_rank = {"decay": "w", "icl_rate": "a", "value_mix": "v", "gate": "g"}
+    factor = {"A": "1", "B": "2", "bias": "0"}
+    plain = {
+        "norm": "ln_x",
+        "token_keys": "K_P",
+        "token_values": "V_P",
+        "meta_norm": "norm_m",
+        "encoding_norm": "norm_e",
+        "projection": "W_p",
+        "compress": "W_z",
+        "expand": "W_u",
+    }
+    for name, value in own.items():
+        if not name.startswith("blocks."):
+            out[name] = value
+            continue
+        _, i, part, *rest = name.split(".")
+        head, tail = rest[0], rest[1:]
+        base = {"time_mix": f"{i}.att", "channel_mix": f"{i}.ffn", "meta_state": f"{i}.meta"}
+        if part not in base:
+            out[f"{i}.{part}.{head}"] = value
+        elif head == "mu":
+            letters = {"time_mix": "rwkvag", "channel_mix": "k", "meta_state": "xg"}[part]
+            for letter, row in zip(letters, np.atleast_2d(value), strict=False):
+                out[f"{base[part]}.x_{letter}"] = row
+        elif head in low_rank:
+            out[f"{base[part]}.{low_rank[head]}{factor[tail[0]]}"] = value
+        elif part == "meta_state" and head == "output":
+            out[f"{i}.meta.W_o"] = value.T
+        elif head in ("receptance", "key", "value", "output"):
+            out[f"{base[part]}.{head}"] = value.T
+        else:
+            out[".".join([base[part], plain.get(head, head), *tail])] = value
+    return out
+
+
+def check(model, length=9, carried=True, backends=BACKENDS[:2]):
+    """Compare logits and states: no state then a carried one; documents start inside and at 0."""
+    generator = torch.Generator().manual_seed(2)
+    oracle = Oracle(model.config, numpy_weights(model))
+    tokens = torch.randint(0, model.config.vocab_size, (2, 2 * length), generator=generator)
+    resets = torch.rand(2, 2 * length, generator=generator) < 0.2
+    resets[0, length] = True  # a carried state that is dropped; row 1 keeps its own
+    resets[1, length] = False
+    results = [oracle.forward(*row) for row in zip(tokens, [None] * 2, resets, strict=True)]
+    expected = torch.from_numpy(np.stack([logits for logits, _ in results]))
+    halves = [slice(0, length), slice(length, 2 * length)] if carried else [slice(None)]
+    for backend in backends:
+        model.backend, state, parts = backend, None, []
+        with torch.no_grad():
+            for half in halves:
+                part, state = model(tokens[:, half], state, resets=resets[:, half])
+                parts.append(part)
+        assert relative_error(torch.cat(parts, 1), expected) < TOLERANCE[torch.float64], backend
+        for i, layer in enumerate(state.layers):
+            for name, key in {"S": "S", "time_shift": "time", "M": "M"}.items():
+                mine = getattr(layer, name)
+                if mine is not None:
+                    theirs = torch.from_numpy(np.stack([s[i][key] for _, s in results]))
+                    assert relative_error(mine, theirs) < TOLERANCE[torch.float64], (i, name)
+    return oracle, tokens
+
+
+@pytest.mark.parametrize("fields", [{}, GROWN], ids=["plain", "grown"])
+def test_rwkv7(fields):
+    check(build(architecture="rwkv7", **fields), backends=BACKENDS)
+
+
+@pytest.mark.parametrize("options", list(one_at_a_time()), ids=label)
+@pytest.mark.parametrize("fields", [{}, GROWN], ids=["plain", "grown"])
+def test_each_option(options, fields):
+    check(build(meta_state=options, **fields))
+
+
+@pytest.mark.parametrize("options", list(at_random(10)), ids=label)
+def test_random_combinations(options):
+    check(build(meta_state=options, **GROWN), backends=BACKENDS)
+
+
+@pytest.mark.parametrize("options", [MetaStateConfig(), MetaStateConfig.paper()], ids=label)
+def test_longer_than_a_chunk(options):
+    check(build(meta_state=options, num_layers=1), length=75, carried=False, backends=BACKENDS)
+
+
+def test_kl_term_of_the_variational_encoder():
+    options = MetaStateConfig(encoder="cross", latent_size=2, variational=True, kl_weight=0.3)
+    model = build(meta_state=options)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    model.backend = "reference"
+    _, _, kl = model.features(tokens)
+    oracle = Oracle(model.config, numpy_weights(model))
+    oracle.forward(tokens[0])
+    assert float(kl.detach()) == pytest.approx(0.3 * oracle.kl / 4, rel=1e-11)
+
+
+def test_variational_encoder_draws_only_in_training(monkeypatch):
+    options = MetaStateConfig(encoder="cross", latent_size=2, variational=True)
+    model, tokens = build(meta_state=options), torch.tensor([[1, 2, 3, 4]])
+    model.backend = "reference"
+    expected, _ = model(tokens)
+    assert torch.equal(expected, model(tokens)[0])
+    model.train()
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    assert torch.equal(model(tokens)[0], expected)
