@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metastate.data.indexed import IndexedDataset, write_dataset
-from metastate.data.loader import IGNORE, BatchSource, PreparedData, Split, permute
+from metastate.data.loader import BatchSource, PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 
 
@@ -72,7 +72,7 @@ def test_targets_are_the_next_tokens_and_resets_the_document_starts(tmp_path):
         assert (batch.tokens.dtype, batch.resets.dtype) == (torch.int64, torch.bool)
         assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
         assert batch.resets[:, 0].all()
-        assert torch.equal(batch.resets[:, 1:], batch.tokens[:, :-1] == 0)
+        assert torch.equal(batch.resets[:, 1:], batch.tokens[:, 1:] == 0)
         for row, target in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
             window = [*row, target[-1]]
             assert any(flat[i : i + 6] == window for i in range(len(flat) - 5))
@@ -110,35 +110,13 @@ def test_carried_rows_continue_and_cover_whole_documents(tmp_path):
             tokens = torch.cat([b.tokens[row] for b in batches])
             resets = torch.cat([b.resets[row] for b in batches])
             assert resets[0]
-            assert torch.equal(resets[1:], tokens[:-1] == 0)
+            assert torch.equal(resets[1:], tokens[1:] == 0)
             # between two ends of documents lies one whole document
             ends = [i + 1 for i, t in enumerate(tokens.tolist()) if t == 0]
             for start, end in zip(ends, ends[1:], strict=False):
                 assert tokens[start:end].tolist() in [d.tolist() for d in documents]
     orders = [source.batch(e * steps).tokens.tolist() for e in range(4)]
     assert any(order != orders[0] for order in orders[1:])
-
-
-def test_evaluation_windows_cover_each_target_once(tmp_path):
-    split, documents = make_split(tmp_path, [5, 3, 6], domains=[0, 1, 0])
-    batches = list(split.windows(4, batch_size=3))
-    assert [len(b.tokens) for b in batches] == [3, 1]
-    targets = torch.cat([b.targets for b in batches])
-    domains = torch.cat([b.domains for b in batches])
-    counted = targets != IGNORE
-    flat = np.concatenate(documents).tolist()
-    assert targets[counted].tolist() == flat[1:]
-    assert domains[counted].tolist() == [0] * 4 + [1] * 3 + [0] * 6
-    resets = torch.cat([b.resets for b in batches])
-    assert resets[:, 0].all() and resets[1, 1] and not resets[0, 1:].any()  # token 5 starts "b"
-
-
-def test_limited_windows_lie_all_over_the_split(tmp_path):
-    split, _ = make_split(tmp_path, [50, 50], domains=[0, 1])
-    batches = list(split.windows(5, limit_tokens=20))
-    assert len(batches) == 4
-    assert {int(d) for b in batches for d in b.domains.unique()} == {0, 1}
-    assert len(list(split.windows(200, limit_tokens=10))) == 1
 
 
 def test_documents(tmp_path):

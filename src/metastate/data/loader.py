@@ -24,7 +24,6 @@ from metastate.errors import ConfigError, DataError
 
 FORMAT = 1  # of data.json and the files beside it
 RECORD = "data.json"
-IGNORE = -100  # a target that no loss counts
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,6 @@ class Document(NamedTuple):
     domain: str
     tokens: np.ndarray
     text_bytes: int
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """Windows of held-out text.
-
-    Attributes:
-        tokens, targets, resets: [b, T] as in `Batch`; targets are -100 where a window has ended.
-        domains: [b, T] int64, index into `Split.domain_names` of the target's document.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    resets: Tensor
-    domains: Tensor
 
 
 class Split:
@@ -145,52 +129,6 @@ class Split:
             share = len(tokens) / max(1, int(self.dataset.lengths[i]))
             domain = self.domain_names[int(self.dataset.domains[i])]
             yield Document(domain, tokens, round(int(self.text_bytes[i]) * share))
-
-    def windows(
-        self, context: int, limit_tokens: int | None = None, batch_size: int = 1
-    ) -> Iterator[EvalBatch]:
-        """Yield windows of `context` targets that do not overlap; each starts from a fresh state.
-
-        With `limit_tokens` they lie evenly over the split, so that few tokens see every domain.
-
-        Args:
-            context: T, tokens in a window.
-            limit_tokens: about how many targets; None means all.
-            batch_size: windows in an EvalBatch; the last one may have fewer.
-
-        Raises:
-            DataError: the split has fewer than two tokens.
-        """
-        if self.num_tokens < 2:
-            raise DataError(f"the {self.name} split has no text to evaluate; prepare more text")
-        count = total = -(-(self.num_tokens - 1) // context)
-        if limit_tokens is not None:
-            count = min(total, max(1, limit_tokens // context))
-        starts = np.arange(count) * total // count * context
-        for at in range(0, count, batch_size):
-            yield self._window_batch(starts[at : at + batch_size], context)
-
-    def _window_batch(self, starts: np.ndarray, context: int) -> EvalBatch:
-        places = starts[:, None] + np.arange(context + 1)
-        inside = places < self.num_tokens
-        places = np.minimum(places, self.num_tokens - 1)
-        rows = self.checked(self.dataset.tokens[places])
-        owner = np.searchsorted(self.dataset.offsets, places[:, 1:], side="right") - 1
-        return EvalBatch(
-            torch.from_numpy(rows[:, :-1].copy()),
-            torch.from_numpy(np.where(inside[:, 1:], rows[:, 1:], IGNORE)),
-            torch.from_numpy(self._starts(rows)),
-            torch.from_numpy(self.dataset.domains[owner].astype(np.int64)),
-        )
-
-    def _starts(self, rows: np.ndarray) -> np.ndarray:
-        """Return [B, T] bool for rows [B, T + 1]: after an end of document, and at a row's start.
-
-        No tokenizer encodes text to the end of document, so that token marks nothing else.
-        """
-        resets = np.ones((len(rows), rows.shape[1] - 1), dtype=bool)
-        resets[:, 1:] = rows[:, :-2] == self.eod_id
-        return resets
 
 
 class PreparedData:
@@ -368,8 +306,10 @@ class BatchSource:
         rows = np.arange(rank * per_rank, (rank + 1) * per_rank)
         tokens, fresh = self._streams(step, rows) if self.carry_state else self._windows(step, rows)
         tokens = self.split.checked(tokens)
-        resets = self.split._starts(tokens)
-        resets[:, 0] = fresh
+        # A document's first word is predicted from a fresh state that has read the end-of-document
+        # token, in training as in evaluation and generation: the reset falls on that token.
+        resets = tokens[:, :-1] == self.split.eod_id
+        resets[:, 0] |= fresh
         carry = torch.full((per_rank,), step % self.num_windows > 0) if self.carry_state else None
         return Batch(
             torch.from_numpy(tokens[:, :-1].copy()),
@@ -404,7 +344,6 @@ class BatchSource:
             while filled <= self.context:
                 document = self.split.dataset[int(order[i])]
                 begin = start + filled - (int(ends[i]) - len(document))
-                fresh[row] |= filled == 0 and begin == 0
                 piece = document[begin : begin + self.context + 1 - filled]
                 out[row, filled : filled + len(piece)] = piece
                 filled += len(piece)
