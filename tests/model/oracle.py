@@ -1,4 +1,4 @@
-"""RWKV-7 and Meta-State in plain NumPy float64, one token at a time, written from the formulas alone.
+"""RWKV-7 and Meta-State in plain NumPy float64, token by token, from the formulas alone.
 
 Nothing here is shared with the library: no chunks, no packing, no batch. Matrices act on the right,
 as in docs/architecture.md; `weights` is a flat dict whose names follow RWKV's own checkpoint.

@@ -1,13 +1,13 @@
-"""The model against the NumPy oracle: every option of the Meta-State layer, states and documents."""
+"""The model against the NumPy oracle: every option of the layer, states and documents."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
 from oracle import Oracle
 
+from conftest import TOLERANCE, relative_error
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.model.lm import LanguageModel
 
