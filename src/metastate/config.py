@@ -102,11 +102,22 @@ def _positive(where: str, **values: int | float | None) -> None:
             raise ConfigError(f"{where}.{name} is {value}; it must be positive")
 
 
+_MODEL_SIZES = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "head_size", "ffn_size"),
+    *("decay_rank", "icl_rate_rank", "value_rank", "gate_rank", "rope_theta"),
+)
+_TRAIN_SIZES = (
+    *("steps", "batch_size", "context", "accumulate", "lr", "clip", "eps"),
+    *("log_every", "valid_every", "valid_tokens", "checkpoint_every"),
+)
+
+
 @dataclass(frozen=True)
 class MetaStateConfig:
     """The options of the Meta-State layer; docs/architecture.md gives the equation of each.
 
-    The defaults are the reading that measured best so far (docs/log.md); `paper()` is the literal one.
+    The defaults are the reading that measured best so far (docs/log.md); `paper()` is the literal
+    one.
     """
 
     readout: Literal["both", "meta", "encoding"] = "both"
@@ -177,16 +188,7 @@ class ModelConfig:
                 f"this model's config has version {self.version}, this program reads up to "
                 f"{CONFIG_VERSION}; install a newer metastate"
             )
-        _positive(
-            "model",
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "vocab_size hidden_size num_layers num_heads head_size ffn_size decay_rank "
-                    "icl_rate_rank value_rank gate_rank rope_theta"
-                ).split()
-            },
-        )
+        _positive("model", **{name: getattr(self, name) for name in _MODEL_SIZES})
         if self.parameter_tokens < 0:
             raise ConfigError(f"model.parameter_tokens is {self.parameter_tokens}; 0 or more")
         if self.hidden_size % self.num_heads:
@@ -211,7 +213,9 @@ class ModelConfig:
                     f"(rotary positions turn pairs); head_size is {self.head_size}"
                 )
             if self.parameter_tokens:
-                raise ConfigError("model.parameter_tokens needs a WKV state; a transformer has none")
+                raise ConfigError(
+                    "model.parameter_tokens needs a WKV state; a transformer has none"
+                )
         elif self.head_size < self.hidden_size // self.num_heads:
             raise ConfigError(
                 f"model.head_size {self.head_size} is below hidden_size / num_heads = "
@@ -275,19 +279,10 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        _positive(
-            "train",
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "steps batch_size context accumulate lr clip log_every valid_every "
-                    "valid_tokens checkpoint_every eps"
-                ).split()
-            },
-        )
+        _positive("train", **{name: getattr(self, name) for name in _TRAIN_SIZES})
         if not 0 <= self.min_lr <= self.lr:
             raise ConfigError(f"train.min_lr {self.min_lr} must be between 0 and lr {self.lr}")
-        if not 0 <= self.warmup:
+        if not self.warmup >= 0:
             raise ConfigError(f"train.warmup is {self.warmup}; 0 or more steps")
         if not 0 < self.decay_fraction <= 1:
             raise ConfigError(f"train.decay_fraction is {self.decay_fraction}; in (0, 1]")

@@ -1,4 +1,7 @@
-"""Every error that a user's mistake can raise. Each message says what was given, what is allowed, what to do."""
+"""Every error that a user's mistake can raise.
+
+Each message says what was given, what is allowed and what to do.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class CheckpointError(MetaStateError):
 
 
 class DataError(MetaStateError):
-    """Input text or prepared data is missing, empty, truncated, corrupt or of another vocabulary."""
+    """Text or prepared data is missing, empty, truncated, corrupt or of another vocabulary."""
 
 
 class TrainingError(MetaStateError):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCE, relative_error
 
+from conftest import TOLERANCE, relative_error
 from metastate import ops
 from metastate.errors import ConfigError, ShapeError
 

@@ -1,0 +1,1 @@
+"""The layers: nn.Modules, forward(x, state) -> (y, state)."""

@@ -28,7 +28,7 @@ class ChannelMix(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return y [B, T, D] and the new shift [B, D] for x [B, T, D] and the carried shift [B, D]."""
+        """Return y [B, T, D] and the new shift [B, D]; x [B, T, D], the carried shift [B, D]."""
         mixed = torch.lerp(x, token_shift(x, shift, packing), self.mu.to(x.dtype))
         return self.value(F.relu(self.key(mixed)).square()), x[:, -1]
 

@@ -38,9 +38,7 @@ class Packing:
     def from_resets(cls, resets: Tensor) -> Packing:
         """Compute the offsets once for all layers from `resets` [B, T] bool."""
         if resets.dtype != torch.bool or resets.dim() != 2:
-            raise ShapeError(
-                f"resets must be bool [B, T]; got {resets.dtype} {list(resets.shape)}"
-            )
+            raise ShapeError(f"resets must be bool [B, T]; got {resets.dtype} {list(resets.shape)}")
         batch, length = resets.shape
         starts = resets.clone()
         starts[:, 0] = True
@@ -113,7 +111,7 @@ def last_of_rows(state: Tensor, packing: Packing | None) -> Tensor:
 
 
 def segment_norm(x: Tensor, kind: str, segments: tuple[int, ...], eps: float = 1e-12) -> Tensor:
-    """Normalise the last axis of x [..., N] by growth segment: `l2` x/|x|, `rms` x/sqrt(mean x^2)."""
+    """Normalise x [..., N] by growth segment: `l2` x/|x|, `rms` x/sqrt(mean x^2), `none` x."""
     if kind == "none":
         return x
     parts = []

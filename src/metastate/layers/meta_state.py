@@ -1,7 +1,7 @@
 """The Meta-State layer: the WKV state itself is the weight matrix, a second state is its memory.
 
-Source: arXiv:2504.08247, eqs 1-4 and 7-11. The paper's formulas are lost; every reading of its prose
-is an option of MetaStateConfig. docs/architecture.md says which words each equation rests on.
+Source: arXiv:2504.08247, eqs 1-4 and 7-11. The paper's formulas are lost; every reading of its
+prose is an option of MetaStateConfig. docs/architecture.md says which words each equation rests on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MetaState(nn.Module):
 
     e_t = x_t S_t^T                             self-state encoder (`read`, `encoder_size`)
     e_t = silu([x_t, e_t] W_z) W_u              compressing cross-encoder (`encoder="cross"`)
-    M_t = M_{t-1} G_t + U_t                     meta state (`update`), from norm(e_t) (`encoding_norm`)
+    M_t = M_{t-1} G_t + U_t                     meta state (`update`, `encoding_norm`)
     y_t = norm(q_t M_t^T) + norm(e_t)           readout (`readout`, `query`, `output_norm`)
     o_t = concat_h(y_t * act(x_t) [* g_t]) W_o  `modulation`, `activation`, `gate`
 
@@ -54,7 +54,9 @@ class MetaState(nn.Module):
         self.encoding_norm = GroupNorm(H, self.segments) if normed and reads_encoding else None
         num_mixes = (1 + options.gate) if options.token_shift else 0
         self.mu = nn.Parameter(torch.full((num_mixes, D), 0.5)) if num_mixes else None
-        self.gate = LowRank(D, low_rank_size(config.gate_rank, 5.0, D), H * N) if options.gate else None
+        self.gate = (
+            LowRank(D, low_rank_size(config.gate_rank, 5.0, D), H * N) if options.gate else None
+        )
         self.output = linear(H * N, D, 0.0)
         if options.encoder == "cross":
             width = options.latent_size or max(1, N // 2)
@@ -75,10 +77,12 @@ class MetaState(nn.Module):
         """Read the WKV states with x and evolve the meta state.
 
         Args:
-            x: [B, T, D]. trajectory: of the block's time mixing over the same tokens.
+            x: [B, T, D].
+            trajectory: of the block's time mixing over the same tokens.
             M: meta state before token 0, [B, H, N, N], or None where the readout has none.
             shift: x before token 0, [B, D], or None without `token_shift`.
-            packing: where documents start. backend: of metastate.ops.
+            packing: where documents start.
+            backend: of metastate.ops.
 
         Returns:
             y [B, T, D], M after the last token, the new shift, and the mean KL divergence a token
@@ -107,7 +111,7 @@ class MetaState(nn.Module):
         return self.output(y), M, new_shift, kl
 
     def encode(self, x: Tensor, trajectory: ops.Trajectory) -> tuple[Tensor, Tensor | None]:
-        """Return the state-encoded token e [B, T, H, N] and the KL term of a variational encoder."""
+        """Return the state-encoded token e [B, T, H, N] and a variational encoder's KL term."""
         options, size = self.options, self.options.encoder_size
         if size is None or size == self.head_size:
             e = trajectory.read(x, by=options.read)
@@ -166,7 +170,12 @@ class MetaState(nn.Module):
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""
         groups = {"output.weight": MATRIX}
-        for name, group in (("projection", VECTOR), ("mu", VECTOR), ("compress", MATRIX), ("expand", MATRIX)):
+        for name, group in (
+            ("projection", VECTOR),
+            ("mu", VECTOR),
+            ("compress", MATRIX),
+            ("expand", MATRIX),
+        ):
             if getattr(self, name, None) is not None:
                 groups[name] = group
         for name in ("meta_norm", "encoding_norm", "gate"):

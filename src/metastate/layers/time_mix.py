@@ -32,7 +32,8 @@ class TimeMix(nn.Module):
 
     x^i = x_t + (x_{t-1} - x_t) mu_i,  i in r, w, k, v, a, g
     a = sigmoid(lowrank(x^a))      log_w = -exp(-0.5) sigmoid(lowrank(x^w; tanh))
-    kappa = unit(k * k_k)          k~ = k (1 + (a - 1) k_a)        v = v' + (v_first - v') sigmoid(lowrank(x^v))
+    kappa = unit(k * k_k)          k~ = k (1 + (a - 1) k_a)
+    v = v' + (v_first - v') sigmoid(lowrank(x^v))
     S_t = S_{t-1} (diag(w) - kappa^T (a * kappa)) + v^T k~
     o = (g * (group_norm(r S^T) + (sum_N r r_k k~) v)) W_o
 
@@ -111,7 +112,9 @@ class TimeMix(nn.Module):
         """Mix x over time.
 
         Args:
-            x: [B, T, D]. S: state before token 0, [B, H, N, N]. shift: x before token 0, [B, D].
+            x: [B, T, D].
+            S: state before token 0, [B, H, N, N].
+            shift: x before token 0, [B, D].
             v_first: layer 0's value, [B, T, H, N]; None in layer 0.
             packing: where documents start; None means nowhere.
             backend: of metastate.ops.
@@ -131,7 +134,9 @@ class TimeMix(nn.Module):
             v_first = v
         else:
             assert v_first is not None
-            v = torch.lerp(v, v_first.to(v.dtype), torch.sigmoid(self.value_mix(x_v)).view(heads).to(v.dtype))
+            v = torch.lerp(
+                v, v_first.to(v.dtype), torch.sigmoid(self.value_mix(x_v)).view(heads).to(v.dtype)
+            )
         kappa = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
         k = (k * (1 + (a - 1) * self.k_a)).view(heads)
         r = r.view(heads)
@@ -149,15 +154,11 @@ class TimeMix(nn.Module):
         )
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         p = self.norm(y) + bonus.flatten(2)
-        out = self.output(p * self.gate_of(x_g))
+        out = self.output(p * self.gate(x_g, torch.sigmoid))
         return out, last_of_rows(trajectory.state, packing), x[:, -1], v_first, trajectory
 
-    def gate_of(self, x_g: Tensor) -> Tensor:
-        """Return g = sigmoid(x^g A) B, [B, T, H N]."""
-        return self.gate(x_g, torch.sigmoid)
-
     def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter that this layer owns directly or in a map."""
+        """Return the optimizer group of each parameter."""
         groups = dict.fromkeys(("mu", "k_k", "k_a", "r_k"), VECTOR)
         for name in ("receptance", "key", "value", "output"):
             groups[f"{name}.weight"] = MATRIX

@@ -1,0 +1,1 @@
+"""The language model: blocks, states, presets, checkpoints, loss."""

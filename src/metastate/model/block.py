@@ -51,7 +51,7 @@ class RecurrentBlock(nn.Module):
         packing: Packing | None,
         backend: str,
     ) -> tuple[Tensor, RecurrentState, Tensor | None, Tensor | None]:
-        """Return x [B, T, D], the new state, layer 0's value for the layers above, and a KL term."""
+        """Return x [B, T, D], the new state, layer 0's v for the layers above, and a KL term."""
         y, S, time_shift, v_first, trajectory = self.time_mix(
             self.ln1(x), state.S, state.time_shift, v_first, packing, backend
         )
@@ -102,7 +102,7 @@ class TransformerBlock(nn.Module):
 
 def block_groups(module: nn.Module) -> dict[str, str]:
     """Collect the groups of a module's children; a layer norm's weight and bias take no decay."""
-    groups = {}
+    groups: dict[str, str] = {}
     for name, child in module.named_children():
         if isinstance(child, nn.LayerNorm):
             groups |= {f"{name}.weight": VECTOR, f"{name}.bias": VECTOR}

@@ -79,10 +79,14 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        hint = "" if path.exists() else f" and no preset has that name ({presets.nearest(str(path))})"
+        hint = (
+            "" if path.exists() else f" and no preset has that name ({presets.nearest(str(path))})"
+        )
         raise CheckpointError(f"no checkpoint at {path}: no config.json there{hint}") from None
     except (OSError, ValueError) as cause:
-        raise CheckpointError(f"{file} cannot be read ({cause}); the checkpoint is corrupt") from None
+        raise CheckpointError(
+            f"{file} cannot be read ({cause}); the checkpoint is corrupt"
+        ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no metastate checkpoint's config")
     if not isinstance(info.get("version"), int) or info["version"] > VERSION:
@@ -98,7 +102,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file; CheckpointError if it is missing, cut or corrupt."""
+    """Return a safetensors file's tensors; CheckpointError if it is missing, cut or corrupt."""
     try:
         return safetensors.torch.load_file(file)
     except FileNotFoundError:
@@ -113,7 +117,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def check_tensors(
     found: dict[str, torch.Tensor], needed: dict[str, torch.Tensor], file: Path
 ) -> None:
-    """Raise CheckpointError unless `found` has exactly the names, shapes and dtypes' kind needed."""
+    """Raise CheckpointError unless `found` has exactly the names and shapes of `needed`."""
     for name, x in needed.items():
         if name not in found:
             raise CheckpointError(f"{file} has no tensor {name!r}; it is of another model")

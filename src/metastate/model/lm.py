@@ -18,7 +18,8 @@ from metastate.model.state import ModelState
 class LanguageModel(nn.Module):
     """A causal language model of any of our architectures, fixed by its ModelConfig.
 
-    x = embedding(tokens) (then ln0 in the recurrent ones);  x = block(x) L times;  logits = head(ln_out(x))
+    x = embedding(tokens) (then ln0 in the recurrent ones);  x = block(x), L times;
+    logits = head(ln_out(x))
 
     Attributes:
         config: the ModelConfig.
@@ -136,7 +137,7 @@ class LanguageModel(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 raise ShapeError(
                     f"token ids run from {int(low)} to {int(high)}, the vocabulary from 0 to "
-                    f"{self.config.vocab_size - 1}; use the tokenizer that the model was trained with"
+                    f"{self.config.vocab_size - 1}; use the model's own tokenizer"
                 )
 
     def optimizer_groups(self) -> dict[str, str]:
@@ -148,7 +149,7 @@ class LanguageModel(nn.Module):
         return groups | block_groups(norms)
 
     def count_parameters(self) -> dict[str, int]:
-        """Return the number of parameters by part, `total`, and `non_embedding` (without the head)."""
+        """Return parameters by part, `total`, and `non_embedding` (the head left out too)."""
         counts: dict[str, int] = {}
         for name, p in self.named_parameters():
             pieces = name.split(".")
@@ -168,7 +169,9 @@ class LanguageModel(nn.Module):
         (8 backward), (T + 1) / 2 keys on average. Elementwise work is left out.
         """
         config = self.config
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and self._multiplies(n))
+        matrices = sum(
+            p.numel() for n, p in self.named_parameters() if p.dim() == 2 and self._multiplies(n)
+        )
         forward, backward = 2 * matrices, 4 * matrices
         if not self.recurrent:
             attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
@@ -184,7 +187,7 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def _multiplies(name: str) -> bool:
-        """Whether a parameter of two axes is a matrix product's factor (an embedding is a look-up)."""
+        """Say whether a parameter of two axes is a factor of a matrix product."""
         return name != "embedding.weight" and not name.endswith((".mu", ".r_k"))
 
     def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:
@@ -193,5 +196,3 @@ class LanguageModel(nn.Module):
             return sum(b.init_state(batch_size).num_bytes for b in self.blocks)  # type: ignore[operator]
         config, size = self.config, self.embedding.weight.element_size()
         return 2 * config.num_layers * config.attention_size * size * batch_size * tokens
-
-

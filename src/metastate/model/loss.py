@@ -87,7 +87,7 @@ def linear_cross_entropy(
     """Return the mean cross-entropy of logits x W^T, with and without the z-loss.
 
     The gradient with respect to x and W is made in the forward pass, a chunk of rows at a time
-    through one buffer: g = (softmax (1 + 2 z lse) - onehot) / n, dx = g W, dW = g^T x. So logits are
+    through one buffer: g = (softmax (1 + 2 z lse) - onehot) / n, dx = g W, dW = g^T x. Logits are
     computed once and never stored. At V = 50,304, D = 384 on a CPU this took 0.4 (float32) and 0.5
     (bfloat16) of the time of F.cross_entropy over all logits, whose chunks recomputed in the
     backward pass took 0.8 and 1.2; torch's F.linear_cross_entropy took 1.0 and 1.9 times our time,

@@ -1,4 +1,4 @@
-"""Named sizes, `architecture-size`; the sizes of one row have equal non-embedding parameters within 1 %.
+"""Named sizes, `architecture-size`; those of one size have equal non-embedding parameters (1 %).
 
 Meta-State sets the count of a row: it keeps D and H, its depth comes nearest to the name (for 150m
 and above with the 50,304 x D embedding and head counted in). The others keep D and H and meet the

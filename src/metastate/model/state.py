@@ -33,8 +33,8 @@ VERSION = 1
 class ModelState:
     """The states of all layers after `tokens_seen` tokens, for a batch of B rows.
 
-    A forward pass never changes the state that it was given; it returns a new one. So a state can be
-    kept, forked and continued any number of times.
+    A forward pass never changes the state that it was given; it returns a new one. So a state can
+    be kept, forked and continued any number of times.
 
     Attributes:
         layers: one RecurrentState or AttentionState a block.
@@ -78,7 +78,7 @@ class ModelState:
 
     @property
     def num_bytes(self) -> int:
-        """Size in bytes; constant for a recurrent model, growing with every token for a Transformer."""
+        """Size in bytes: constant for a recurrent model, growing for a Transformer."""
         return sum(layer.num_bytes for layer in self.layers)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class ModelState:
         return out
 
     def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
-        """Write the state as safetensors, atomically; `config` of the model that made it is recorded."""
+        """Write the state as safetensors, atomically, with a hash of its model's `config`."""
         header = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -118,8 +118,10 @@ class ModelState:
         except FileNotFoundError:
             raise StateError(f"no state file at {path}") from None
         except (safetensors.SafetensorError, OSError) as cause:
-            raise StateError(f"{path} is no whole safetensors file ({cause}); it is corrupt or cut "
-                             "off: make the state again") from None
+            raise StateError(
+                f"{path} is no whole safetensors file ({cause}); it is corrupt or cut "
+                "off: make the state again"
+            ) from None
         if header.get("format") != FORMAT:
             raise StateError(f"{path} is a safetensors file but no metastate state")
         if int(header["version"]) > VERSION:
@@ -149,8 +151,10 @@ class ModelState:
             zip(self.layers, model.init_state(self.batch_size).layers, strict=True)
         ):
             if type(own) is not type(fresh):
-                raise StateError(f"the state's layer {i} is a {type(own).__name__}, the model "
-                                 f"needs a {type(fresh).__name__}")
+                raise StateError(
+                    f"the state's layer {i} is a {type(own).__name__}, the model "
+                    f"needs a {type(fresh).__name__}"
+                )
             if isinstance(own, AttentionState) or isinstance(fresh, AttentionState):
                 continue  # the layer itself checks a cache, whose length is free
             for f in dataclasses.fields(RecurrentState):
@@ -158,8 +162,9 @@ class ModelState:
                 found = None if a is None else list(a.shape)
                 needed = None if b is None else list(b.shape)
                 if found != needed:
-                    raise StateError(f"the state's layers.{i}.{f.name} is {found}, the model needs "
-                                     f"{needed}")
+                    raise StateError(
+                        f"the state's layers.{i}.{f.name} is {found}, the model needs {needed}"
+                    )
 
 
 def config_hash(config: ModelConfig) -> str:

@@ -60,7 +60,9 @@ def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor 
         if not x.is_floating_point():
             raise ShapeError(f"{name} is {x.dtype}; a floating-point tensor is needed")
         if x.device != first.device:
-            raise ShapeError(f"{name} is on {x.device}, but {next(iter(tensors))} on {first.device}")
+            raise ShapeError(
+                f"{name} is on {x.device}, but {next(iter(tensors))} on {first.device}"
+            )
     batch, length, heads, size = first.shape
     rows = batch
     if cu_seqlens is not None:
@@ -69,7 +71,8 @@ def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor 
         ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
         if ends != (0, batch * length) or bool((cu_seqlens.diff() < 1).any()):
             raise ShapeError(
-                f"cu_seqlens must rise from 0 to B * T = {batch * length}; got {ends[0]} to {ends[1]}"
+                f"cu_seqlens must rise from 0 to B * T = {batch * length}; it runs from {ends[0]} "
+                f"to {ends[1]}"
             )
         rows = len(cu_seqlens) - 1
     # The state takes the widest of the dtypes: under autocast the inputs may differ.

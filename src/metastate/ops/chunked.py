@@ -26,7 +26,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """How [B, T, H, N] tokens lie in dense chunks [n, H, T'/C, C, N], zeros where a row is padded."""
+    """How tokens [B, T, H, N] lie in dense chunks [n, H, T'/C, C, N], rows padded by zeros."""
 
     shape: tuple[int, int]
     num_sequences: int
@@ -74,7 +74,7 @@ def _padded(length: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything of a chunk that depends on the transition alone; [n, H, T'/C, C, N] or [.., C, C]."""
+    """What depends on the transition alone; [n, H, T'/C, C, N] or [.., C, C]."""
 
     layout: Layout
     W: Tensor
@@ -143,9 +143,7 @@ class ChunkedTrajectory(Trajectory):
             S = S @ move[:, :, c] + shift[:, :, c]
         before = torch.stack(starts, 2)
         U = g.P @ before.mT + U_0
-        trajectory = cls(
-            S, like.log_w, like.kappa, like.a, like.cu_seqlens, g, before, k_W, V, U
-        )
+        trajectory = cls(S, like.log_w, like.kappa, like.a, like.cu_seqlens, g, before, k_W, V, U)
         return trajectory.read(r), trajectory
 
 
@@ -160,7 +158,7 @@ def wkv7(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ChunkedTrajectory]:
     """Run the recurrence chunk by chunk; arguments and result as ops.reference.wkv7."""
-    layout = Layout.of(*log_w.shape[:2], cu_seqlens)
+    layout = Layout.of(log_w.shape[0], log_w.shape[1], cu_seqlens)
     geometry = Geometry.of(layout, *(x.to(state.dtype) for x in (log_w, kappa, a)))
     like = Trajectory(state, log_w, kappa, a, cu_seqlens)
     return ChunkedTrajectory._run(geometry, r, k, v, state, like)

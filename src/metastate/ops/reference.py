@@ -33,7 +33,7 @@ class Trajectory:
     cu_seqlens: Tensor | None
 
     def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """Read every state: e_t = x_t S_t^T (`by="key"`) or x_t S_t (`by="value"`), [B, T, H, N]."""
+        """Read every state: e_t = x_t S_t^T (`by="key"`) or x_t S_t (`by="value"`)."""
         raise NotImplementedError
 
     def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,12 @@ def wkv7(
     """Run S_t = S_{t-1} (diag(exp log_w_t) - kappa_t^T (a_t * kappa_t)) + v_t^T k_t token by token.
 
     Args:
-        r, log_w, k, v, kappa, a: [B, T, H, N], any one float dtype.
+        r: receptance, [B, T, H, N], any float dtype; so all up to `a`.
+        log_w: log decay a token, below 0.
+        k: replacement key.
+        v: value.
+        kappa: removal key, unit norm over N.
+        a: in-context learning rate.
         state: [n, H, N, N], one a sequence (n = B without cu_seqlens), float32 or float64.
         cu_seqlens: [n + 1] int64 or None.
 
