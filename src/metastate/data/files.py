@@ -48,7 +48,7 @@ def atomic_write(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as cause:
         raise error(_refusal(cause, path)) from cause
     finally:
@@ -83,7 +83,8 @@ def _refusal(cause: OSError, path: Path) -> str:
     return f"cannot write {path}: {cause.strerror or cause}; the previous file is untouched"
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable; OSError if the system refuses."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS journals the rename itself
         return
     descriptor = os.open(folder, os.O_RDONLY)

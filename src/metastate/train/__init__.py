@@ -1,0 +1,1 @@
+"""Training: optimizer, checkpoints that survive any kill, the loop."""

@@ -1,0 +1,267 @@
+"""Checkpoints of a run, whole at every moment, and everything that an exact resume needs.
+
+OUT/checkpoints/step-00000200/   model.safetensors, config.json   what metastate.load opens
+                                 optimizer.safetensors            moments by parameter name
+                                 state.safetensors                carried state, with --carry-state
+                                 trainer.json                     TrainerState
+OUT/last, OUT/best               links to the newest one and to the one of the best held-out loss
+
+A folder is written under a temporary name, every file fsynced, and only then renamed: a folder
+with its final name is whole. The links are replaced by rename, old folders deleted last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from metastate.config import TrainConfig, from_dict, to_dict
+from metastate.data.files import atomic_write, sync_folder, write_json
+from metastate.errors import CheckpointError, ConfigError, TrainingError
+from metastate.model import io
+from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
+
+# What may differ between a run and its continuation: its end, where things are, what is reported.
+MAY_CHANGE = {
+    *("steps", "data", "out", "log_every", "valid_every", "valid_tokens", "checkpoint_every"),
+    "tensorboard",
+}
+VERSION = 1
+RUN = "run.json"  # the settings of the run, written before its first step
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run is; with weights, moments and carried state all that the next step depends on.
+
+    Attributes:
+        step: finished updates.
+        tokens: tokens read so far.
+        config: the settings that made it.
+        data: fingerprint of the prepared data.
+        best_step: the step of the lowest held-out loss, None before the first validation.
+        best_loss: that loss, nats a token.
+        window_nats: sum of the training losses since the last line of the log.
+        window_tokens: over how many tokens.
+    """
+
+    step: int
+    tokens: int
+    config: TrainConfig
+    data: str
+    best_step: int | None = None
+    best_loss: float | None = None
+    window_nats: float = 0.0
+    window_tokens: int = 0
+    version: int = VERSION
+
+
+def save_checkpoint(
+    out: str | os.PathLike[str],
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    trainer: TrainerState,
+    carried: ModelState | None = None,
+) -> Path:
+    """Write a checkpoint, point `last` (and `best`) to it, and delete those nobody needs.
+
+    Kept are the newest, and the model of the best.
+
+    Args:
+        out: folder of the run.
+        model: as it is after trainer.step updates.
+        optimizer: of `make_optimizer`.
+        trainer: everything else.
+        carried: the state that the next batch continues from.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TrainingError: the disk is full or the system refuses; the checkpoint before is whole.
+    """
+    folder = Path(out) / "checkpoints"
+    final = folder / _name(trainer.step)
+    temporary = folder / f".{final.name}.tmp"
+    assert not final.exists(), f"{final} is whole already"
+    try:
+        for leftover in folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        io.save(model, temporary)
+        moments = safetensors.torch.save(_moments(optimizer))
+        atomic_write(temporary / "optimizer.safetensors", moments)
+        if carried is not None:
+            carried.save(temporary / "state.safetensors", model.config)
+        write_json(temporary / "trainer.json", to_dict(trainer))
+        os.replace(temporary, final)
+        sync_folder(folder)
+        _publish(Path(out), trainer)
+    except (OSError, CheckpointError, TrainingError) as cause:
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = find_checkpoint(out)
+        kept = f"{before} is whole" if before else "there was none before"
+        raise TrainingError(
+            f"the checkpoint of step {trainer.step} could not be written ({cause}); {kept}; "
+            "make room, then go on with --resume"
+        ) from cause
+    return final
+
+
+def load_checkpoint(
+    out: str | os.PathLike[str], model: LanguageModel, optimizer: torch.optim.Optimizer
+) -> tuple[TrainerState, ModelState | None]:
+    """Load the newest checkpoint of `out` into `model` and `optimizer`, in place.
+
+    Returns:
+        The trainer's state and the carried state, if there was one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, newer than this program or of another
+            model.
+    """
+    folder = find_checkpoint(out)
+    if folder is None:
+        raise CheckpointError(f"{out} holds no checkpoint; start the run without --resume")
+    trainer = read_trainer(folder)
+    tensors = io.read_tensors(folder / "model.safetensors")
+    io.check_tensors(tensors, model.state_dict(), folder / "model.safetensors")
+    model.load_state_dict(tensors)
+    _load_moments(optimizer, folder / "optimizer.safetensors")
+    state_file = folder / "state.safetensors"
+    carried = ModelState.load(state_file, model) if state_file.exists() else None
+    # A kill may have come between the rename of the folder and that of the links.
+    _publish(Path(out), trainer)
+    return trainer, carried
+
+
+def find_checkpoint(out: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of the newest checkpoint of a run, None before the first."""
+    found = sorted((Path(out) / "checkpoints").glob("step-*"), key=_step)
+    return found[-1] if found else None
+
+
+def read_trainer(folder: Path) -> TrainerState:
+    """Return the TrainerState in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is missing, broken or newer than this program.
+    """
+    file = folder / "trainer.json"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["version"] > VERSION:
+            raise CheckpointError(
+                f"{file} has version {data['version']}, this program reads up to {VERSION}; "
+                "install a newer metastate"
+            )
+        return from_dict(TrainerState, data, "trainer")
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as cause:
+        raise CheckpointError(f"{file} is missing or broken ({cause})") from None
+
+
+def has_run(out: str | os.PathLike[str]) -> bool:
+    """Return whether a run was started in `out`."""
+    return (Path(out) / RUN).exists() or find_checkpoint(out) is not None
+
+
+def saved_config(out: str | os.PathLike[str]) -> TrainConfig:
+    """Return the settings of the run in `out`, so that resuming it needs nothing but its folder.
+
+    Raises:
+        ConfigError: no run was started there. CheckpointError: its record is broken.
+    """
+    file = Path(out) / RUN
+    if not file.exists():
+        raise ConfigError(f"there is no run in {out}; leave out --resume, or correct --out")
+    try:
+        return from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8"))["train"])
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as cause:
+        raise CheckpointError(f"{file} is broken ({cause})") from None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(folder: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def _publish(out: Path, trainer: TrainerState) -> None:
+    """Point the links to what `trainer` says, then delete what they no longer need."""
+    keep = {"last": trainer.step, "best": trainer.best_step}
+    for link, step in keep.items():
+        if step is not None:
+            temporary = out / f".{link}.tmp"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(Path("checkpoints") / _name(step), target_is_directory=True)
+            os.replace(temporary, out / link)
+    sync_folder(out)
+    for folder in (out / "checkpoints").glob("step-*"):
+        if _step(folder) not in keep.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif _step(folder) != trainer.step:
+            for name in ("optimizer.safetensors", "state.safetensors"):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink(missing_ok=True)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{key}:{name}": value.detach().contiguous().cpu()
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    tensors = io.read_tensors(file)
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            found = {k: tensors.pop(f"{k}:{name}", None) for k in ("step", "exp_avg", "exp_avg_sq")}
+            state = {k: v for k, v in found.items() if v is not None}
+            if len(state) not in (0, len(found)):
+                raise CheckpointError(f"{file} lacks a part of the moments of {name}")
+            for key in state.keys() - {"step"}:
+                if state[key].shape != p.shape:
+                    raise CheckpointError(
+                        f"{file}: {key} of {name} is {list(state[key].shape)}, the model needs "
+                        f"{list(p.shape)}"
+                    )
+                # Into memory laid out as the optimizer's own, which a mapped file's is not.
+                state[key] = torch.empty_like(p, requires_grad=False).copy_(state[key])
+            optimizer.state[p] = state
+    if tensors:
+        raise CheckpointError(f"{file} holds {min(tensors)!r}, which this model does not have")
+
+
+def check_same_run(trainer: TrainerState, config: TrainConfig, data: str, out: str) -> None:
+    """Check that `config` continues the run that `trainer` is of.
+
+    Raises:
+        ConfigError: a setting that shapes the weights differs; the message names it.
+    """
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(trainer.config, field.name), getattr(config, field.name)
+        if old != new and field.name not in MAY_CHANGE:
+            raise ConfigError(
+                f"the run in {out} has {field.name} {old!r}, this command asks for {new!r}; leave "
+                f"it out to resume, or start another run with another --out"
+            )
+    if trainer.data != data:
+        raise ConfigError(
+            f"{config.data} is not the data that the run in {out} was trained on; give that with "
+            "--data, or start another run with another --out"
+        )

@@ -1,0 +1,408 @@
+"""The training loop: data in a fixed order, exact resume, no step on non-finite numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metastate.config import TrainConfig, to_dict
+from metastate.data.files import atomic_write, write_json
+from metastate.data.loader import Batch, BatchSource, PreparedData
+from metastate.errors import ConfigError, TrainingError
+from metastate.model.lm import LanguageModel
+from metastate.model.loss import IGNORE, lm_loss
+from metastate.model.presets import preset
+from metastate.model.state import ModelState
+from metastate.train.checkpoint import (
+    RUN,
+    TrainerState,
+    check_same_run,
+    find_checkpoint,
+    has_run,
+    load_checkpoint,
+    save_checkpoint,
+)
+from metastate.train.optim import learning_rate, make_optimizer, set_learning_rate
+
+LOG = "log.jsonl"
+WALL_CLOCK = ("tokens_per_s", "seconds")  # fields of the log that differ between equal runs
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        out: folder of the run; its newest checkpoint is out/last, the best one out/best.
+        step: finished updates.
+        tokens: tokens read.
+        loss: training loss of the last line of the log, nats a token, None if none was written.
+        best_loss: lowest held-out loss, None without validation.
+        best_step: its step.
+        interrupted: number of the signal that ended the run early, None if it is complete.
+    """
+
+    out: Path
+    step: int
+    tokens: int
+    loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    interrupted: int | None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    evaluate: Callable[[LanguageModel], dict[str, Any]] | None = None,
+    progress: Callable[..., None] | None = None,
+    resume: bool = False,
+    model: LanguageModel | None = None,
+) -> TrainResult:
+    """Train a model on prepared data.
+
+    The folder config.out gets run.json (all settings), log.jsonl, checkpoints, and the links `last`
+    and `best`. On the CPU the weights, the optimizer's state and the log (but for WALL_CLOCK) after
+    N steps are bit for bit the same however often the run was killed and resumed on the way.
+
+    The first SIGINT or SIGTERM finishes the step and writes a checkpoint; the second one kills.
+
+    Args:
+        config: all settings.
+        evaluate: scores the model on held-out text; its result has "nats_per_token" and goes into
+            the log whole. Called every config.valid_every steps and at the end.
+        progress: called as progress(step, steps, loss=..., tokens_per_s=...) after every step.
+        resume: continue the run in config.out.
+        model: train this one in place of config.preset with fresh weights; config.model is then
+            not used.
+
+    Raises:
+        ConfigError: a setting is impossible, or config.out does not fit `resume`.
+        DataError: the data is missing, broken, too short or of another vocabulary.
+        CheckpointError: the checkpoint to resume from is damaged.
+        TrainingError: the loss or a gradient is not finite, or the disk is full; the last
+            checkpoint is whole and the weights of this step were not written to it.
+    """
+    if not config.out:
+        raise ConfigError("out is missing; name a folder for checkpoints and log")
+    if has_run(config.out) and not resume:
+        raise ConfigError(
+            f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
+        )
+    if resume and not has_run(config.out):
+        raise ConfigError(f"there is no run in {config.out}; leave out --resume, or correct --out")
+    run = _Run(config, evaluate, progress, model)
+    if resume:
+        run.restore()
+    run.start()
+    with _signals(run.interrupt):
+        return run.loop()
+
+
+class _Run:
+    """One call of `train`: what it holds open and where it is."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        evaluate: Callable[[LanguageModel], dict[str, Any]] | None,
+        progress: Callable[..., None] | None,
+        model: LanguageModel | None,
+    ) -> None:
+        self.config, self.evaluate, self.progress = config, evaluate, progress
+        self.out = Path(config.out)
+        self.device = _device(config.device)
+        data = PreparedData.open(config.data)
+        self.source = BatchSource(
+            data.split("train"),
+            config.batch_size,
+            config.context,
+            config.seed,
+            carry_state=config.carry_state,
+        )
+        if model is None:
+            torch.manual_seed(config.seed)
+            model = LanguageModel(preset(config.preset, **_overrides(config, data)))
+            model.tokenizer_info = data.record["tokenizer"]
+        data.check_vocab(model.config.vocab_size, model.tokenizer_info)
+        if config.carry_state and model.config.architecture == "transformer":
+            raise ConfigError(
+                "carry_state needs a recurrent model; a transformer's cache would grow for ever"
+            )
+        self.model = model.to(self.device, DTYPES[config.dtype]).train()
+        self.model.backend = config.backend
+        self.model.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.optimizer = make_optimizer(self.model, config)
+        record = {key: data.record[key] for key in ("tokenizer", "splits")}
+        fingerprint = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        self.at = TrainerState(step=0, tokens=0, config=config, data=fingerprint)
+        self.carried: ModelState | None = None
+        self.signal: int | None = None
+        self.loss: float | None = None
+        self.started, self.busy_s, self.busy_tokens = time.monotonic(), 0.0, 0
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint; to the very start where there is none yet."""
+        if find_checkpoint(self.out) is not None:
+            found, carried = load_checkpoint(self.out, self.model, self.optimizer)
+            check_same_run(found, self.config, self.at.data, self.config.out)
+            self.at = replace(found, config=self.config)
+            self.carried = None if carried is None else carried.to(self.device)
+        _cut_log(self.out / LOG, self.at.step)
+
+    def start(self) -> None:
+        """Write the settings and open the logs."""
+        settings = {"train": to_dict(self.config), "model": to_dict(self.model.config)}
+        write_json(self.out / RUN, settings)
+        try:
+            self.log_file = open(self.out / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as cause:
+            raise TrainingError(f"cannot write {self.out / LOG}: {cause.strerror}") from cause
+        self.board: Any = None
+        if self.config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError(
+                    "tensorboard needs a package: pip install 'metastate[tensorboard]'"
+                ) from None
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.at.step + 1)
+
+    def interrupt(self, number: int) -> None:
+        """Note that a signal came; the loop ends after the step."""
+        self.signal = number
+
+    def loop(self) -> TrainResult:
+        """Run the steps that are left."""
+        config, written = self.config, self.at.step
+        try:
+            while self.at.step < config.steps and self.signal is None:
+                begin = time.monotonic()
+                figures = self.update()
+                self.busy_s += time.monotonic() - begin
+                self.busy_tokens += config.accumulate * config.batch_size * config.context
+                done, last = self.at.step, self.at.step == config.steps
+                if self.progress is not None:
+                    speed = self.busy_tokens / max(self.busy_s, 1e-9)
+                    shown = {"loss": f"{figures['nll']:.3f}", "tokens_per_s": f"{speed:,.0f}"}
+                    self.progress(done, config.steps, **shown)
+                if last or done % config.log_every == 0:
+                    self.log_step(figures)
+                better = (last or done % config.valid_every == 0) and self.validate()
+                if last or better or done % config.checkpoint_every == 0:
+                    self.save()
+                    written = done
+            if self.at.step > written:
+                self.save()
+        finally:
+            self.log_file.close()
+            if self.board is not None:
+                self.board.close()
+        at = self.at
+        stopped = self.signal if at.step < config.steps else None
+        return TrainResult(
+            self.out, at.step, at.tokens, self.loss, at.best_loss, at.best_step, stopped
+        )
+
+    def update(self) -> dict[str, float]:
+        """Make one optimizer step of `accumulate` batches; return its figures."""
+        config, step = self.config, self.at.step
+        # Noise, where a model has any, is a function of the step too, so no generator is saved.
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        first = step * config.accumulate
+        batches = [self.source.batch(first + i) for i in range(config.accumulate)]
+        counts = [int((b.targets != IGNORE).sum()) for b in batches]
+        total = max(1, sum(counts))
+        nats = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            # Weighted by its tokens, so that the sum is the mean over all of them.
+            nats += self.accumulate(batch, count / total) * count
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        figures = {"nll": nats / total, "grad_norm": float(norm)}
+        if not all(math.isfinite(x) for x in figures.values()):
+            self.refuse(figures)
+        nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+        figures["lr"] = learning_rate(step, config)
+        set_learning_rate(self.optimizer, figures["lr"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at = replace(
+            self.at,
+            step=step + 1,
+            tokens=self.at.tokens + sum(b.tokens.numel() for b in batches),
+            window_nats=self.at.window_nats + nats,
+            window_tokens=self.at.window_tokens + total,
+        )
+        return figures
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Add weight x the gradient of one batch; return its mean loss in nats a token."""
+        config = self.config
+        resets: Tensor | None = batch.resets
+        if not config.document_reset:
+            resets = None
+            if batch.carry is not None:
+                resets = torch.zeros_like(batch.resets)
+                resets[:, 0] = ~batch.carry
+        with self.arithmetic():
+            out = lm_loss(
+                self.model,
+                batch.tokens.to(self.device),
+                batch.targets.to(self.device),
+                self.carried,
+                resets=None if resets is None else resets.to(self.device),
+                z_loss=config.z_loss,
+            )
+        (out.loss * weight).backward()
+        if config.carry_state:
+            self.carried = out.state.detach()
+        # A loss that is not finite shows here even if only the z-loss or the KL term is to blame.
+        return float(out.nll if torch.isfinite(out.loss) else out.loss.detach())
+
+    def arithmetic(self) -> torch.autocast:
+        """Return the context in which the model runs."""
+        on = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def refuse(self, figures: dict[str, float]) -> None:
+        """Stop before the weights are touched; say where the gradient is largest."""
+        norms = {
+            name: float(p.grad.norm())
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
+        }
+        order = sorted(norms, key=lambda n: (math.isfinite(norms[n]), -norms[n]))
+        largest = ", ".join(f"{name} {norms[name]:.3g}" for name in order[:5])
+        folder = find_checkpoint(self.out)
+        kept = f"the last good checkpoint is {folder}" if folder else "no checkpoint was due yet"
+        raise TrainingError(
+            f"step {self.at.step + 1}: the loss is {figures['nll']:.4g}, the gradient's norm "
+            f"{figures['grad_norm']:.4g}; the weights were left as they were and {kept}. Largest "
+            f"gradients: {largest}. Try a lower --lr, a longer --warmup or --dtype float32"
+        )
+
+    def log_step(self, figures: dict[str, float]) -> None:
+        """Write the mean loss since the line before, and the figures of this step."""
+        self.loss = self.at.window_nats / max(1, self.at.window_tokens)
+        self.write(
+            {
+                "kind": "train",
+                "step": self.at.step,
+                "tokens": self.at.tokens,
+                "loss": self.loss,
+                "lr": figures["lr"],
+                "grad_norm": figures["grad_norm"],
+                "tokens_per_s": round(self.busy_tokens / max(self.busy_s, 1e-9), 1),
+            }
+        )
+        self.at = replace(self.at, window_nats=0.0, window_tokens=0)
+        self.busy_s, self.busy_tokens = 0.0, 0
+
+    def validate(self) -> bool:
+        """Score held-out text and log it; return whether it is the best loss so far."""
+        if self.evaluate is None:
+            return False
+        with self.arithmetic(), torch.no_grad():
+            scores = self.evaluate(self.model)
+        self.model.train()
+        self.write({"kind": "valid", "step": self.at.step, "tokens": self.at.tokens, **scores})
+        loss = float(scores["nats_per_token"])
+        if not loss < (math.inf if self.at.best_loss is None else self.at.best_loss):
+            return False
+        self.at = replace(self.at, best_step=self.at.step, best_loss=loss)
+        return True
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line to the log, and its numbers to TensorBoard."""
+        record = record | {"seconds": round(time.monotonic() - self.started, 3)}
+        try:
+            self.log_file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.log_file.flush()
+        except OSError as cause:
+            raise TrainingError(
+                f"cannot write {self.out / LOG}: {cause.strerror}; the last checkpoint is whole, "
+                "make room and go on with --resume"
+            ) from cause
+        if self.board is not None:
+            for key, value in record.items():
+                if isinstance(value, int | float) and key not in ("step", "tokens"):
+                    self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def save(self) -> None:
+        """Write a checkpoint, after the log is safely on the disk."""
+        os.fsync(self.log_file.fileno())
+        save_checkpoint(self.out, self.model, self.optimizer, self.at, self.carried)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        reason = str(cause).split("\n")[0]
+        raise ConfigError(f"device {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def _overrides(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
+    """Return the preset's fields to replace; the vocabulary is the data's unless set."""
+    return {"vocab_size": data.vocab_size} | config.model
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last one that a kill cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            break
+    atomic_write(path, "".join(kept).encode("utf-8"))
+
+
+@contextmanager
+def _signals(note: Callable[[int], None]) -> Iterator[None]:
+    """Hand the first SIGINT or SIGTERM to `note`; the second one acts as it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        restore()
+        note(number)
+        # os.write: the signal may have come in the middle of a print, which must not be re-entered.
+        os.write(2, b"\nfinishing the step, then writing a checkpoint; again to stop at once\n")
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
