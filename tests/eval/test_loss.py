@@ -108,6 +108,15 @@ def test_limit(model, split, limit):
     assert result.total.bytes == sum(d.text_bytes for d in kept)
 
 
+def test_a_long_document_does_not_use_up_the_limit(model, split, monkeypatch):
+    monkeypatch.setattr(loss, "CUT", 4)
+    result = evaluate(model, split, limit_tokens=24, by_position=True)
+    assert result.total.tokens == 24
+    assert result.total.documents == 7  # 1 + 3 + 5 x 4
+    assert max(p["last"] for p in result.positions) <= 6
+    assert evaluate(model, split, limit_tokens=100).total.tokens == 100
+
+
 def test_progress_and_training_mode(model, split):
     calls = []
     model.train()

@@ -17,6 +17,7 @@ from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
+CUT = 1024  # with `limit_tokens`, tokens that any document may give
 LOGITS = 2**25  # logits held at once: 128 MiB in float32
 
 
@@ -112,8 +113,10 @@ def evaluate(
             token before it, as a model without a state must.
         by_domain: tally every domain too.
         by_position: tally by the number of tokens that the model has seen since its fresh start.
-        limit_tokens: score about so many tokens, of documents drawn evenly over the split; the last
-            one is cut. None scores all.
+        limit_tokens: score so many tokens, of documents in a fixed shuffled order. So that a few
+            books do not use them up, a document gives at most the larger of `CUT` and a 16th
+            (more where the split has too few documents); the bytes of a document that is cut are
+            taken in proportion. None scores all.
         batch_size: documents a forward; short ones are packed more, at most `CHUNK` * batch_size
             tokens a forward.
         progress: called with (tokens done, tokens in all) after every forward.
@@ -193,9 +196,12 @@ def _pieces(
     """Return how much of each document is scored, and the pieces, longest first."""
     scored = lengths.copy()
     if limit is not None and limit < lengths.sum():
-        order = permute(np.arange(len(lengths)), len(lengths), key=0)  # as Split.documents
-        before = np.cumsum(lengths[order]) - lengths[order]
-        scored[order] = np.clip(limit - before, 0, lengths[order])
+        most = max(CUT, limit // 16)
+        while np.minimum(lengths, most).sum() < limit:
+            most *= 2
+        order = permute(np.arange(len(lengths)), len(lengths), key=0)
+        given = np.minimum(lengths, most)[order]
+        scored[order] = np.clip(limit - (np.cumsum(given) - given), 0, given)
     pieces = []
     for i in np.flatnonzero(scored):
         window = context or int(scored[i])
