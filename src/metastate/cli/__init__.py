@@ -135,7 +135,8 @@ def _add_train(parser: Parser) -> None:
         "--resume", action="store_true", help="go on from the last checkpoint in --out"
     )
     add_json(parser)
-    add_flags(parser, *(name for name in TrainConfig.__dataclass_fields__ if name != "model"))
+    names = (name for name in TrainConfig.__dataclass_fields__ if name != "model")
+    add_flags(parser, *names, layered=True)
 
 
 def _add_eval(parser: Parser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 import torch
 
-from metastate.cli.progress import bar
+from metastate.cli.demo import run_demo
+from metastate.cli.progress import bar, print_json
+from metastate.cli.training import run_train
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.data.tokenizer import load_tokenizer
@@ -24,11 +25,6 @@ from metastate.infer.sampling import SamplingConfig
 from metastate.model import presets
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Print the one object that a script reads."""
-    print(json.dumps(value, ensure_ascii=False))
 
 
 def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
@@ -95,13 +91,13 @@ def run_eval(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, args)
     data = PreparedData.open(args.data)
     data.check_vocab(model.config.vocab_size, model.tokenizer_info)
+    split = data.split(args.split)
     results = []
     for mode, context in (("stateful", None), ("windowed", args.context)):
         with bar(f"eval, {mode}", "tokens") as show, arithmetic(args):
             result = evaluate(
                 model,
-                data,
-                args.split,
+                split,
                 context=context,
                 mode=mode,  # type: ignore[arg-type]
                 by_domain=args.by_domain,
@@ -196,7 +192,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "demo": run_demo,
     "prepare": run_prepare,
+    "train": run_train,
     "eval": run_eval,
     "generate": run_generate,
     "info": run_info,

@@ -75,11 +75,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"unknown {kind} {given!r}{hint}; see `{self.prog} --help`")
 
 
-def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
-    """Add a flag for each TrainConfig field of `names`; given as `None`-less namespace entries.
+def add_flags(
+    parser: argparse.ArgumentParser, *names: str, layered: bool = False, **defaults: Any
+) -> None:
+    """Add a flag for each TrainConfig field of `names`, its default TrainConfig's or `defaults`'.
 
-    A flag that is not given leaves no trace in the namespace, so that a config file can set it,
-    unless `defaults` has its name: then that value stands in its place and in the help.
+    With `layered` a flag that is not given leaves no trace, so that a config file can set it.
     """
     hints = get_type_hints(TrainConfig)
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -88,7 +89,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> 
         suffix = f" (default: {shown})" if shown not in ("", None) else ""
         settings: dict[str, Any] = {
             "dest": name,
-            "default": defaults.get(name, argparse.SUPPRESS),
+            "default": argparse.SUPPRESS if layered else shown,
             "help": (HELP[name] + suffix).replace("%", "%%"),
         }
         if hints[name] is bool:

@@ -1,7 +1,8 @@
-"""What a person sees while a command works: a bar on stderr, lines where there is no terminal."""
+"""What goes to the person (stderr: a bar, or lines without a terminal) and to scripts (stdout)."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,24 +17,32 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def print_json(value: dict[str, Any]) -> None:
+    """Print the one object that a script reads."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
 @contextmanager
 def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
     """Show how far a piece of work is; yields `show(done, total, **figures)`.
 
     A terminal gets a bar (with tqdm), anything else a line every ten seconds and one at the end.
     """
-    tqdm: Any = None
+    make: Any = None
     if sys.stderr.isatty():
         with suppress(ImportError):
             from tqdm import tqdm
+
+            make = tqdm
     painted: Any = None
     started = said = time.monotonic()
 
     def show(done: int, total: int, **figures: str) -> None:
         nonlocal painted, said
-        if tqdm is not None:
+        if make is not None:
             if painted is None:
-                painted = tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False)
+                # What was done before the first call is not part of the speed.
+                painted = make(total=total, initial=done, desc=what, unit=unit, leave=False)
             painted.set_postfix(figures, refresh=False)
             painted.update(done - painted.n)
             return

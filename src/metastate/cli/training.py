@@ -1,0 +1,80 @@
+"""`metastate train`: a run with a bar, validation and a curve."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from metastate.cli.options import settings_of
+from metastate.cli.progress import bar, log, print_json
+from metastate.config import TrainConfig, from_dict, merge, to_dict
+from metastate.data.loader import PreparedData
+from metastate.errors import ConfigError, DataError
+from metastate.eval.loss import evaluate
+from metastate.eval.plots import loss_curve
+from metastate.model.lm import LanguageModel
+from metastate.train.checkpoint import saved_config
+from metastate.train.trainer import LOG, TrainResult, train
+
+CURVE = "loss.png"
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """`metastate train`: one run, from settings to checkpoint, log and curve."""
+    settings = settings_of(args)
+    if args.resume and settings.get("out"):
+        settings = merge(to_dict(saved_config(settings["out"])), settings)
+    config = from_dict(TrainConfig, settings)
+    for name in ("data", "out"):
+        if not getattr(config, name):
+            raise ConfigError(f"--{name} is missing; see `metastate train --help`")
+    result = train_with_bar(config, args.resume)
+    if args.json:
+        print_json(to_dict(result) | {"out": str(result.out)})
+    if result.interrupted is not None:
+        name = signal.Signals(result.interrupted).name
+        log(f"stopped by {name} after step {result.step:,}; go on with --resume")
+        return 128 + result.interrupted
+    return 0
+
+
+def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
+    """Run `train` with a progress bar and periodic validation; draw the curve at its end."""
+    with bar("train", "steps") as show:
+        result = train(config, evaluate=validation(config), progress=show, resume=resume)
+    log(f"{result.step:,} steps, {result.tokens:,} tokens; checkpoint {result.out / 'last'}")
+    if result.best_loss is not None:
+        log(f"best held-out loss {result.best_loss:.4f} nats/token at step {result.best_step:,}")
+    try:
+        loss_curve(result.out / LOG, result.out / CURVE)
+        log(f"loss curve {result.out / CURVE}")
+    except (ConfigError, DataError) as error:  # a missing figure must not fail a finished run
+        log(f"no loss curve: {error}")
+    return result
+
+
+def validation(config: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]] | None:
+    """Return what scores the model on the valid split, or None where there is no such split."""
+    data = PreparedData.open(config.data)
+    if not data.record["splits"].get("valid", {}).get("tokens"):
+        log(f"{config.data} has no valid split: training goes on without validation")
+        return None
+
+    split = data.split("valid")
+
+    def score(model: LanguageModel) -> dict[str, Any]:
+        scores = evaluate(
+            model,
+            split,
+            mode="windowed",
+            context=config.context,
+            by_domain=len(data.domain_names) > 1,
+            limit_tokens=config.valid_tokens,
+        ).to_json()
+        domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
+        kept = ("nats_per_token", "perplexity", "bits_per_byte")
+        return {key: scores[key] for key in kept} | {"domains": domains}
+
+    return score
