@@ -184,7 +184,7 @@ def evaluate(
             "nats_per_token": float(buckets[0, i] / buckets[1, i]),
             "tokens": int(buckets[1, i]),
         }
-        for i in np.flatnonzero(buckets[1])
+        for i in np.flatnonzero(buckets[1]).tolist()
         if by_position
     ]
     return EvalResult(mode, context, tally(scored), domains, positions)
