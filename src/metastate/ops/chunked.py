@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.ops.reference import Trajectory
+from metastate.ops.reference import Trajectory, without_autocast
 
 CHUNK = 64
 
@@ -107,6 +107,7 @@ class ChunkedTrajectory(Trajectory):
     V: Tensor
     U: Tensor
 
+    @without_autocast
     def read(self, x: Tensor, by: str = "key") -> Tensor:
         """See Trajectory.read."""
         g = self.geometry
@@ -121,6 +122,7 @@ class ChunkedTrajectory(Trajectory):
             e = e * g.W
         return g.layout.tokens(e).to(x.dtype)
 
+    @without_autocast
     def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See Trajectory.recur; the geometry is reused."""
         y, trajectory = self._run(self.geometry, r, k, v, state, self)
@@ -147,6 +149,7 @@ class ChunkedTrajectory(Trajectory):
         return trajectory.read(r), trajectory
 
 
+@without_autocast
 def wkv7(
     r: Tensor,
     log_w: Tensor,

@@ -5,7 +5,10 @@ Row vectors; `a^T b` is an outer product. Symbols are those of docs/notation.md.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,18 @@ from torch import Tensor
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of states for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `fn` in its tensors' own dtypes: rounded products would add up over the sequence."""
+
+    @functools.wraps(fn)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
+
+    return exact
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class ReferenceTrajectory(Trajectory):
 
     states: Tensor
 
+    @without_autocast
     def read(self, x: Tensor, by: str = "key") -> Tensor:
         """See Trajectory.read."""
         equation = "bthvk,bthk->bthv" if by == "key" else "bthvk,bthv->bthk"
@@ -58,6 +74,7 @@ class ReferenceTrajectory(Trajectory):
         return y, trajectory.state
 
 
+@without_autocast
 def wkv7(
     r: Tensor,
     log_w: Tensor,
@@ -93,7 +110,7 @@ def wkv7(
         flat = [x.flatten(0, 1).unsqueeze(0) for x in (log_w, k, v, kappa, a)]
         offsets = cu_seqlens.tolist()
         for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-            part, last = _states(*[x[:, start:end] for x in flat], state[i : i + 1])
+            part, last = _states(*[x[:, start:end] for x in flat], S=state[i : i + 1])
             parts.append(part)
             finals.append(last)
         states = torch.cat(parts, 1).view(*shape, shape[-1])
