@@ -30,7 +30,7 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return y [B, T, D] and the new shift [B, D]; x [B, T, D], the carried shift [B, D]."""
         mixed = torch.lerp(x, token_shift(x, shift, packing), self.mu.to(x.dtype))
-        return self.value(F.relu(self.key(mixed)).square()), x[:, -1]
+        return self.value(F.relu(self.key(mixed)).square()), x[:, -1].clone()
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

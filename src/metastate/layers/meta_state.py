@@ -93,7 +93,7 @@ class MetaState(nn.Module):
         x_g, new_shift = x, None
         if self.mu is not None:
             assert shift is not None
-            new_shift, shifted = x[:, -1], token_shift(x, shift, packing)
+            new_shift, shifted = x[:, -1].clone(), token_shift(x, shift, packing)
             mixes = [torch.lerp(x, shifted, mu) for mu in self.mu.to(x.dtype)]
             x, x_g = mixes[0], mixes[-1]
         by_head = x.view(batch, length, self.num_heads, width // self.num_heads)

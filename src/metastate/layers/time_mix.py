@@ -98,7 +98,8 @@ class TimeMix(nn.Module):
         if self.token_keys is None or self.token_values is None:
             shape = (self.num_heads, self.head_size, self.head_size)
             return torch.zeros(shape, dtype=dtype, device=self.k_k.device)
-        return self.token_values.to(dtype).mT @ self.token_keys.to(dtype)
+        with torch.autocast(self.k_k.device.type, enabled=False):  # a state is never rounded
+            return self.token_values.to(dtype).mT @ self.token_keys.to(dtype)
 
     def forward(
         self,
@@ -155,7 +156,8 @@ class TimeMix(nn.Module):
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         p = self.norm(y) + bonus.flatten(2)
         out = self.output(p * self.gate(x_g, torch.sigmoid))
-        return out, last_of_rows(trajectory.state, packing), x[:, -1], v_first, trajectory
+        shift = x[:, -1].clone()  # a view would keep all of x alive in the state
+        return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""
