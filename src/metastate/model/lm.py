@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class LanguageModel(nn.Module):
             raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
         return self._fresh(batch_size).detach()
 
+    @cached_property
+    def empty_state(self) -> ModelState:
+        """One row's state on the meta device: what every state of this model must look like."""
+        return self.init_state(1).to("meta")
+
     def _fresh(self, batch_size: int) -> ModelState:
         return ModelState(tuple(block.init_state(batch_size) for block in self.blocks))  # type: ignore[operator]
 
@@ -85,11 +91,13 @@ class LanguageModel(nn.Module):
         batch, length = tokens.shape
         if state is None:
             state = self._fresh(batch)
-        elif state.batch_size != batch or len(state.layers) != len(self.blocks):
-            raise StateError(
-                f"the state holds {state.batch_size} rows and {len(state.layers)} layers; the call "
-                f"needs {batch} rows and {len(self.blocks)} layers"
-            )
+        elif not torch.compiler.is_compiling():
+            state.check(self)
+            if state.batch_size != batch:
+                raise StateError(
+                    f"the state holds {state.batch_size} rows, the tokens have {batch}; take rows "
+                    "of it with state[i]"
+                )
         x = self.embedding(tokens)
         kl: Tensor | None = None
         layers: list[Any] = []
@@ -169,9 +177,7 @@ class LanguageModel(nn.Module):
         (8 backward), (T + 1) / 2 keys on average. Elementwise work is left out.
         """
         config = self.config
-        matrices = sum(
-            p.numel() for n, p in self.named_parameters() if p.dim() == 2 and self._multiplies(n)
-        )
+        matrices = sum(p.numel() * self._products(n, p) for n, p in self.named_parameters())
         forward, backward = 2 * matrices, 4 * matrices
         if not self.recurrent:
             attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
@@ -185,10 +191,12 @@ class LanguageModel(nn.Module):
                 forward, backward = forward + 10 * unit, backward + 26 * unit
         return forward, backward
 
-    @staticmethod
-    def _multiplies(name: str) -> bool:
-        """Say whether a parameter of two axes is a factor of a matrix product."""
-        return name != "embedding.weight" and not name.endswith((".mu", ".r_k"))
+    def _products(self, name: str, p: Tensor) -> int:
+        """Return in how many matrix products of a token the parameter is a factor."""
+        no_factor = (".mu", ".r_k", ".token_keys", ".token_values")
+        if p.dim() < 2 or name == "embedding.weight" or name.endswith(no_factor):
+            return 0
+        return self.config.num_heads if name.endswith(".projection") else 1
 
     def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:
         """Return the bytes of the state after `tokens` tokens; constant in a recurrent model."""

@@ -147,23 +147,21 @@ class ModelState:
             raise StateError(
                 f"the state has {len(self.layers)} layers, the model {model.config.num_layers}"
             )
-        for i, (own, fresh) in enumerate(
-            zip(self.layers, model.init_state(self.batch_size).layers, strict=True)
-        ):
+        for i, (own, fresh) in enumerate(zip(self.layers, model.empty_state.layers, strict=True)):
             if type(own) is not type(fresh):
                 raise StateError(
-                    f"the state's layer {i} is a {type(own).__name__}, the model "
-                    f"needs a {type(fresh).__name__}"
+                    f"the state's layer {i} is a {type(own).__name__}, the model needs a "
+                    f"{type(fresh).__name__}"
                 )
-            if isinstance(own, AttentionState) or isinstance(fresh, AttentionState):
+            if isinstance(own, AttentionState):
                 continue  # the layer itself checks a cache, whose length is free
-            for f in dataclasses.fields(RecurrentState):
-                a, b = getattr(own, f.name), getattr(fresh, f.name)
-                found = None if a is None else list(a.shape)
-                needed = None if b is None else list(b.shape)
+            for name, needed in vars(fresh).items():
+                found = getattr(own, name)
+                found = None if found is None else list(found.shape)
+                needed = None if needed is None else [self.batch_size, *needed.shape[1:]]
                 if found != needed:
                     raise StateError(
-                        f"the state's layers.{i}.{f.name} is {found}, the model needs {needed}"
+                        f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
                     )
 
 
