@@ -1,91 +1,15 @@
 """The model against the NumPy oracle: every option of the layer, states and documents."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from oracle import Oracle
+from small_models import GROWN, at_random, build, label, one_at_a_time
 
 from conftest import TOLERANCE, relative_error
-from metastate.config import MetaStateConfig, ModelConfig
-from metastate.model.lm import LanguageModel
+from metastate.config import MetaStateConfig
 
 BACKENDS = ["reference", "chunked"]
-SIZES = {
-    "vocab_size": 23,
-    "hidden_size": 12,
-    "num_layers": 2,
-    "num_heads": 2,
-    "ffn_size": 20,
-    "decay_rank": 3,
-    "icl_rate_rank": 4,
-    "value_rank": 2,
-    "gate_rank": 5,
-}
-# Head size above D/H (so W_p and a repeated factor), grown once, with parameter tokens.
-GROWN = {"head_size": 8, "head_segments": (6, 2), "parameter_tokens": 3}
-
-CHOICES = {
-    "readout": ["both", "meta", "encoding"],
-    "modulation": ["input", "none"],
-    "update": ["delta", "input", "self"],
-    "query": ["input", "encoding"],
-    "encoding_norm": ["l2", "rms", "none"],
-    "output_norm": ["group", "none"],
-    "read": ["key", "value"],
-    "encoder_size": [None, 5],
-    "encoder": ["self_state", "cross"],
-    "activation": ["none", "relu2", "silu"],
-    "gate": [False, True],
-    "token_shift": [False, True],
-}
-
-
-def one_at_a_time():
-    yield MetaStateConfig()
-    yield MetaStateConfig.paper()
-    for name, values in CHOICES.items():
-        for value in values[1:]:
-            yield MetaStateConfig(**{name: value})
-    yield MetaStateConfig(modulation="none", activation="silu")
-    yield MetaStateConfig(gate=True, token_shift=True)
-    yield MetaStateConfig(encoder="cross", latent_size=2, variational=True)
-
-
-def at_random(number):
-    draw = random.Random(7)
-    for _ in range(number):
-        options = {name: draw.choice(values) for name, values in CHOICES.items()}
-        if options["readout"] == "encoding":
-            options["query"] = "input"
-        if options["encoder"] == "cross":
-            options |= {"latent_size": draw.choice([2, 3]), "variational": draw.random() < 0.5}
-        yield MetaStateConfig(**options)
-
-
-def label(options):
-    default = MetaStateConfig()
-    changed = [f"{k}={v}" for k, v in vars(options).items() if v != getattr(default, k)]
-    return ",".join(changed) or "default"
-
-
-def randomise(model, seed=1):
-    """Give every parameter random values, so that nothing is hidden behind a zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            matrix = p.dim() > 1 and not name.endswith((".mu", ".r_k"))
-            scale = p[0].numel() ** -0.5 if matrix else 0.3
-            scale = 1.0 if name == "embedding.weight" else scale
-            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.copy_(noise * scale if matrix else p + noise * scale)
-
-
-def build(**fields):
-    model = LanguageModel(ModelConfig(**(SIZES | fields))).double().eval()
-    randomise(model)
-    return model
 
 
 def numpy_weights(model):

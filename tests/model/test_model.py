@@ -1,0 +1,508 @@
+"""What holds for every model: cuts, documents, rows, gradients, precision, first values, errors."""
+
+import math
+
+import pytest
+import torch
+from small_models import GROWN, SIZES, build, randomise
+
+from conftest import TOLERANCE, relative_error
+from metastate.config import MetaStateConfig, ModelConfig
+from metastate.errors import ShapeError, StateError
+from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
+from metastate.model.lm import LanguageModel
+from metastate.model.loss import lm_loss
+from metastate.model.state import ModelState
+
+T = 12
+EXACT = TOLERANCE[torch.float64]
+MODELS = {
+    "metastate": {},
+    "grown": GROWN,
+    "paper": {"meta_state": MetaStateConfig.paper()},
+    "input": {"meta_state": MetaStateConfig(update="input", query="encoding", read="value")},
+    "encoding": {"meta_state": MetaStateConfig(readout="encoding", gate=True, token_shift=True)},
+    "cross": {"meta_state": MetaStateConfig(encoder="cross", latent_size=2, token_shift=True)},
+    "rwkv7": {"architecture": "rwkv7"},
+    "rwkv7-grown": {"architecture": "rwkv7"} | GROWN,
+    "transformer": {"architecture": "transformer"},
+}
+RECURRENT = [name for name in MODELS if name != "transformer"]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return made(request.param)
+
+
+def made(name, **fields):
+    model = build(**(MODELS[name] | fields))
+    model.backend = "chunked"
+    return model
+
+
+def some_tokens(batch=2, length=T, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=generator)
+
+
+def in_pieces(model, tokens, sizes, state=None, resets=None):
+    parts = []
+    pieces = [None] * len(sizes) if resets is None else resets.split(sizes, 1)
+    for piece, starts in zip(tokens.split(sizes, 1), pieces, strict=True):
+        logits, state = model(piece, state, resets=starts)
+        parts.append(logits)
+    return torch.cat(parts, 1), state
+
+
+def assert_same_state(state, expected):
+    mine, theirs = state.tensors(), expected.tensors()
+    assert mine.keys() == theirs.keys()
+    for name, x in mine.items():
+        assert relative_error(x, theirs[name]) < EXACT, name
+
+
+@pytest.mark.parametrize("sizes", [[1] * T, [5, 1, 6], [11, 1]], ids=str)
+def test_whole_split_stepwise(model, sizes):
+    tokens = some_tokens()
+    with torch.no_grad():
+        _, before = model(some_tokens(seed=4))  # carried in
+        for state in (None, model.init_state(2), before):
+            whole, end = model(tokens, state)
+            pieces, same_end = in_pieces(model, tokens, sizes, state)
+            assert relative_error(pieces, whole) < EXACT
+            assert_same_state(same_end, end)
+            assert same_end.tokens_seen == end.tokens_seen == (T if state is not before else 2 * T)
+
+
+def test_resets_are_separate_documents(model):
+    tokens, resets = some_tokens(), torch.zeros(2, T, dtype=torch.bool)
+    starts = [[0, 1, 7], [4, T - 1]]  # row 1 begins inside a document
+    for row, positions in enumerate(starts):
+        resets[row, positions] = True
+    with torch.no_grad():
+        _, before = model(some_tokens(seed=4))
+        for carried in (None, before):
+            logits, end = model(tokens, carried, resets=resets)
+            stepwise, _ = in_pieces(model, tokens, [1] * T, carried, resets)
+            assert relative_error(stepwise, logits) < EXACT
+            for row, positions in enumerate(starts):
+                edges = sorted({0, *positions, T})
+                for first, last in zip(edges, edges[1:], strict=False):
+                    old = None if first in positions or carried is None else carried[row]
+                    alone, alone_end = model(tokens[row : row + 1, first:last], old)
+                    assert relative_error(logits[row : row + 1, first:last], alone) < EXACT
+                if model.recurrent:
+                    assert_same_state(end[row], alone_end)
+            following = some_tokens(seed=5)[:1]
+            mine, theirs = model(following, end[1])[0], model(following, alone_end)[0]
+            assert relative_error(mine, theirs) < EXACT
+
+
+def test_no_resets_is_no_packing(model):
+    tokens = some_tokens()
+    logits, _ = model(tokens)
+    packed, _ = model(tokens, resets=torch.zeros(2, T, dtype=torch.bool))
+    assert relative_error(packed, logits) < EXACT
+
+
+def test_rows_are_independent(model):
+    tokens = some_tokens(3)
+    with torch.no_grad():
+        _, state = model(some_tokens(3, seed=4))
+        logits, end = model(tokens, state)
+        for row in range(3):
+            alone, alone_end = model(tokens[row : row + 1], state[row])
+            assert relative_error(logits[row : row + 1], alone) < EXACT
+            assert_same_state(end[row], alone_end)
+        back = torch.tensor([2, 0])
+        assert relative_error(model(tokens[back], state[back])[0], logits[back]) < EXACT
+
+
+def test_the_future_is_not_seen(model):
+    tokens = some_tokens()
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % SIZES["vocab_size"]
+    logits, others = model(tokens)[0], model(changed)[0]
+    assert relative_error(others[:, :8], logits[:, :8]) < EXACT
+    assert (others[:, 8:] - logits[:, 8:]).abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forward_never_changes_its_state(model, grad):
+    with torch.set_grad_enabled(grad):
+        _, state = model(some_tokens(seed=4))
+        for given in (state, model.init_state(2)):
+            before = given.clone()
+            resets = torch.zeros(2, T, dtype=torch.bool)
+            resets[0, 3] = True
+            for n in (1, T):
+                one, _ = model(some_tokens()[:, :n], given)
+                model(some_tokens(seed=6)[:, :n], given, resets=resets[:, :n])
+                again, _ = model(some_tokens()[:, :n], given)
+                assert torch.equal(one, again)
+            for name, x in given.tensors().items():
+                assert torch.equal(x, before.tensors()[name]), name
+
+
+def test_a_state_holds_no_more_than_it_says(model):
+    """A shift that is a view would keep a whole prefill's activations alive."""
+    with torch.no_grad():
+        _, state = model(some_tokens(2, 64))
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in state.tensors().values()}
+    assert sum(storage.nbytes() for storage in held.values()) <= state.num_bytes
+
+
+def test_every_parameter_gets_a_gradient(model):
+    model.train()
+    lm_loss(model, some_tokens(), some_tokens(seed=5), z_loss=1e-3).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", ["metastate", "rwkv7", "paper", "transformer"])
+def test_first_step_from_the_start_moves_the_outputs(name):
+    """Zero outputs keep the rest still in the first step, but they move themselves."""
+    model = LanguageModel(ModelConfig(**(SIZES | MODELS[name])))
+    model.backend = "chunked"
+    lm_loss(model, some_tokens(), some_tokens(seed=5)).loss.backward()
+    for i, block in enumerate(model.blocks):
+        for part in ("time_mix", "meta_state", "attention"):
+            if hasattr(block, part):
+                grad = getattr(block, part).output.weight.grad
+                assert grad.isfinite().all() and grad.any(), (i, part)
+
+
+def test_gradients_flow_through_a_carried_state(model):
+    tokens, targets = some_tokens(), some_tokens(seed=5)
+
+    def gradients(sizes):
+        state, loss = None, 0.0
+        for x, y in zip(tokens.split(sizes, 1), targets.split(sizes, 1), strict=True):
+            out = lm_loss(model, x, y, state)
+            state, loss = out.state, loss + out.loss * x.shape[1]
+        return torch.autograd.grad(loss / T, list(model.parameters()))
+
+    names = [name for name, _ in model.named_parameters()]
+    for name, whole, split in zip(names, gradients([T]), gradients([5, 1, 6]), strict=True):
+        assert relative_error(split, whole) < 1e-9, name
+
+
+def test_a_detached_state_cuts_the_graph(model):
+    _, state = model(some_tokens())
+    assert all(x.requires_grad for x in state.tensors().values() if x.is_floating_point())
+    assert not any(x.requires_grad for x in state.detach().tensors().values())
+    assert not any(x.requires_grad for x in model.init_state(2).tensors().values())
+
+
+@pytest.mark.parametrize("name", ["metastate", "rwkv7"])
+def test_gradient_by_finite_differences(name):
+    model = made(name, hidden_size=6, num_heads=2, parameter_tokens=2)
+    tokens, targets = some_tokens(1, 5), some_tokens(1, 5, seed=5)
+    _, state = model(some_tokens(1, 3, seed=4))
+    state = state.detach()
+    S = state.layers[0].S.requires_grad_()
+
+    def loss():
+        return lm_loss(model, tokens, targets, state).loss
+
+    loss().backward()
+    checked = {"S": S} | {
+        n: p for n, p in model.named_parameters() if "blocks.1" in n and "token_" not in n
+    }
+    for key, p in checked.items():
+        where = p.grad.abs().argmax()
+        value, size = p.detach().view(-1)[where].item(), 1e-5
+        with torch.no_grad():
+            p.view(-1)[where] = value + size
+            above = loss().item()
+            p.view(-1)[where] = value - size
+            below = loss().item()
+            p.view(-1)[where] = value
+        slope = p.grad.view(-1)[where].item()
+        assert (above - below) / (2 * size) == pytest.approx(slope, rel=2e-4, abs=1e-8), key
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_layers": 1},
+        {"num_heads": 1},
+        {"num_layers": 1, "num_heads": 1, "hidden_size": 3},
+        {"num_heads": 3, "hidden_size": 15},
+        {"num_heads": 1, "hidden_size": 63},
+        {"num_heads": 12},  # heads of size 1
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["metastate", "paper", "rwkv7"])
+def test_odd_sizes(name, fields):
+    fresh = LanguageModel(ModelConfig(**(SIZES | MODELS[name] | fields)))
+    fresh.backend = "chunked"
+    assert all(p.isfinite().all() for p in fresh.parameters())
+    assert fresh(some_tokens())[0].isfinite().all()
+    model = made(name, **fields)
+    with torch.no_grad():
+        whole, _ = model(some_tokens())
+        assert whole.isfinite().all()
+        assert relative_error(in_pieces(model, some_tokens(), [1, 7, 4])[0], whole) < EXACT
+        model.backend = "reference"
+        assert relative_error(model(some_tokens())[0], whole) < EXACT
+
+
+def test_one_token(model):
+    logits, state = model(some_tokens(2, 1))
+    assert logits.shape == (2, 1, SIZES["vocab_size"])
+    assert state.tokens_seen == 1
+
+
+@pytest.mark.parametrize("name", [*MODELS, "variational"])
+def test_activation_checkpointing_is_bitwise_the_same(name):
+    variational = MetaStateConfig(encoder="cross", latent_size=2, variational=True)
+    fields = MODELS.get(name, {"meta_state": variational})
+    model = build(**fields).float().train()
+    model.backend = "chunked"
+    _, carried = model(some_tokens(seed=4))
+    carried, results = carried.detach(), []
+    resets = torch.zeros(2, T, dtype=torch.bool)
+    resets[1, 5] = True
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(5)  # of the variational draw
+        model.zero_grad(set_to_none=True)
+        out = lm_loss(model, some_tokens(), some_tokens(seed=5), carried, resets=resets)
+        out.loss.backward()
+        results.append([out.loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_autocast(name):
+    model = build(**MODELS[name]).float()
+    model.backend = "chunked"
+    expected, _ = model(some_tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        first, state = model(some_tokens()[:, :7])
+        rest, state = model(some_tokens()[:, 7:], state)
+        out = lm_loss(model, some_tokens(), some_tokens(seed=5), state)
+    out.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    logits = torch.cat([first, rest], 1).float()
+    assert ((logits - expected).norm() < 0.1 * expected.norm()).item()
+    if model.recurrent:
+        for layer in state.layers:
+            assert layer.S.dtype == torch.float32
+            assert layer.M is None or layer.M.dtype == torch.float32
+
+
+def test_states_follow_the_models_precision(model):
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        for state in (model.init_state(2), model(some_tokens())[1]):
+            assert {x.dtype for x in state.tensors().values() if x.is_floating_point()} == {dtype}
+
+
+def test_float32_is_near_float64(model):
+    expected, _ = model(some_tokens())
+    model.float()
+    assert relative_error(model(some_tokens())[0], expected) < 10 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_optimizer_groups_cover_exactly_all_parameters(name):
+    model = made(name)
+    groups, named = model.optimizer_groups(), dict(model.named_parameters())
+    assert groups.keys() == named.keys()
+    assert set(groups.values()) <= {MATRIX, VECTOR, DECAY_BASE}
+    bases = {key for key, group in groups.items() if group == DECAY_BASE}
+    assert bases == {key for key in named if key.endswith("time_mix.decay.bias")}
+    assert bool(bases) == model.recurrent
+    for key, p in named.items():
+        if p.dim() == 1:
+            assert groups[key] != MATRIX, key  # no weight decay on a vector
+        if p.dim() == 2 and key.endswith(".weight"):
+            assert groups[key] == MATRIX, key
+
+
+# Initial values: facts of RWKV-7's training code, channel by channel.
+
+L, D, H, V = 3, 12, 2, 50
+N = D // H
+
+
+def initial(**fields):
+    sizes = {"vocab_size": V, "hidden_size": D, "num_layers": L, "num_heads": H}
+    return LanguageModel(ModelConfig(**(sizes | fields)))
+
+
+def is_orthogonal(weight, gain):
+    """Whether the rows or the columns, whichever are fewer, are orthogonal of length `gain`."""
+    weight = weight.detach().double()
+    short = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    unit = gain**2 * torch.eye(len(short), dtype=torch.float64)
+    return torch.allclose(short @ short.T, unit, atol=1e-5 * gain**2, rtol=0)
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_initial_time_mixing(layer):
+    mix = initial(architecture="rwkv7").blocks[layer].time_mix
+    r01, r10 = layer / (L - 1), 1 - layer / L
+    power = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+    for row, p in zip(mix.mu, power.values(), strict=True):
+        assert row.tolist() == pytest.approx([1 - (n / D) ** (p * r10) for n in range(D)], abs=1e-6)
+    for n in range(D):
+        z = (n % N - (N - 1) / 2) / ((N - 1) / 2)
+        zigzag, line = z * abs(z), n / (D - 1) - 0.5
+        w0 = -6 + 6 * (n / (D - 1)) ** (1 + r01**0.3) + 0.5 + 2.5 * zigzag
+        assert mix.decay.bias[n].item() == pytest.approx(w0, abs=1e-5)
+        a0 = -0.19 + 0.3 * zigzag + 0.4 * line
+        assert mix.icl_rate.bias[n].item() == pytest.approx(a0, abs=1e-6)
+        assert mix.k_k[n].item() == pytest.approx(0.71 - 0.1 * line, abs=1e-6)
+        if layer:
+            assert mix.value_mix.bias[n].item() == pytest.approx(0.73 - 0.4 * line, abs=1e-6)
+    assert (mix.value_mix is None) == (layer == 0)
+    assert mix.gate.bias is None
+    assert torch.equal(mix.k_a, torch.full((D,), 1.02))
+    assert torch.equal(mix.r_k, torch.full((H, N), -0.04))
+    assert is_orthogonal(mix.receptance.weight, 1.0)
+    assert is_orthogonal(mix.key.weight, 0.1)
+    assert is_orthogonal(mix.value.weight, 1.0)
+    assert not mix.output.weight.any()
+    assert mix.norm.weight.tolist() == pytest.approx([((1 + layer) / L) ** 0.7] * D)
+    assert not mix.norm.bias.any()
+    assert mix.norm.eps == 64e-5
+    for low_rank in (mix.decay, mix.icl_rate, mix.value_mix, mix.gate):
+        if low_rank is not None:
+            rank, out = low_rank.B.shape  # 32 rows on 12 columns: above 1
+            assert not low_rank.A.any()
+            assert is_orthogonal(low_rank.B, 0.1 * max(1, rank / out) ** 0.5)
+
+
+def test_initial_channel_mixing():
+    for layer, block in enumerate(initial(architecture="rwkv7").blocks):
+        mix = block.channel_mix
+        expected = [1 - (n / D) ** ((1 - layer / L) ** 4) for n in range(D)]
+        assert mix.mu.tolist() == pytest.approx(expected, abs=1e-6)
+        assert mix.key.weight.shape == (4 * D, D)
+        assert is_orthogonal(mix.key.weight, 1.0)
+        assert not mix.value.weight.any()
+
+
+@pytest.mark.parametrize("vocab_size", [V, 5])
+def test_initial_embedding_and_head(vocab_size):
+    model = initial(vocab_size=vocab_size)
+    assert 0 < model.embedding.weight.abs().max() <= 1e-4
+    assert is_orthogonal(model.head.weight, 0.5 * max(1, vocab_size / D) ** 0.5)
+
+
+def test_initial_meta_state():
+    options = MetaStateConfig(token_shift=True, gate=True)
+    model = initial(meta_state=options, head_size=8, parameter_tokens=2)
+    for block in model.blocks:
+        meta = block.meta_state
+        assert not meta.output.weight.any()
+        assert torch.equal(meta.projection, torch.eye(N, 8))
+        assert torch.equal(meta.mu, torch.full((2, D), 0.5))
+        assert torch.equal(meta.meta_norm.weight, torch.ones(H * 8))
+        assert torch.equal(meta.encoding_norm.weight, torch.ones(H * 8))
+        assert not block.time_mix.initial_state().any()  # k_p random, v_p zero
+        assert block.time_mix.token_keys.any()
+    assert initial().blocks[0].meta_state.projection is None
+
+
+def test_an_untrained_model_predicts_from_the_embedding_alone():
+    """All outputs are zero, so logits are head(ln_out(ln0(embedding)))."""
+    model = initial()
+    model.backend = "chunked"
+    tokens = some_tokens()
+    expected = model.head(model.ln_out(model.ln0(model.embedding(tokens))))
+    torch.testing.assert_close(model(tokens)[0], expected)
+
+
+def test_ranks_follow_the_training_code():
+    with torch.device("meta"):
+        model = LanguageModel(
+            ModelConfig(architecture="rwkv7", hidden_size=1024, num_heads=16, num_layers=2)
+        )
+        wide = LanguageModel(ModelConfig(hidden_size=1536, num_heads=12, num_layers=2))
+    for each, factor in ((model, 1.0), (wide, 2.0)):  # N = 64, then 128
+        mix, root = each.blocks[1].time_mix, each.config.hidden_size**0.5
+        for low_rank, scale in ((mix.decay, 2.5), (mix.icl_rate, 2.5), (mix.value_mix, 1.7)):
+            assert low_rank.A.shape[1] == round(scale * root * factor / 32) * 32
+        assert mix.gate.A.shape[1] == round(5 * root / 32) * 32
+
+
+# A user's mistakes.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"int64 \[B, T\].*\[3\]"),
+        (torch.zeros(1, 3), "torch.float32"),
+        (torch.zeros(1, 3, dtype=torch.int32), "torch.int32"),
+        (torch.zeros(1, 0, dtype=torch.int64), "at least 1"),
+        (torch.tensor([[0, 23]]), "from 0 to 23, the vocabulary from 0 to 22"),
+        (torch.tensor([[-1, 3]]), "from -1 to 3"),
+    ],
+)
+def test_wrong_tokens_are_refused(model, tokens, message):
+    with pytest.raises(ShapeError, match=message):
+        model(tokens)
+
+
+@pytest.mark.parametrize("resets", [torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, T)])
+def test_wrong_resets_are_refused(model, resets):
+    with pytest.raises(ShapeError, match="resets must be bool"):
+        model(some_tokens(), resets=resets)
+
+
+def test_no_rows_are_refused(model):
+    with pytest.raises(ShapeError, match="batch_size is 0"):
+        model.init_state(0)
+
+
+@pytest.mark.parametrize("other", MODELS)
+def test_a_state_of_another_model_is_refused(model, other):
+    given, own = made(other).init_state(2), model.init_state(2)
+    shapes = [
+        [{k: v.shape for k, v in vars(layer).items() if torch.is_tensor(v)} for layer in s.layers]
+        for s in (given, own)
+    ]
+    if shapes[0] == shapes[1]:
+        model(some_tokens(), given)
+        return
+    with pytest.raises(StateError):
+        model(some_tokens(), given)
+    with pytest.raises(StateError):
+        given.check(model)
+
+
+@pytest.mark.parametrize("fields", [{"num_layers": 3}, {"num_heads": 3}, {"hidden_size": 24}])
+def test_a_state_of_another_size_is_refused(model, fields):
+    config = model.config.replace(**fields, **({"head_size": None}), **{"head_segments": None})
+    state = LanguageModel(config).init_state(2)
+    with pytest.raises(StateError):
+        model(some_tokens(), state)
+
+
+def test_a_state_of_another_batch_is_refused(model):
+    with pytest.raises(StateError, match="3 rows"):
+        model(some_tokens(), model.init_state(3))
+    with pytest.raises(StateError, match="has 0 layers"):
+        model(some_tokens(), ModelState(()))
+
+
+def test_logits_of_a_uniform_guess():
+    """The loss at the start is near ln V: nothing is learned and nothing is broken."""
+    for name in MODELS:
+        model = LanguageModel(ModelConfig(**(SIZES | MODELS[name])))
+        model.backend = "chunked"
+        out = lm_loss(model, some_tokens(4, 32), some_tokens(4, 32, seed=5))
+        assert abs(out.nll.item() - math.log(SIZES["vocab_size"])) < 0.5, name
+
+
+def test_randomise_leaves_nothing_at_zero():
+    for name in MODELS:
+        model = LanguageModel(ModelConfig(**(SIZES | MODELS[name])))
+        randomise(model)
+        assert all(p.abs().min() > 0 for p in model.parameters())
