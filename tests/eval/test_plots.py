@@ -14,9 +14,13 @@ def write_log(path, rows, tail=""):
     return path
 
 
+def train(step, loss):
+    return {"kind": "train", "step": step, "tokens": 64 * step, "loss": loss}
+
+
 def rows(n):
-    out = [{"step": s, "tokens": 64 * s, "loss": 5 / s} for s in range(1, n + 1)]
-    return [*out, {"step": n, "tokens": 64 * n, "valid_loss": 0.5}]
+    out = [train(s, 5 / s) for s in range(1, n + 1)]
+    return [*out, {"kind": "valid", "step": n, "tokens": 64 * n, "nats_per_token": 0.5}]
 
 
 @pytest.fixture
@@ -51,12 +55,12 @@ def test_a_resumed_run_draws_each_step_once(tmp_path, drawn):
     log = write_log(
         tmp_path / "log.jsonl",
         [
-            {"step": 1, "tokens": 64, "loss": 3.0},
-            {"step": 2, "tokens": 128, "loss": 9.0},
-            {"event": "resume"},
-            {"step": 2, "tokens": 128, "loss": 2.0},
-            {"step": 3, "tokens": 192, "loss": None},
-            {"step": 4, "tokens": 256, "loss": float("nan")},
+            train(1, 3.0),
+            train(2, 9.0),
+            {"kind": "resume", "step": 1},
+            train(2, 2.0),
+            train(3, None),
+            train(4, float("nan")),
         ],
     )
     loss_curve(log, tmp_path / "loss.png")

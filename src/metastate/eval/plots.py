@@ -44,20 +44,14 @@ def loss_curve(
 ) -> None:
     """Draw training and validation loss over tokens (below) and steps (above) as a PNG.
 
-    Log lines hold `step` and `tokens` (seen so far), and `loss` or `valid_loss` or both, in nats a
-    token. Where a run was resumed, the later line of a step counts.
+    Log lines hold `kind` (train or valid), `step`, `tokens` (seen so far) and, in nats a token,
+    `loss` (train) or `nats_per_token` (valid). Where a step stands twice, the later line counts.
 
     Raises:
         DataError: the log is missing, broken, or holds no loss. ConfigError: matplotlib is missing.
     """
-    series = {}
     rows = read_log(log)
-    for key in ("loss", "valid_loss"):
-        points = {
-            r["step"]: (r["tokens"], r[key]) for r in rows if isinstance(r.get(key), int | float)
-        }
-        series[key] = [(s, *points[s]) for s in sorted(points) if math.isfinite(points[s][1])]
-    train, valid = series["loss"], series["valid_loss"]
+    train, valid = _series(rows, "train", "loss"), _series(rows, "valid", "nats_per_token")
     if not train and not valid:
         raise DataError(f"{log} holds no finite loss yet; let the run log a step first")
     figure, axes = _figure()
@@ -97,6 +91,16 @@ def loss_curve(
         above.xaxis.set_major_formatter(_short)
     axes.set_title(title or Path(log).resolve().parent.name)
     _write(figure, out)
+
+
+def _series(rows: list[dict[str, Any]], kind: str, key: str) -> list[tuple[int, int, float]]:
+    """Return (step, tokens, loss) of every step that a finite loss was logged at."""
+    points = {
+        row["step"]: (row["step"], row["tokens"], row[key])
+        for row in rows
+        if row.get("kind") == kind and isinstance(row.get(key), int | float)
+    }
+    return [points[step] for step in sorted(points) if math.isfinite(points[step][2])]
 
 
 def position_curve(
