@@ -1,0 +1,461 @@
+"""The training loop: exact resume, real kills, signals, numbers that are not finite, full disks."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import metastate
+from metastate.config import TrainConfig, to_dict
+from metastate.data.loader import BatchSource, PreparedData
+from metastate.data.prepare import prepare
+from metastate.errors import ConfigError, DataError, TrainingError
+from metastate.model.io import read_tensors
+from metastate.model.loss import lm_loss
+from metastate.train import trainer
+from metastate.train.checkpoint import read_trainer, saved_config
+from metastate.train.trainer import WALL_CLOCK, train
+
+MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    words = ["the", "state", "reads", "the", "state", "and", "writes", "what", "it", "reads"]
+    draw = random.Random(0)
+    for i in range(40):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(3, 40)))
+        (folder / f"{i}.txt").write_text(text)
+    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0), progress=False)
+    return folder / "data"
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    def make(out="run", **changes):
+        settings = {
+            "data": str(data),
+            "out": str(tmp_path / out),
+            "model": MODEL,
+            "steps": 12,
+            "batch_size": 2,
+            "context": 16,
+            "warmup": 3,
+            "backend": "chunked",
+            "log_every": 3,
+            "valid_every": 4,
+            "checkpoint_every": 5,
+        }
+        return TrainConfig(**settings | changes)
+
+    return make
+
+
+def evaluate(model):
+    """Score a fixed line; draws random numbers, as no evaluation may disturb the training."""
+    torch.rand(3)
+    tokens = torch.tensor([list(b"the state reads the state")])
+    return {"nats_per_token": float(lm_loss(model, tokens[:, :-1], tokens[:, 1:]).nll)}
+
+
+def read_log(out):
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
+
+
+def assert_same_run(a, b):
+    assert read_log(a) == read_log(b)
+    for name in ("model", "optimizer"):
+        mine, theirs = (read_tensors(Path(x, "last", f"{name}.safetensors")) for x in (a, b))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    best = [read_tensors(Path(x, "best", "model.safetensors")) for x in (a, b)]
+    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+
+
+class Stop(Exception):
+    """Ends a run where no handler saves anything, as a kill does."""
+
+
+def run_killed_after(config, step):
+    def progress(done, total, **figures):
+        if done == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, evaluate=evaluate, progress=progress)
+
+
+VARIANTS = {
+    "plain": {},
+    "carry": {"carry_state": True},
+    "no_reset": {"carry_state": True, "document_reset": False},
+    "accumulate": {"accumulate": 3, "schedule": "wsd"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float64": {"dtype": "float64", "activation_checkpointing": True},
+    "noise": {"model": MODEL | {"meta_state": {"encoder": "cross", "variational": True}}},
+    "rwkv7": {"preset": "rwkv7-tiny", "model": MODEL},
+    "transformer": {"preset": "transformer-tiny", "model": MODEL},
+}
+
+
+# Killed before, at and after a checkpoint; the variants after one, amid a line of the log.
+@pytest.mark.parametrize(
+    ("variant", "killed_after"), [("plain", 3), ("plain", 5), *((v, 7) for v in VARIANTS)]
+)
+def test_resuming_is_exact(config, variant, killed_after):
+    straight = config("straight", **VARIANTS[variant])
+    result = train(straight, evaluate=evaluate)
+    assert (result.step, result.tokens) == (12, 12 * 32 * straight.accumulate)
+    assert result.interrupted is None
+    broken = config("broken", **VARIANTS[variant])
+    run_killed_after(broken, killed_after)
+    torch.manual_seed(99)
+    train(broken, evaluate=evaluate, resume=True)
+    assert_same_run(straight.out, broken.out)
+
+
+def test_the_log_tells_the_run(config):
+    train(config(), evaluate=evaluate)
+    log = read_log(config().out)
+    steps = [(r["kind"], r["step"]) for r in log]
+    assert steps == [
+        *(("train", 3), ("valid", 4), ("train", 6), ("valid", 8), ("train", 9)),
+        *(("train", 12), ("valid", 12)),
+    ]
+    assert all(r["tokens"] == r["step"] * 32 for r in log)
+    assert log[0]["lr"] == config().lr  # the last step of the warm-up
+    assert log[-2]["lr"] == pytest.approx(config().min_lr)
+    assert log[-1]["nats_per_token"] < log[1]["nats_per_token"]
+    best = min(r["nats_per_token"] for r in log if r["kind"] == "valid")
+    assert read_trainer(Path(config().out, "last")).best_loss == best
+    for line in Path(config().out, "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["seconds"] >= 0
+        assert record["kind"] == "valid" or record["tokens_per_s"] > 0
+
+
+def test_the_checkpoint_writes_text(config, data):
+    train(config())
+    model = metastate.load(Path(config().out, "last"))
+    assert model.tokenizer_info == PreparedData.open(data).record["tokenizer"]
+    assert model.config.vocab_size == 256
+    assert not Path(config().out, "best").exists()  # nothing was validated
+
+
+def test_a_cut_line_of_the_log_is_dropped(config):
+    train(config("straight"), evaluate=evaluate)
+    run_killed_after(config(), 7)
+    with open(Path(config().out, "log.jsonl"), "a") as file:
+        file.write('{"kind": "train", "step": 6, "lo')
+    train(config(), evaluate=evaluate, resume=True)
+    assert_same_run(config("straight").out, config().out)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(config):
+    train(config("straight"), evaluate=evaluate)
+    run_killed_after(config(), 2)
+    train(config(), evaluate=evaluate, resume=True)
+    assert_same_run(config("straight").out, config().out)
+
+
+def test_a_finished_run_goes_on_with_more_steps(config):
+    train(config())
+    assert train(config(), resume=True).step == 12
+    result = train(config(steps=15, log_every=1), resume=True)
+    assert result.step == 15
+    assert [r["step"] for r in read_log(config().out)][-3:] == [13, 14, 15]
+    assert saved_config(config().out).steps == 15
+
+
+def test_out_and_resume_must_agree(config):
+    with pytest.raises(ConfigError, match="there is no run in .*leave out --resume"):
+        train(config(), resume=True)
+    with pytest.raises(ConfigError, match="no run"):
+        saved_config(config().out)
+    train(config(steps=2))
+    with pytest.raises(ConfigError, match=r"--resume.*another --out"):
+        train(config())
+    assert saved_config(config().out) == config(steps=2)
+
+
+CHANGED = {
+    **{"preset": "metastate-mini", "model": MODEL | {"num_layers": 1}, "batch_size": 3},
+    **{"context": 15, "accumulate": 2, "lr": 2e-3, "min_lr": 1e-5, "schedule": "wsd", "warmup": 4},
+    **{"decay_fraction": 0.3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8},
+    **{"clip": 2.0, "z_loss": 0.0, "seed": 1, "dtype": "bfloat16", "backend": "reference"},
+    **{"compile": True, "activation_checkpointing": True, "document_reset": False},
+    **{"carry_state": True, "device": "cuda"},
+}
+
+
+def test_every_setting_is_checked_or_free():
+    free = trainer.check_same_run.__globals__["MAY_CHANGE"]
+    assert CHANGED.keys() | free == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert not CHANGED.keys() & free
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_resuming_with_a_changed_setting_names_it(config, name):
+    before = trainer.TrainerState(1, 32, config(), "abc")
+    with pytest.raises(ConfigError, match=f"has {name} "):
+        trainer.check_same_run(before, config(**{name: CHANGED[name]}), "abc", "runs/x")
+
+
+def test_resuming_on_other_data_is_refused(config, tmp_path):
+    train(config(steps=5))
+    (tmp_path / "other.txt").write_text("something else " * 50)
+    prepare([tmp_path / "other.txt"], "bytes", tmp_path / "other", progress=False)
+    with pytest.raises(ConfigError, match="not the data"):
+        train(config(data=str(tmp_path / "other")), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"out": ""}, ConfigError, "out is missing"),
+        ({"data": "nowhere"}, DataError, "nowhere"),
+        ({"preset": "metastat-tiny"}, ConfigError, "metastate-tiny"),
+        ({"context": 100_000}, DataError, "context"),
+        ({"model": {"vocab_size": 300}}, DataError, "vocabulary"),
+        ({"model": {"num_layer": 3}}, ConfigError, "num_layers"),
+        ({"device": "tpux"}, ConfigError, "tpux"),
+        ({"preset": "transformer-tiny", "carry_state": True}, ConfigError, "recurrent"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_written(config, changes, error, message):
+    asked = config(**changes) if "out" not in changes else config().__class__(**changes)
+    with pytest.raises(error, match=message):
+        train(asked)
+    assert not Path(config().out).exists()
+
+
+def test_accumulation_equals_a_big_batch(config):
+    weights = []
+    for out, batch_size, accumulate in (("big", 6, 1), ("small", 2, 3)):
+        settings = {"dtype": "float64", "batch_size": batch_size, "accumulate": accumulate}
+        train(config(out, **settings, steps=3))
+        weights.append(read_tensors(Path(config(out).out, "last", "model.safetensors")))
+    for name, x in weights[0].items():
+        assert torch.allclose(weights[1][name], x, rtol=1e-6, atol=1e-9), name
+
+
+def test_the_first_steps_are_those_of_a_plain_loop(config, data):
+    """The trainer against a loop that shares neither its loss nor its accumulation."""
+    asked = config(dtype="float64", steps=3, z_loss=0.0, clip=0.5, warmup=0, schedule="constant")
+    torch.manual_seed(asked.seed)
+    model = metastate.model.lm.LanguageModel(
+        metastate.model.presets.preset(asked.preset, vocab_size=256, **MODEL)
+    ).double()
+    model.backend = "chunked"
+    source = BatchSource(PreparedData.open(data).split("train"), 2, 16, asked.seed)
+    optimizer = trainer.make_optimizer(model, asked)
+    for i in range(3):
+        batch = source.batch(i)
+        logits, _ = model(batch.tokens, resets=batch.resets)
+        F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        trainer.set_learning_rate(optimizer, asked.lr)
+        optimizer.step()
+        optimizer.zero_grad()
+    train(asked)
+    found = read_tensors(Path(asked.out, "last", "model.safetensors"))
+    for name, x in model.state_dict().items():
+        assert torch.allclose(found[name], x, rtol=1e-6, atol=1e-9), name
+
+
+def test_carried_state_is_used_and_matters(config, monkeypatch):
+    seen = []
+
+    def spy(model, tokens, targets, state=None, **options):
+        seen.append(
+            (None if state is None else state.tokens_seen, options["resets"][:, 0].tolist())
+        )
+        assert state is None or not any(x.requires_grad for x in state.tensors().values())
+        return lm_loss(model, tokens, targets, state, **options)
+
+    monkeypatch.setattr(trainer, "lm_loss", spy)
+    train(config(steps=4, carry_state=True, document_reset=False))
+    assert seen == [(None, [True, True]), *((16 * i, [False, False]) for i in (1, 2, 3))]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(config, monkeypatch):
+    def evaluate_then_break(model):
+        with torch.no_grad():
+            model.blocks[1].ln1.weight[3] = math.inf
+        return {"nats_per_token": 1.0}
+
+    weights = {}
+
+    def remember(model, optimizer, *rest):
+        weights.update({k: v.clone() for k, v in model.state_dict().items()})
+
+    asked = config(valid_every=7, checkpoint_every=5, steps=20)
+    with pytest.raises(TrainingError, match="step 8: the loss is nan") as caught:
+        train(asked, evaluate=evaluate_then_break)
+    assert "Largest gradients: " in str(caught.value)
+    assert "blocks." in str(caught.value)
+    good = Path(asked.out, "last")
+    assert str(good.resolve().name) in str(caught.value)
+    assert good.resolve().name == "step-00000007"
+    monkeypatch.undo()
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter(config):
+    steps = 0
+
+    def progress(done, total, **figures):
+        nonlocal steps
+        steps = done
+
+    torch.manual_seed(0)
+    model = metastate.model.lm.LanguageModel(
+        metastate.model.presets.preset("metastate-tiny", vocab_size=256, **MODEL)
+    )
+    before = None
+
+    def poison(gradient):
+        nonlocal before
+        if steps == 6:
+            before = {k: v.clone() for k, v in model.state_dict().items()}
+            return gradient * math.nan
+        return gradient
+
+    model.blocks[0].ln2.bias.register_hook(poison)
+    with pytest.raises(TrainingError, match=r"step 7: .*Largest gradients: blocks.0.ln2.bias nan"):
+        train(config(), model=model, progress=progress)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    last = read_tensors(Path(config().out, "last", "model.safetensors"))
+    assert all(torch.isfinite(x).all() for x in last.values())
+    assert read_trainer(Path(config().out, "last")).step == 5
+
+
+def test_held_out_loss_that_is_not_finite_is_never_the_best(config):
+    losses = iter([math.nan, 2.0, math.inf])
+    train(config(), evaluate=lambda model: {"nats_per_token": next(losses)})
+    last = read_trainer(Path(config().out, "last"))
+    assert (last.best_step, last.best_loss) == (8, 2.0)
+
+
+def test_tensorboard_gets_the_same_figures(config):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(tensorboard=True), evaluate=evaluate)
+    events = EventAccumulator(str(Path(config().out, "tensorboard"))).Reload()
+    shown = {e.step: e.value for e in events.Scalars("train/loss")}
+    log = {r["step"]: r["loss"] for r in read_log(config().out) if r["kind"] == "train"}
+    assert shown == pytest.approx(log)
+
+
+SCRIPT = """
+    import json, sys, torch
+    sys.path.insert(0, sys.argv[2])
+    from test_train_trainer import evaluate
+    from metastate.config import TrainConfig, from_dict
+    from metastate.errors import TrainingError
+    from metastate.train.trainer import train
+
+    torch.set_num_threads(1)
+    config = from_dict(TrainConfig, json.loads(sys.argv[1]))
+    exec(sys.argv[4])
+    try:
+        result = train(config, evaluate=evaluate, resume=sys.argv[3] == "resume")
+        print(json.dumps([result.step, result.interrupted]))
+    except TrainingError as error:
+        print(error)
+"""
+
+
+def start(config, resume=False, before="pass"):
+    arguments = [json.dumps(to_dict(config)), str(Path(__file__).parent)]
+    arguments += ["resume" if resume else "start", before]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(process, config, step):
+    log = Path(config.out, "log.jsonl")
+    while process.poll() is None:
+        lines = log.read_text().splitlines() if log.exists() else []
+        if lines and any(f'"step": {i},' in lines[-1] for i in range(step, step + 500)):
+            return
+        time.sleep(0.005)
+
+
+def test_kill_9_at_random_moments(config):
+    asked = {"steps": 40, "checkpoint_every": 1, "log_every": 1, "valid_every": 7}
+    done = start(config("straight", **asked)).communicate()
+    assert done[0] == "[40, null]\n", done[1]
+    broken, resume = config("broken", **asked), False
+    for _ in range(3):
+        process = start(broken, resume)
+        reached = read_trainer(Path(broken.out, "last")).step if resume else 0
+        wait_for_step(process, broken, reached + 5)
+        time.sleep(random.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        metastate.load(Path(broken.out, "last"))
+        resume = True
+    done = start(broken, resume).communicate()
+    assert done[0] == "[40, null]\n", done[1]
+    assert_same_run(config("straight").out, broken.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(config, number):
+    asked = {"steps": 100_000, "checkpoint_every": 100_000, "valid_every": 100_000, "log_every": 1}
+    process = start(config(**asked))
+    wait_for_step(process, config(), 3)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    step, interrupted = json.loads(out)
+    assert interrupted == number and 3 <= step < 100_000
+    assert "finishing the step" in err
+    assert read_trainer(Path(config().out, "last")).step == step
+    train(config(**asked | {"steps": step + 2}), resume=True)
+    asked["steps"] = step + 2
+    assert [r["step"] for r in read_log(config().out)][-3:] == [step, step + 1, step + 2]
+
+
+def test_the_second_signal_kills(config):
+    slow = "import metastate.train.trainer as t, time; t._Run.update = lambda self: time.sleep(60)"
+    process = start(config(), before=slow)
+    while not Path(config().out, "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert "finishing" in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_full_disk_while_training(config):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))"
+    asked = config(steps=10, checkpoint_every=5)
+    process = start(asked, before=limit)
+    out, err = process.communicate()
+    assert "checkpoint of step 4 could not be written" in out, err
+    assert not list(Path(asked.out, "checkpoints").iterdir())
+    done = start(asked, resume=True).communicate()
+    assert done[0] == "[10, null]\n", done[1]
