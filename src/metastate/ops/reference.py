@@ -110,7 +110,8 @@ def wkv7(
         flat = [x.flatten(0, 1).unsqueeze(0) for x in (log_w, k, v, kappa, a)]
         offsets = cu_seqlens.tolist()
         for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-            part, last = _states(*[x[:, start:end] for x in flat], S=state[i : i + 1])
+            own = [*(x[:, start:end] for x in flat), state[i : i + 1]]
+            part, last = _states(*own)
             parts.append(part)
             finals.append(last)
         states = torch.cat(parts, 1).view(*shape, shape[-1])
