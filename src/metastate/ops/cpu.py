@@ -1,0 +1,418 @@
+"""The recurrence on a CPU: Numba kernels as torch custom ops, so that autograd and compile work.
+
+`wkv7` keeps u_t = kappa_t S_{t-1}^T of every token and the state at every C-th token; the backward
+pass and a later reader work from those. A reader does not run a backward pass of its own: the
+forward op also returns three `link` tensors without content, the read op takes them as inputs, and
+what it hands back as their gradients is the rank-one gradient of every state:
+
+    by key    e_t = x_t S_t^T:   dL/dS_t += de_t^T x_t
+    by value  e_t = x_t S_t:     dL/dS_t += x_t^T de_t
+
+as (value side, key side, sum_i S_ij (dL/dS)_ij of the term). The one backward pass adds it in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metastate.errors import ConfigError
+from metastate.ops import cpu_kernels as kernels
+from metastate.ops.reference import Trajectory
+
+L1_BYTES = 24 * 1024  # of a 32 KiB first-level cache, for a block of the state
+PIECES = 4  # pieces of work a thread, so that a disturbed thread does not hold up the rest
+
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+
+
+def _forget_pool() -> None:
+    """A forked child inherits the pool object but none of its threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _helpers(count: int) -> ThreadPoolExecutor:
+    """Return a pool with at least `count` threads."""
+    global _pool
+    if _pool is None or _pool[0] < count:
+        _pool = (count, ThreadPoolExecutor(count, thread_name_prefix="metastate"))
+    return _pool[1]
+
+
+def _work(kernel: Any, args: list[int], pieces: Iterator[tuple[int, int]]) -> None:
+    for start, stop in pieces:
+        kernel(*args, start, stop)
+
+
+def _run(kernel: Any, args: list[Any], cu_seqlens: Tensor, tasks_a_sequence: int) -> None:
+    """Run `kernel` over all tasks, spread over torch.get_num_threads() threads.
+
+    `args` are ints and contiguous tensors, which are passed by address. Safe to call from several
+    threads at once: the caller works too, so it never waits for a helper that has not started.
+    """
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
+    num_tasks = (cu_seqlens.numel() - 1) * tasks_a_sequence
+    num_threads = min(torch.get_num_threads(), num_tasks)
+    if num_threads == 1:
+        kernel(*addresses, 0, num_tasks)
+        return
+    cuts = _cuts(cu_seqlens.numpy(), tasks_a_sequence, min(num_threads * PIECES, num_tasks))
+    pieces = iter(list(zip(cuts[:-1], cuts[1:], strict=True)))  # next() is atomic under the GIL
+    helpers: list[Future] = [
+        _helpers(num_threads - 1).submit(_work, kernel, addresses, pieces)
+        for _ in range(num_threads - 1)
+    ]
+    try:
+        _work(kernel, addresses, pieces)
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+def _cuts(offsets: np.ndarray, tasks_a_sequence: int, count: int) -> list[int]:
+    """Cut the tasks into `count` runs of about equally many tokens."""
+    tokens = np.linspace(0, offsets[-1], count + 1)
+    sequence = np.searchsorted(offsets, tokens[1:-1], side="right") - 1
+    lengths = np.maximum(np.diff(offsets)[sequence], 1)
+    inside = (tokens[1:-1] - offsets[sequence]) / lengths * tasks_a_sequence
+    cuts = np.rint(sequence * tasks_a_sequence + inside).astype(int).tolist()
+    return [0, *cuts, (len(offsets) - 1) * tasks_a_sequence]
+
+
+def _dtypes(state: Tensor) -> tuple[torch.dtype, type]:
+    """Return the dtype that the kernels compute in: the state's."""
+    return state.dtype, np.float64 if state.dtype == torch.float64 else np.float32
+
+
+def _lanes(size: int, itemsize: int, num_tasks: int) -> int:
+    """Return how many value lanes a forward task takes: its block must fit the cache.
+
+    Where there are fewer heads and sequences than threads, the lanes are spread as well.
+    """
+    lanes = whole = kernels.padded(size)
+    threads = torch.get_num_threads()
+    for blocks in range(1, whole // 16 + 1):
+        if whole % (16 * blocks):
+            continue
+        lanes = whole // blocks
+        if whole * lanes * itemsize <= L1_BYTES and num_tasks * blocks >= threads:
+            break
+    return lanes
+
+
+def _forward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, final state, w, u, checkpoints; the last two empty unless `keep`."""
+    dtype, number = _dtypes(state)
+    batch, length, heads, size = r.shape
+    n = cu_seqlens.numel() - 1
+    w = torch.exp(log_w.to(dtype).contiguous())
+    given = [x.to(dtype).contiguous() for x in (k, v, kappa, a)]
+    state = state.contiguous()
+    y = r.new_empty(r.shape, dtype=dtype)
+    final = torch.empty_like(state)
+    u = y.new_empty(r.shape if keep else (0,))
+    checkpoints = y.new_empty((batch * length // kernels.C + n if keep else 0, heads, size, size))
+    lanes = _lanes(size, state.itemsize, n * heads)
+    kernel = kernels.forward_kernel(kernels.padded(size), lanes, keep, number)
+    reads = r.to(dtype).contiguous()
+    args = [heads, size, reads, w, *given, state, cu_seqlens, y, u, checkpoints, final]
+    _run(kernel, args, cu_seqlens, heads * (kernels.padded(size) // lanes))
+    return y.to(r.dtype), final, w, u, checkpoints
+
+
+@torch.library.custom_op("metastate::wkv7", mutates_args=())
+def wkv7_forward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the recurrence and keep its trajectory.
+
+    Args:
+        r: receptance [B, T, H, N], any float dtype, as the next five.
+        log_w: log decay.
+        k: replacement key.
+        v: value.
+        kappa: removal key.
+        a: in-context learning rate.
+        state: [n, H, N_v, N_k], float32 or float64: the dtype that everything is computed in.
+        cu_seqlens: [n + 1] int64 offsets of the sequences in the flattened B * T tokens.
+
+    Returns:
+        y [B, T, H, N] in r's dtype; the final state; w; u [B, T, H, N]; the checkpoints
+        [B * T // C + n, H, N_k, N_v]; and three link tensors [B, T, H, N] (see the module).
+    """
+    out = _forward(r, log_w, k, v, kappa, a, state, cu_seqlens, True)
+    return *out, *_links(out[2])
+
+
+def _links(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors of `like`'s shape that take no memory; only their gradients matter."""
+    links = [like.new_zeros(()).expand(like.shape) for _ in range(3)]
+    return links[0], links[1], links[2]
+
+
+@wkv7_forward.register_fake
+def _(r, log_w, k, v, kappa, a, state, cu_seqlens):  # type: ignore[no-untyped-def]
+    batch, length, heads, size = r.shape
+    w = state.new_empty(r.shape)
+    num_checkpoints = batch * length // kernels.C + cu_seqlens.numel() - 1
+    checkpoints = state.new_empty((num_checkpoints, heads, size, size))
+    final = state.new_empty(state.shape)
+    return r.new_empty(r.shape), final, w, torch.empty_like(w), checkpoints, *_links(w)
+
+
+@torch.library.custom_op("metastate::wkv7_backward", mutates_args=())
+def wkv7_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    dlinks: list[Tensor],
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    cu_seqlens: Tensor,
+    u: Tensor,
+    checkpoints: Tensor,
+    final: Tensor,
+) -> list[Tensor]:
+    """Return dr, dlog_w, dk, dv, dkappa, da and dstate0, all in the state's dtype.
+
+    `dlinks` holds the three link gradients of a later reader, or nothing.
+    """
+    dtype, number = _dtypes(final)
+    heads, size = r.shape[2:]
+    inputs = [x.to(dtype).contiguous() for x in (r, w, k, v, kappa, a)]
+    links = [x.to(dtype).contiguous() for x in dlinks]
+    grads = [torch.empty_like(inputs[0]) for _ in range(6)]
+    grads.append(torch.empty_like(final))
+    kernel = kernels.backward_kernel(kernels.padded(size), bool(links), number)
+    args: list[Any] = [heads, size, *inputs, cu_seqlens, u, checkpoints, final]
+    args += links or [0, 0, 0]
+    args += [dy.to(dtype).contiguous(), dstate.contiguous(), *grads]
+    _run(kernel, args, cu_seqlens, heads)
+    return grads
+
+
+@wkv7_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    dy, dstate, dlinks, r, w, k, v, kappa, a, cu_seqlens, u, checkpoints, final
+):
+    return [w.new_empty(w.shape) for _ in range(6)] + [final.new_empty(final.shape)]
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    r, log_w, k, v, kappa, a, state, cu_seqlens = inputs
+    _, final, w, u, checkpoints, *_ = output
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [x.dtype for x in inputs[:7]]
+    ctx.save_for_backward(r, w, k, v, kappa, a, cu_seqlens, u, checkpoints, final)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    r, final = saved[0], saved[-1]
+    dy, dstate, *dlinks = grads[0], grads[1], *grads[5:]
+    dy = torch.zeros_like(r) if dy is None else dy
+    dstate = torch.zeros_like(final) if dstate is None else dstate
+    links = [x for x in dlinks if x is not None]
+    out = wkv7_backward(dy, dstate, links, *saved)
+    return *(x.to(dtype) for x, dtype in zip(out, ctx.dtypes, strict=True)), None
+
+
+wkv7_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("metastate::wkv7_read", mutates_args=())
+def wkv7_read(
+    x: Tensor,
+    links: list[Tensor],
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    cu_seqlens: Tensor,
+    u: Tensor,
+    checkpoints: Tensor,
+    by_key: bool,
+) -> Tensor:
+    """Read a kept trajectory: e_t = x_t S_t^T (by key) or x_t S_t (by value), in x's dtype."""
+    return _read(x, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key).to(x.dtype)
+
+
+@wkv7_read.register_fake
+def _(x, links, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _read(
+    x: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    cu_seqlens: Tensor,
+    u: Tensor,
+    checkpoints: Tensor,
+    by_key: bool,
+) -> Tensor:
+    dtype, number = _dtypes(checkpoints)
+    heads, size = x.shape[2:]
+    inputs = [t.to(dtype).contiguous() for t in (x, w, k, v, kappa, a)]
+    e = torch.empty_like(inputs[0])
+    kernel = kernels.read_kernel(kernels.padded(size), by_key, number)
+    _run(kernel, [heads, size, *inputs, cu_seqlens, u, checkpoints, e], cu_seqlens, heads)
+    return e
+
+
+@torch.library.custom_op("metastate::wkv7_read_backward", mutates_args=())
+def wkv7_read_backward(
+    de: Tensor,
+    x: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    cu_seqlens: Tensor,
+    u: Tensor,
+    checkpoints: Tensor,
+    e: Tensor,
+    by_key: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return dx and the column product sum_i S_ij (dL/dS)_ij of the reader's term."""
+    dx = _read(de, w, k, v, kappa, a, cu_seqlens, u, checkpoints, not by_key)
+    product = x * dx if by_key else de * e
+    return dx, product.to(dx.dtype)
+
+
+@wkv7_read_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    de, x, w, k, v, kappa, a, cu_seqlens, u, checkpoints, e, by_key
+):
+    return w.new_empty(w.shape), w.new_empty(w.shape)
+
+
+def _save_read(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, _, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key = inputs
+    ctx.by_key = by_key
+    ctx.save_for_backward(x, w, k, v, kappa, a, cu_seqlens, u, checkpoints, output)
+
+
+def _read_gradients(ctx: Any, de: Tensor) -> tuple[Any, ...]:
+    x, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
+    dx, product = wkv7_read_backward(de, x, *saved, ctx.by_key)
+    state_side = product.dtype
+    sides = (de, x) if ctx.by_key else (x, de)
+    links = [*(side.to(state_side) for side in sides), product]
+    return dx.to(x.dtype), links, *[None] * 9
+
+
+wkv7_read.register_autograd(_read_gradients, setup_context=_save_read)
+
+
+@dataclass(frozen=True)
+class CpuTrajectory(Trajectory):
+    """u of every token and the state at every C-th one.
+
+    `run` repeats the pass for a second differentiated reader: the links serve one only.
+    """
+
+    inputs: tuple[Tensor, ...]  # r, log_w, k, v, kappa, a, state, cu_seqlens
+    kept: tuple[Tensor, ...] | None  # w, u, checkpoints, links; None after a single token
+    readers: list[str] = field(default_factory=list)
+
+    def read(self, x: Tensor, by: str = "key") -> Tensor:
+        """See Trajectory.read."""
+        if by not in ("key", "value"):
+            raise ConfigError(f"by is {by!r}; allowed: 'key', 'value'")
+        _, _, k, v, kappa, a, _, cu_seqlens = self.inputs
+        if self.kept is None:
+            row = x[:, 0].to(self.state.dtype)
+            read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
+            return torch.einsum(read, self.state, row).unsqueeze(1).to(x.dtype)
+        kept = self.kept
+        if torch.is_grad_enabled():
+            if self.readers:
+                kept = wkv7_forward(*self.inputs)[2:]
+            self.readers.append(by)
+        w, u, checkpoints, *links = kept
+        by_key = by == "key"
+        w, k, v, kappa, a, u, checkpoints = (
+            t.detach() for t in (w, k, v, kappa, a, u, checkpoints)
+        )
+        if not _differentiable(x, *links):
+            return _read(x, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key).to(x.dtype)
+        return wkv7_read(x, links, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key)
+
+    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See Trajectory.recur."""
+        y, other = wkv7(r, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)
+        return y, other.state
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    """Say whether a custom op is needed; without gradients a plain call saves its overhead."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def wkv7(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, CpuTrajectory]:
+    """Run the recurrence; arguments and result as ops.reference.wkv7."""
+    batch, length = r.shape[:2]
+    offsets = cu_seqlens
+    if offsets is None:
+        offsets = torch.arange(0, batch * length + 1, length)
+    inputs = (r, log_w, k, v, kappa, a, state, offsets)
+    kept: tuple[Tensor, ...] | None = None
+    if _differentiable(*inputs[:7]):
+        y, final, *rest = wkv7_forward(*inputs)
+        kept = tuple(rest)
+    elif length == 1 and cu_seqlens is None:
+        y, final, *_ = _forward(*inputs, False)
+    else:
+        y, final, *rest = _forward(*inputs, True)
+        kept = (*rest, *_links(rest[0]))
+    return y, CpuTrajectory(final, log_w, kappa, a, cu_seqlens, inputs, kept)

@@ -1,0 +1,466 @@
+"""Numba kernels of the RWKV-7 recurrence on a CPU: forward, backward, later reads.
+
+One task is one head of one sequence. Its state lives transposed, [N_k, N_v], in the first-level
+cache, so that the rows i of S (which are independent, given the shared vectors) fill the vector
+lanes, and neither the read with r nor the removal read with kappa needs a horizontal sum.
+
+Everything a kernel touches in its loops is copied into ONE flat scratch array at offsets that are
+compile-time constants, rows padded with zeros to a multiple of 16 lanes. LLVM then knows every
+distance between loads and stores, needs no alias checks and turns the plain loops below into
+full-width fused multiply-adds (measured: 2.6x over the same loops on separate arrays). Arrays come
+in as addresses: indexing a pointer has no negative-index wraparound to hinder the vectoriser.
+
+Notation: b = a * kappa; u_t = kappa_t S_{t-1}^T (the removal read); G_t = dL/dS_t; P = N padded.
+Tokens are flat, [num_tokens, H, N]; cu [n + 1] holds the sequences' offsets. Chunks of C tokens
+count from each sequence's start; a chunk's checkpoint is the transposed state before it, at
+checkpoint[cu[s] // C + s + c] for chunk c of sequence s. `fastmath` allows reassociation and
+contraction, never "no NaNs": a NaN propagates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba as nb
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+C = 16  # tokens a checkpoint
+LINE = 64  # bytes of a cache line: vectors that straddle two lines load at half speed
+OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+
+# Inlined into the kernels, so that P and the offsets become constants there.
+_inline = nb.njit(forceinline=True, **OPTIONS)
+
+
+def _jit(function: Callable) -> Any:
+    """Compile a kernel, cached on disk where any cache folder can be written."""
+    try:
+        return nb.njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:  # no writable cache folder anywhere: compile in every process
+        return nb.njit(**OPTIONS)(function)
+
+
+def padded(N: int) -> int:
+    """Return N rounded up to a multiple of 16 lanes."""
+    return -(-N // 16) * 16
+
+
+def _address_as_pointer(typing_context, address, like):  # type: ignore[no-untyped-def]
+    """Return `address` as a pointer to values of `like`'s type."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), build
+
+
+_pointer: Any = intrinsic(_address_as_pointer)
+
+
+@_inline
+def _load(W, dst, P, src, start, m, stride, N):  # type: ignore[no-untyped-def]
+    """Copy m token rows of src, the first at `start`, to W[dst + t P + i]."""
+    for t in range(m):
+        for i in range(N):
+            W[dst + t * P + i] = src[start + t * stride + i]
+
+
+@_inline
+def _store(W, src, P, dst, start, m, stride, N):  # type: ignore[no-untyped-def]
+    """Copy m rows W[src + t P + i] to the token rows of dst, the first at `start`."""
+    for t in range(m):
+        for i in range(N):
+            dst[start + t * stride + i] = W[src + t * P + i]
+
+
+@_inline
+def _clear(W, dst, n, zero):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        W[dst + i] = zero
+
+
+@_inline
+def _transpose(W, dst, src, P):  # type: ignore[no-untyped-def]
+    """W[dst] = W[src]^T, both [P, P]."""
+    for i in range(P):
+        for j in range(P):
+            W[dst + i * P + j] = W[src + j * P + i]
+
+
+@_inline
+def _matmul(W, dst, m, coef, mat, P):  # type: ignore[no-untyped-def]
+    """W[dst][t] = sum_k W[coef][t, k] W[mat][k] for t < m rounded up to 4; all rows P long."""
+    for t in range(0, m, 4):
+        d = dst + t * P
+        for k in range(0, P, 4):
+            c = coef + t * P + k
+            a0, a1, a2, a3 = W[c], W[c + 1], W[c + 2], W[c + 3]
+            c += P
+            b0, b1, b2, b3 = W[c], W[c + 1], W[c + 2], W[c + 3]
+            c += P
+            c0, c1, c2, c3 = W[c], W[c + 1], W[c + 2], W[c + 3]
+            c += P
+            d0, d1, d2, d3 = W[c], W[c + 1], W[c + 2], W[c + 3]
+            o = mat + k * P
+            for i in range(P):
+                x0 = W[o + i]
+                x1 = W[o + P + i]
+                x2 = W[o + 2 * P + i]
+                x3 = W[o + 3 * P + i]
+                W[d + i] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                W[d + P + i] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+                W[d + 2 * P + i] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+                W[d + 3 * P + i] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+
+
+@_inline
+def _read_value(W, out, m, x, last, S, w, k, b, v, u, P, zero):  # type: ignore[no-untyped-def]
+    """out_t = x_t S_t (last = 1) or x_t S_{t-1} (last = 0); W[S] is the chunk's S_0, [N_v, N_k].
+
+    Without forming S_s: x_t S_s = (x_t S_{s-1}) * w_s + (x_t . v_s) k_s - (x_t . u_s) b_s.
+    """
+    _clear(W, out, C * P, zero)
+    _matmul(W, out, m, x, S, P)
+    for t in range(m):
+        d = out + t * P
+        c = x + t * P
+        for s in range(t + last):
+            o = s * P
+            xv = zero
+            xu = zero
+            for i in range(P):
+                xv += W[c + i] * W[v + o + i]
+                xu += W[c + i] * W[u + o + i]
+            for j in range(P):
+                W[d + j] = W[d + j] * W[w + o + j] + xv * W[k + o + j] - xu * W[b + o + j]
+
+
+@_inline
+def _read_key(W, out, m, x, S, w, k, b, v, u, P, zero):  # type: ignore[no-untyped-def]
+    """out_t = x_t S_t^T; W[S] is the chunk's S_0 transposed, [N_k, N_v]. Overwrites W[x].
+
+    Without forming S_t: z = x_t; for s = t .. 0: out += (z . k_s) v_s - (z . b_s) u_s, z = z * w_s;
+    then out += z S_0^T.
+    """
+    _clear(W, out, C * P, zero)
+    for t in range(m):
+        d = out + t * P
+        z = x + t * P
+        for past in range(t + 1):
+            o = (t - past) * P
+            zk = zero
+            zb = zero
+            for j in range(P):
+                zk += W[z + j] * W[k + o + j]
+                zb += W[z + j] * W[b + o + j]
+                W[z + j] *= W[w + o + j]
+            for i in range(P):
+                W[d + i] += zk * W[v + o + i] - zb * W[u + o + i]
+    _matmul(W, out, m, x, S, P)
+
+
+@cache
+def forward_kernel(P: int, L: int, save: bool, dtype: type) -> Any:
+    """Compile the forward pass for padded head size P in blocks of L value lanes (L divides P).
+
+    y_t = r_t S_t^T. Task = (sequence, head, lane block), counted in that order. With `save`,
+    u [num_tokens, H, N] and the checkpoints are written, without it those two are left alone.
+    """
+    blocks = P // L
+    # Offsets: the state block, vectors over the keys, vectors over the lanes.
+    w, b, k, r, q = (P * L + P * i for i in range(5))
+    u, v, y, n = (P * L + P * 5 + L * i for i in range(4))
+    total = P * L + P * 5 + L * 4
+
+    def forward(  # type: ignore[no-untyped-def]
+        H, N, r_, w_, k_, v_, kappa_, a_, state0_, cu_, y_, u_, checkpoint_, state_, start, stop
+    ):
+        scratch: Any = np.zeros(total + LINE, dtype)
+        zero = dtype(0)
+        W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
+        r_, w_, k_ = _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero)
+        v_, kappa_, a_ = _pointer(v_, zero), _pointer(kappa_, zero), _pointer(a_, zero)
+        y_, u_, checkpoint_ = _pointer(y_, zero), _pointer(u_, zero), _pointer(checkpoint_, zero)
+        state0_, state_, cu = _pointer(state0_, zero), _pointer(state_, zero), _pointer(cu_, H)
+        for task in range(start, stop):
+            first = task % blocks * L
+            h = task // blocks % H
+            s = task // blocks // H
+            lanes = min(L, N - first)
+            lo, hi = cu[s], cu[s + 1]
+            scratch[:] = zero
+            f = ((s * H + h) * N + first) * N
+            for i in range(lanes):
+                for j in range(N):
+                    W[j * L + i] = state0_[f + i * N + j]
+            if lo < hi:
+                for j in range(N):
+                    qj = kappa_[(lo * H + h) * N + j]
+                    for i in range(L):
+                        W[u + i] += qj * W[j * L + i]
+            for t in range(lo, hi):
+                f = (t * H + h) * N
+                if save:
+                    if (t - lo) % C == 0:
+                        c = ((lo // C + s + (t - lo) // C) * H + h) * N * N + first
+                        for j in range(N):
+                            for i in range(lanes):
+                                checkpoint_[c + j * N + i] = W[j * L + i]
+                    for i in range(lanes):
+                        u_[f + first + i] = W[u + i]
+                for j in range(N):
+                    W[w + j] = w_[f + j]
+                    W[b + j] = a_[f + j] * kappa_[f + j]
+                    W[k + j] = k_[f + j]
+                    W[r + j] = r_[f + j]
+                if t + 1 < hi:
+                    for j in range(N):
+                        W[q + j] = kappa_[f + H * N + j]
+                for i in range(lanes):
+                    W[v + i] = v_[f + first + i]
+                _clear(W, y, 2 * L, zero)  # y and n
+                for j in range(0, P, 4):
+                    w0, w1, w2, w3 = W[w + j], W[w + j + 1], W[w + j + 2], W[w + j + 3]
+                    b0, b1, b2, b3 = W[b + j], W[b + j + 1], W[b + j + 2], W[b + j + 3]
+                    k0, k1, k2, k3 = W[k + j], W[k + j + 1], W[k + j + 2], W[k + j + 3]
+                    r0, r1, r2, r3 = W[r + j], W[r + j + 1], W[r + j + 2], W[r + j + 3]
+                    q0, q1, q2, q3 = W[q + j], W[q + j + 1], W[q + j + 2], W[q + j + 3]
+                    o = j * L
+                    for i in range(L):
+                        s0 = W[o + i] * w0 - W[u + i] * b0 + W[v + i] * k0
+                        s1 = W[o + L + i] * w1 - W[u + i] * b1 + W[v + i] * k1
+                        s2 = W[o + 2 * L + i] * w2 - W[u + i] * b2 + W[v + i] * k2
+                        s3 = W[o + 3 * L + i] * w3 - W[u + i] * b3 + W[v + i] * k3
+                        W[o + i] = s0
+                        W[o + L + i] = s1
+                        W[o + 2 * L + i] = s2
+                        W[o + 3 * L + i] = s3
+                        W[y + i] += s0 * r0 + s1 * r1 + s2 * r2 + s3 * r3
+                        W[n + i] += s0 * q0 + s1 * q1 + s2 * q2 + s3 * q3
+                for i in range(lanes):
+                    y_[f + first + i] = W[y + i]
+                for i in range(L):
+                    W[u + i] = W[n + i]
+            f = ((s * H + h) * N + first) * N
+            for i in range(lanes):
+                for j in range(N):
+                    state_[f + i * N + j] = W[j * L + i]
+
+    return _jit(forward)
+
+
+@cache
+def backward_kernel(P: int, link: bool, dtype: type) -> Any:
+    """Compile the backward pass for padded head size P; `link`: a later reader's gradients join in.
+
+    Per chunk, last chunk first, with G = dL/dS in the first-level cache, transposed:
+      sweep, last token first:  G += dy^T r (+ de^T x);  dv = k G^T;  du = -b G^T;  dk = v G;
+                                db = -u G;  G = G diag(w) + du^T kappa
+      reads:                    dr_t = dy_t S_t;  dq_t = du_t S_{t-1}
+      decay, last token first:  X_j = sum_i G_ij S_ij gains r dr (+ the reader's own column
+                                product cx), loses what token t wrote, dlog_w = X - b db - k dk;
+                                X = dlog_w + kappa dq before the token
+    so that S_t is never formed again. X is computed afresh from G and S at every chunk's end.
+    Task = (sequence, head).
+    """
+    rows = (C + 1) * P  # one row apart: at C rows every array would fall on the same cache sets
+    G, S, ST = 0, P * P, P * P * 2
+    start_rows = P * P * 3
+    r, w, k, b, q, v, u, dy, du, dv, dk, db, dr, dq, de, x, cx = (
+        start_rows + rows * i for i in range(17)
+    )
+    X, wn, qn, dn, vt, ut, dyt, det, dut, dvt = (start_rows + rows * 17 + P * i for i in range(10))
+    total = start_rows + rows * 17 + P * 10
+
+    def backward(  # type: ignore[no-untyped-def]
+        H, N, r_, w_, k_, v_, kappa_, a_, cu_, u_, checkpoint_, state_, de_, x_, cx_, dy_, dstate_,
+        dr_, dlog_w_, dk_, dv_, dkappa_, da_, dstate0_, start, stop,
+    ):  # fmt: skip
+        scratch: Any = np.zeros(total + LINE, dtype)
+        zero = dtype(0)
+        W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
+        r_, w_, k_ = _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero)
+        v_, kappa_, a_ = _pointer(v_, zero), _pointer(kappa_, zero), _pointer(a_, zero)
+        u_, checkpoint_, cu = _pointer(u_, zero), _pointer(checkpoint_, zero), _pointer(cu_, H)
+        de_, x_, cx_ = _pointer(de_, zero), _pointer(x_, zero), _pointer(cx_, zero)
+        dr_, dlog_w_, dk_ = _pointer(dr_, zero), _pointer(dlog_w_, zero), _pointer(dk_, zero)
+        dv_, dkappa_, da_ = _pointer(dv_, zero), _pointer(dkappa_, zero), _pointer(da_, zero)
+        state_, dstate_ = _pointer(state_, zero), _pointer(dstate_, zero)
+        dy_, dstate0_ = _pointer(dy_, zero), _pointer(dstate0_, zero)
+        for task in range(start, stop):
+            h = task % H
+            s = task // H
+            lo, hi = cu[s], cu[s + 1]
+            scratch[:] = zero
+            f = (s * H + h) * N * N
+            for i in range(N):
+                for j in range(N):
+                    W[G + j * P + i] = dstate_[f + i * N + j]
+                    W[X + j] += dstate_[f + i * N + j] * state_[f + i * N + j]
+            for c in range((hi - lo + C - 1) // C - 1, -1, -1):
+                t0 = lo + c * C
+                m = min(C, hi - t0)
+                f = (t0 * H + h) * N
+                _load(W, r, P, r_, f, m, H * N, N)
+                _load(W, w, P, w_, f, m, H * N, N)
+                _load(W, k, P, k_, f, m, H * N, N)
+                _load(W, q, P, kappa_, f, m, H * N, N)
+                _load(W, v, P, v_, f, m, H * N, N)
+                _load(W, u, P, u_, f, m, H * N, N)
+                _load(W, dy, P, dy_, f, m, H * N, N)
+                if link:
+                    _load(W, de, P, de_, f, m, H * N, N)
+                    _load(W, x, P, x_, f, m, H * N, N)
+                    _load(W, cx, P, cx_, f, m, H * N, N)
+                _load(W, b, P, a_, f, m, H * N, N)
+                for i in range(m * P):
+                    W[b + i] *= W[q + i]
+                # The token after: its decay and removal are applied to G in the same pass.
+                for i in range(P):
+                    W[wn + i] = dtype(1)
+                    W[qn + i] = zero
+                    W[dn + i] = zero
+                for past in range(m):
+                    T = (m - 1 - past) * P
+                    # Fixed places, so that LLVM knows they do not overlap the rows of G.
+                    for i in range(P):
+                        W[vt + i] = W[v + T + i]
+                        W[ut + i] = W[u + T + i]
+                        W[dyt + i] = W[dy + T + i]
+                        if link:
+                            W[det + i] = W[de + T + i]
+                        W[dut + i] = zero
+                        W[dvt + i] = zero
+                    for j in range(0, P, 2):
+                        w0, w1 = W[wn + j], W[wn + j + 1]
+                        q0, q1 = W[qn + j], W[qn + j + 1]
+                        r0, r1 = W[r + T + j], W[r + T + j + 1]
+                        b0, b1 = W[b + T + j], W[b + T + j + 1]
+                        k0, k1 = W[k + T + j], W[k + T + j + 1]
+                        x0, x1 = W[x + T + j], W[x + T + j + 1]
+                        dk0 = zero
+                        dk1 = zero
+                        db0 = zero
+                        db1 = zero
+                        o = G + j * P
+                        for i in range(P):
+                            dni = W[dn + i]
+                            dyi = W[dyt + i]
+                            g0 = W[o + i] * w0 + dni * q0 + dyi * r0
+                            g1 = W[o + P + i] * w1 + dni * q1 + dyi * r1
+                            if link:
+                                dei = W[det + i]
+                                g0 += dei * x0
+                                g1 += dei * x1
+                            W[o + i] = g0
+                            W[o + P + i] = g1
+                            W[dvt + i] += g0 * k0 + g1 * k1
+                            W[dut + i] -= g0 * b0 + g1 * b1
+                            vi = W[vt + i]
+                            ui = W[ut + i]
+                            dk0 += g0 * vi
+                            dk1 += g1 * vi
+                            db0 += g0 * ui
+                            db1 += g1 * ui
+                        W[dk + T + j] = dk0
+                        W[dk + T + j + 1] = dk1
+                        W[db + T + j] = -db0
+                        W[db + T + j + 1] = -db1
+                    for i in range(P):
+                        W[wn + i] = W[w + T + i]
+                        W[qn + i] = W[q + T + i]
+                        W[dn + i] = W[dut + i]
+                        W[du + T + i] = W[dut + i]
+                        W[dv + T + i] = W[dvt + i]
+                c0 = ((lo // C + s + c) * H + h) * N * N
+                _load(W, S, P, checkpoint_, c0, N, N, N)
+                _transpose(W, ST, S, P)
+                _read_value(W, dr, m, dy, 1, ST, w, k, b, v, u, P, zero)
+                _read_value(W, dq, m, du, 0, ST, w, k, b, v, u, P, zero)
+                for past in range(m):
+                    t = m - 1 - past
+                    T = t * P
+                    o = f + t * H * N
+                    for j in range(N):
+                        written = W[b + T + j] * W[db + T + j] + W[k + T + j] * W[dk + T + j]
+                        read = W[r + T + j] * W[dr + T + j]
+                        if link:
+                            read += W[cx + T + j]
+                        dlog_w = W[X + j] + read - written
+                        W[X + j] = dlog_w + W[q + T + j] * W[dq + T + j]
+                        dlog_w_[o + j] = dlog_w
+                        da_[o + j] = W[db + T + j] * W[q + T + j]
+                        dkappa_[o + j] = W[dq + T + j] + W[db + T + j] * a_[o + j]
+                _store(W, dr, P, dr_, f, m, H * N, N)
+                _store(W, dk, P, dk_, f, m, H * N, N)
+                _store(W, dv, P, dv_, f, m, H * N, N)
+                for j in range(P):
+                    wj = W[wn + j]
+                    qj = W[qn + j]
+                    Xj = zero
+                    o = j * P
+                    for i in range(P):
+                        g = W[G + o + i] * wj + W[dn + i] * qj
+                        W[G + o + i] = g
+                        Xj += g * W[S + o + i]
+                    W[X + j] = Xj
+            f = (s * H + h) * N * N
+            for i in range(N):
+                for j in range(N):
+                    dstate0_[f + i * N + j] = W[G + j * P + i]
+
+    return _jit(backward)
+
+
+@cache
+def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
+    """Compile the read of a kept trajectory: e_t = x_t S_t^T (by key) or x_t S_t (by value).
+
+    Chunks need nothing of each other: the state at a chunk's start is kept, what its tokens added
+    since then is read from k, b, v, u directly. Task = (sequence, head).
+    """
+    rows = (C + 1) * P  # one row apart: at C rows every array would fall on the same cache sets
+    S, ST = 0, P * P
+    x, w, k, b, q, v, u, e = (P * P * 2 + rows * i for i in range(8))
+    total = P * P * 2 + rows * 8
+
+    def read(  # type: ignore[no-untyped-def]
+        H, N, x_, w_, k_, v_, kappa_, a_, cu_, u_, checkpoint_, e_, start, stop
+    ):
+        scratch: Any = np.zeros(total + LINE, dtype)
+        zero = dtype(0)
+        W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
+        x_, w_, k_ = _pointer(x_, zero), _pointer(w_, zero), _pointer(k_, zero)
+        v_, kappa_, a_ = _pointer(v_, zero), _pointer(kappa_, zero), _pointer(a_, zero)
+        u_, checkpoint_, cu = _pointer(u_, zero), _pointer(checkpoint_, zero), _pointer(cu_, H)
+        e_ = _pointer(e_, zero)
+        for task in range(start, stop):
+            scratch[:] = zero
+            h = task % H
+            s = task // H
+            lo, hi = cu[s], cu[s + 1]
+            for c in range((hi - lo + C - 1) // C):
+                m = min(C, hi - lo - c * C)
+                f = ((lo + c * C) * H + h) * N
+                _load(W, x, P, x_, f, m, H * N, N)
+                _load(W, w, P, w_, f, m, H * N, N)
+                _load(W, k, P, k_, f, m, H * N, N)
+                _load(W, b, P, a_, f, m, H * N, N)
+                _load(W, q, P, kappa_, f, m, H * N, N)
+                _load(W, v, P, v_, f, m, H * N, N)
+                _load(W, u, P, u_, f, m, H * N, N)
+                for i in range(m * P):
+                    W[b + i] *= W[q + i]
+                _load(W, S, P, checkpoint_, ((lo // C + s + c) * H + h) * N * N, N, N, N)
+                if by_key:
+                    _read_key(W, e, m, x, S, w, k, b, v, u, P, zero)
+                else:
+                    _transpose(W, ST, S, P)
+                    _read_value(W, e, m, x, 1, ST, w, k, b, v, u, P, zero)
+                _store(W, e, P, e_, f, m, H * N, N)
+
+    return _jit(read)
