@@ -83,9 +83,9 @@ def loss_curve(
     axes.set_ylabel("loss (nats a token)")
     axes.xaxis.set_major_formatter(_short)
     axes.legend(frameon=False)
-    step, tokens = max((s, t) for s, t, _ in train + valid)
-    if step and tokens:
-        ratio = tokens / step
+    last_step, last_tokens, _ = max(train + valid)
+    if last_step and last_tokens:
+        ratio = last_tokens / last_step
         above = axes.secondary_xaxis("top", functions=(lambda t: t / ratio, lambda s: s * ratio))
         above.set_xlabel("steps")
         above.xaxis.set_major_formatter(_short)
