@@ -157,7 +157,8 @@ def main() -> None:
         print(
             f"{r['architecture']:<12}{r['tokens']:>9,}{r['ms_per_token']:>10.3f}"
             f"{r['quiet_ms_per_token']:>9.3f}{r['time_ratio']:>10.2f}"
-            f"{r['state_bytes'] / 1024:>12,.0f}{r['resident_mib']:>14.1f}{r['resident_ratio']:>10.3f}"
+            f"{r['state_bytes'] / 1024:>12,.0f}"
+            f"{r['resident_mib']:>14.1f}{r['resident_ratio']:>10.3f}"
         )
     if limits["transformer"] < limits["metastate"]:
         print(f"the Transformer was stopped at {limits['transformer']:,} tokens: it gets too slow")
