@@ -26,10 +26,10 @@ class ChannelMix(nn.Module):
         self.value = linear(hidden, D, 0.0)
 
     def forward(
-        self, x: Tensor, shift: Tensor, packing: Packing | None = None
+        self, x: Tensor, shift: Tensor, packing: Packing | None = None, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
         """Return y [B, T, D] and the new shift [B, D]; x [B, T, D], the carried shift [B, D]."""
-        mixed = torch.lerp(x, token_shift(x, shift, packing), self.mu.to(x.dtype))
+        mixed = token_shift(x, shift, self.mu.unsqueeze(0), packing, backend)[0]
         return self.value(F.relu(self.key(mixed)).square()), x[:, -1].clone()
 
     def optimizer_groups(self) -> dict[str, str]:

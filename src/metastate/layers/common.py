@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate.errors import ShapeError
+from metastate.ops import fused
 
 # Optimizer groups. A layer's `optimizer_groups()` names one for each parameter that it owns.
 MATRIX = "matrix"  # weight decay, learning rate x 1
@@ -88,12 +89,12 @@ class RecurrentState:
         return sum(x.numel() * x.element_size() for x in fields if x is not None)
 
 
-def token_shift(x: Tensor, last: Tensor, packing: Packing | None) -> Tensor:
-    """Return x_{t-1} for every token, [B, T, D]: `last` [B, D] before the first, 0 at a reset."""
-    shifted = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], 1)
-    if packing is not None:
-        shifted = shifted.masked_fill(packing.resets.unsqueeze(-1), 0)
-    return shifted
+def token_shift(
+    x: Tensor, last: Tensor, mu: Tensor, packing: Packing | None, backend: str
+) -> list[Tensor]:
+    """Return x_t + (x_{t-1} - x_t) mu_i for every row of mu [I, D]; `last` [B, D] is x_{-1}."""
+    resets = None if packing is None else packing.resets
+    return fused.token_mix(x, last, mu, resets, fused=fused.can_fuse(x, backend))
 
 
 def run_packed(
@@ -162,10 +163,9 @@ class LowRank(nn.Module):
         orthogonal_(self.B, 0.1 * max(1.0, rank / out) ** 0.5)
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return activation(x A) B + bias, [..., out]."""
+        """Return activation(x A) B, [..., out]; the caller adds the bias."""
         hidden = x @ self.A
-        y = (hidden if activation is None else activation(hidden)) @ self.B
-        return y if self.bias is None else y + self.bias
+        return (hidden if activation is None else activation(hidden)) @ self.B
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

@@ -25,6 +25,7 @@ from metastate.layers.common import (
     segment_norm,
     token_shift,
 )
+from metastate.ops import fused
 
 
 class MetaState(nn.Module):
@@ -93,19 +94,26 @@ class MetaState(nn.Module):
         x_g, new_shift = x, None
         if self.mu is not None:
             assert shift is not None
-            new_shift, shifted = x[:, -1].clone(), token_shift(x, shift, packing)
-            mixes = [torch.lerp(x, shifted, mu) for mu in self.mu.to(x.dtype)]
+            new_shift, mixes = x[:, -1].clone(), token_shift(x, shift, self.mu, packing, backend)
             x, x_g = mixes[0], mixes[-1]
         by_head = x.view(batch, length, self.num_heads, width // self.num_heads)
         x_state = by_head if self.projection is None else by_head @ self.projection
         e, kl = self.encode(x_state, trajectory)
-        y, M = self.read_out(x_state, e, trajectory, M, packing, backend)
+        sources, M = self.evolve(x_state, e, trajectory, M, packing, backend)
+        norms = [norm for norm in (self.meta_norm, self.encoding_norm) if norm is not None]
+        factor = None
         if options.modulation == "input":
             repeats = -(-self.head_size // by_head.shape[-1])
-            factor = by_head.repeat(1, 1, 1, repeats)[..., : self.head_size].flatten(2)
-            y = y * self.activate(factor)
+            factor = by_head.repeat(1, 1, 1, repeats) if repeats > 1 else by_head
+            factor = self.activate(factor[..., : self.head_size].flatten(2))
+        if norms and factor is not None:
+            fuse = fused.can_fuse(x, backend) and len(self.segments) == 1
+            y = fused.norm_product(sources, norms, factor, fused=fuse)
         else:
-            y = self.activate(y)
+            flat = [n(t) for n, t in zip(norms, sources, strict=True)] if norms else sources
+            y = flat[0] if len(flat) == 1 else flat[0] + flat[1]
+            y = y.reshape(batch, length, -1)
+            y = self.activate(y) if factor is None else y * factor
         if self.gate is not None:
             y = y * self.gate(x_g, torch.sigmoid)
         return self.output(y), M, new_shift, kl
@@ -135,7 +143,7 @@ class MetaState(nn.Module):
             z = F.silu(z)
         return torch.einsum("bthr,hrn->bthn", z, self.expand.to(z.dtype)), kl
 
-    def read_out(
+    def evolve(
         self,
         x: Tensor,
         e: Tensor,
@@ -143,29 +151,32 @@ class MetaState(nn.Module):
         M: Tensor | None,
         packing: Packing | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return y = norm(q M^T) [+ norm(e)], [B, T, H N], and M after the last token."""
-        options, parts = self.options, []
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return what the readout adds up, q M^T and e as `readout` says, and M after the end."""
+        options, sources = self.options, []
         if self.has_meta:
             assert M is not None
-            written = segment_norm(e, options.encoding_norm, self.segments)
+            if options.encoding_norm == "l2" and len(self.segments) == 1:
+                written = fused.unit(e, fused=fused.can_fuse(e, backend))
+            else:
+                written = segment_norm(e, options.encoding_norm, self.segments)
             q = written if options.query == "encoding" else None
             initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
             y, final = ops.meta_state(
                 x, written, q, trajectory, initial, update=options.update, backend=backend
             )
             M = last_of_rows(final, packing)
-            parts.append(y.flatten(2) if self.meta_norm is None else self.meta_norm(y))
+            sources.append(y)
         if options.readout != "meta":
-            parts.append(e.flatten(2) if self.encoding_norm is None else self.encoding_norm(e))
-        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]), M
+            sources.append(e)
+        return sources, M
 
     def activate(self, x: Tensor) -> Tensor:
         """Apply `activation`."""
         kind = self.options.activation
-        return {"none": lambda: x, "relu2": lambda: F.relu(x).square(), "silu": lambda: F.silu(x)}[
-            kind
-        ]()
+        if kind == "none":
+            return x
+        return F.silu(x) if kind == "silu" else F.relu(x).square()
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

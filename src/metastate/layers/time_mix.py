@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate import ops
@@ -23,8 +20,7 @@ from metastate.layers.common import (
     run_packed,
     token_shift,
 )
-
-DECAY_SCALE = -math.exp(-0.5)
+from metastate.ops import fused
 
 
 class TimeMix(nn.Module):
@@ -116,7 +112,7 @@ class TimeMix(nn.Module):
             x: [B, T, D].
             S: state before token 0, [B, H, N, N].
             shift: x before token 0, [B, D].
-            v_first: layer 0's value, [B, T, H, N]; None in layer 0.
+            v_first: layer 0's value, [B, T, H N]; None in layer 0.
             packing: where documents start; None means nowhere.
             backend: of metastate.ops.
 
@@ -126,37 +122,33 @@ class TimeMix(nn.Module):
         """
         batch, length, _ = x.shape
         heads = (batch, length, self.num_heads, self.head_size)
-        delta = token_shift(x, shift, packing) - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, delta, mu) for mu in self.mu.to(x.dtype))
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v).view(heads)
-        log_w = DECAY_SCALE * torch.sigmoid(self.decay(x_w, torch.tanh))
-        a = torch.sigmoid(self.icl_rate(x_a))
-        if self.value_mix is None:
-            v_first = v
-        else:
-            assert v_first is not None
-            v = torch.lerp(
-                v, v_first.to(v.dtype), torch.sigmoid(self.value_mix(x_v)).view(heads).to(v.dtype)
-            )
-        kappa = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
-        k = (k * (1 + (a - 1) * self.k_a)).view(heads)
-        r = r.view(heads)
-        initial, cu_seqlens = run_packed(S, self.initial_state(), packing)
-        y, trajectory = ops.wkv7_trajectory(
-            r,
-            log_w.view(heads),
+        fuse = fused.can_fuse(x, backend)
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(x, shift, self.mu, packing, backend)
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        log_w, a, kappa, k, v = fused.wkv_inputs(
             k,
             v,
-            kappa,
-            a.view(heads),
-            initial,
-            cu_seqlens=cu_seqlens,
-            backend=backend,
+            self.decay(x_w, torch.tanh),
+            self.icl_rate(x_a),
+            None if self.value_mix is None else self.value_mix(x_v),
+            v_first,
+            self.decay.bias,
+            self.icl_rate.bias,
+            None if self.value_mix is None else self.value_mix.bias,
+            self.k_k,
+            self.k_a,
+            head_size=self.head_size,
+            fused=fuse,
         )
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        p = self.norm(y) + bonus.flatten(2)
-        out = self.output(p * self.gate(x_g, torch.sigmoid))
-        shift = x[:, -1].clone()  # a view would keep all of x alive in the state
+        v_first = v if v_first is None else v_first
+        r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
+        initial, cu_seqlens = run_packed(S, self.initial_state(), packing)
+        y, trajectory = ops.wkv7_trajectory(
+            r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
+        )
+        fuse = fuse and len(self.norm.segments) == 1
+        g = self.gate(x_g, torch.sigmoid)
+        out = self.output(fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse))
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
 
     def optimizer_groups(self) -> dict[str, str]:

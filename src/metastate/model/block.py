@@ -62,7 +62,7 @@ class RecurrentBlock(nn.Module):
                 self.ln2(x), trajectory, state.M, state.channel_shift, packing, backend
             )
         else:
-            y, shift = self.channel_mix(self.ln2(x), state.channel_shift, packing)
+            y, shift = self.channel_mix(self.ln2(x), state.channel_shift, packing, backend)
         return x + y, RecurrentState(S, time_shift, M, shift), v_first, kl
 
     def optimizer_groups(self) -> dict[str, str]:

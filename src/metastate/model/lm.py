@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from metastate import ops
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError, StateError
 from metastate.layers.common import MATRIX, Packing, linear
@@ -103,9 +104,10 @@ class LanguageModel(nn.Module):
         layers: list[Any] = []
         if self.recurrent:
             packing = None if resets is None else Packing.from_resets(resets)
+            backend = ops.resolve_backend(self.backend, tokens.device)
             x, v_first = self.ln0(x), None
             for block, old in zip(self.blocks, state.layers, strict=True):
-                args = (x, old, v_first, packing, self.backend)
+                args = (x, old, v_first, packing, backend)
                 x, new, v_first, term = self._run(block, *args)
                 layers.append(new)
                 if term is not None:

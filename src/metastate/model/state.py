@@ -101,7 +101,11 @@ class ModelState:
             "config": config_hash(config),
             "extra": json.dumps(self.extra),
         }
-        tensors = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items()}
+        # Copies, since tensors of a state may share memory, which safetensors refuses.
+        tensors = {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in self.tensors().items()
+        }
         atomic_write(path, safetensors.torch.save(tensors, header), error=StateError)
 
     @classmethod
@@ -124,9 +128,16 @@ class ModelState:
             ) from None
         if header.get("format") != FORMAT:
             raise StateError(f"{path} is a safetensors file but no metastate state")
-        if int(header["version"]) > VERSION:
-            raise StateError(f"{path} has version {header['version']}; install a newer metastate")
-        if header["config"] != config_hash(model.config):
+        try:
+            version, tokens_seen = int(header["version"]), int(header["tokens_seen"])
+            made_by, extra = header["config"], json.loads(header["extra"])
+        except (KeyError, ValueError) as cause:
+            raise StateError(
+                f"{path} has a broken header ({cause!r}); make the state again"
+            ) from None
+        if version > VERSION:
+            raise StateError(f"{path} has version {version}; install a newer metastate")
+        if made_by != config_hash(model.config):
             raise StateError(f"{path} was made by a model of another configuration; use that model")
         kind = AttentionState if model.config.architecture == "transformer" else RecurrentState
         layers = []
@@ -137,7 +148,7 @@ class ModelState:
                 layers.append(kind(**fields))
             except TypeError:
                 raise StateError(f"{path} holds no whole state of layer {i}") from None
-        state = cls(tuple(layers), int(header["tokens_seen"]), json.loads(header["extra"]))
+        state = cls(tuple(layers), tokens_seen, extra)
         state.check(model)
         return state.to(next(model.parameters()).device)
 
@@ -157,6 +168,10 @@ class ModelState:
                 continue  # the layer itself checks a cache, whose length is free
             for name, needed in vars(fresh).items():
                 found = getattr(own, name)
+                if found is not None and not found.is_floating_point():
+                    raise StateError(
+                        f"the state's layers.{i}.{name} is {found.dtype}; floats needed"
+                    )
                 found = None if found is None else list(found.shape)
                 needed = None if needed is None else [self.batch_size, *needed.shape[1:]]
                 if found != needed:

@@ -11,11 +11,10 @@ import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metastate.errors import ConfigError, ShapeError
-from metastate.ops import chunked, reference
+from metastate.ops import chunked, fused, reference
 from metastate.ops.reference import Trajectory, state_dtype
 
 __all__ = ["BACKENDS", "Trajectory", "meta_state", "resolve_backend", "state_dtype", "wkv7"]
@@ -190,7 +189,7 @@ def meta_state(
     """
     state = _check({"x": x, "e": e, "q": x if q is None else q}, state, trajectory.cu_seqlens)
     if update == "delta":
-        x = F.normalize(x.to(state.dtype), dim=-1, eps=1e-12)
+        x = fused.unit(x.to(state.dtype), fused=fused.can_fuse(x, backend))
         a = trajectory.a.to(state.dtype)
         y, own = wkv7_trajectory(
             x if q is None else q,
