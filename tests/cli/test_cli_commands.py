@@ -9,80 +9,21 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import metastate
-from metastate.cli import main
 from metastate.config import ModelConfig
-from metastate.data.tokenizer import load_tokenizer
 from metastate.model.lm import LanguageModel
-
-WORDS = ["the", "state", "reads", "a", "token", "and", "every", "token", "writes", "it"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder of JSON lines with two domains."""
-    folder = tmp_path_factory.mktemp("corpus")
-    with open(folder / "text.jsonl", "w") as file:
-        for i in range(60):
-            text = " ".join(WORDS[(i * j) % len(WORDS)] for j in range(20, 20 + i % 7 * 5 + 10))
-            domain = ("prose", "verse")[i % 2]
-            file.write(json.dumps({"text": text, "meta": {"set": domain}}) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(corpus, tmp_path_factory):
-    """The corpus, prepared as bytes."""
-    out = tmp_path_factory.mktemp("prepared") / "data"
-    argv = ["prepare", str(corpus), "--out", str(out)]
-    assert main([*argv, "--valid-fraction", "0.1", "--test-fraction", "0.1"]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A small model of bytes with random weights."""
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=256, hidden_size=16, num_layers=2, num_heads=2)
-    model = LanguageModel(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    model.tokenizer_info = load_tokenizer("bytes").info()
-    path = tmp_path_factory.mktemp("run") / "model"
-    metastate.save(model, path)
-    return path
-
-
-def run(capsys, *argv):
-    """Run a command line that must succeed; return standard output."""
-    code = main([str(a) for a in argv])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return captured.out
-
-
-def refused(capsys, *argv):
-    """Run a command line that must fail with exit code 2; return its message."""
-    code = main([str(a) for a in argv])
-    captured = capsys.readouterr()
-    assert code == 2, captured.err
-    assert captured.out == ""
-    message = captured.err[captured.err.index("error: ") :]
-    assert "Traceback" not in message
-    return message
-
 
 # prepare
 
 
-def test_prepare_says_what_it_made(corpus, tmp_path, capsys):
-    out = run(capsys, "prepare", corpus, "--out", tmp_path / "d", "--json")
+def test_prepare_says_what_it_made(corpus, tmp_path, run):
+    out = run("prepare", corpus, "--out", tmp_path / "d", "--json")
     made = json.loads(out)
     assert made["domains"] == ["prose", "verse"]
     assert sum(split["documents"] for split in made["splits"].values()) == 60
-    table = run(capsys, "prepare", corpus, "--out", tmp_path / "d")  # finished: at once
+    table = run("prepare", corpus, "--out", tmp_path / "d")  # finished: at once
     assert "prose" in table and "train" in table
 
 
@@ -95,69 +36,67 @@ def test_prepare_says_what_it_made(corpus, tmp_path, capsys):
         ("cut.jsonl.gz", b"\x1f\x8b\x08\x00broken", "cut.jsonl.gz"),
     ],
 )
-def test_prepare_refuses_what_is_no_text(tmp_path, capsys, name, content, word):
+def test_prepare_refuses_what_is_no_text(tmp_path, name, content, word, refused):
     (tmp_path / name).write_bytes(content)
-    message = refused(capsys, "prepare", tmp_path / name, "--out", tmp_path / "d")
+    message = refused("prepare", tmp_path / name, "--out", tmp_path / "d")
     assert word in message
     assert not (tmp_path / "d" / "data.json").exists()
 
 
-def test_prepare_refuses_a_missing_file_and_a_missing_tokenizer(tmp_path, corpus, capsys):
+def test_prepare_refuses_a_missing_file_and_a_missing_tokenizer(tmp_path, corpus, refused):
     out = tmp_path / "d"
-    assert "none.txt" in refused(capsys, "prepare", tmp_path / "none.txt", "--out", out)
+    assert "none.txt" in refused("prepare", tmp_path / "none.txt", "--out", out)
     tokenizer = tmp_path / "tokenizer.json"
-    assert "tokenizer.json" in refused(
-        capsys, "prepare", corpus, "--out", out, "--tokenizer", tokenizer
-    )
+    assert "tokenizer.json" in refused("prepare", corpus, "--out", out, "--tokenizer", tokenizer)
     assert not out.exists()
 
 
 # info
 
 
-def test_info_of_a_preset_and_of_a_checkpoint(checkpoint, capsys):
-    facts = json.loads(run(capsys, "info", "metastate-150m", "--json"))
+def test_info_of_a_preset_and_of_a_checkpoint(checkpoint, run):
+    facts = json.loads(run("info", "metastate-150m", "--json"))
     assert 147e6 < facts["parameters"]["total"] < 153e6
     assert facts["state_bytes"]["1024"] == facts["state_bytes"]["65536"]
-    facts = json.loads(run(capsys, "info", checkpoint, "--json", "--context", "64"))
+    facts = json.loads(run("info", checkpoint, "--json", "--context", "64"))
     assert facts["config"]["hidden_size"] == 16 and facts["tokenizer"]["name"] == "bytes"
-    assert "Transformer cache" in run(capsys, "info", checkpoint)
+    assert "Transformer cache" in run("info", checkpoint)
 
 
-def test_unknown_preset_names_the_nearest(capsys):
-    assert "'metastate-tiny'" in refused(capsys, "info", "metastat-tiny")
+def test_unknown_preset_names_the_nearest(refused):
+    assert "'metastate-tiny'" in refused("info", "metastat-tiny")
 
 
 # eval
 
 
-def test_eval_reports_both_ways_of_reading(checkpoint, data, capsys):
+def test_eval_reports_both_ways_of_reading(checkpoint, data, run):
     argv = ["eval", checkpoint, "--data", data, "--context", "16", "--by-domain", "--by-position"]
-    value = json.loads(run(capsys, *argv, "--json"))
+    value = json.loads(run(*argv, "--json"))
     assert {"nats_per_token", "bits_per_byte", "tokens", "domains"} <= value.keys()
     assert value["mode"] == "stateful" and value["windowed"]["mode"] == "windowed"
     assert value["tokens"] == value["windowed"]["tokens"] > 0
     assert set(value["domains"]) == {"prose", "verse"}
     assert 4 < value["nats_per_token"] < 8
-    table = run(capsys, *argv)
+    table = run(*argv)
     assert "stateful" in table and "windowed, context 16" in table and "verse" in table
 
 
-def test_eval_of_a_part_and_in_other_arithmetic(checkpoint, data, capsys):
+def test_eval_of_a_part_and_in_other_arithmetic(checkpoint, data, run):
     argv = ["eval", checkpoint, "--data", data, "--json"]
-    part = json.loads(run(capsys, *argv, "--limit-tokens", "40"))
+    part = json.loads(run(*argv, "--limit-tokens", "40"))
     assert 40 <= part["tokens"] <= 80
-    exact = json.loads(run(capsys, *argv, "--dtype", "float64"))
-    coarse = json.loads(run(capsys, *argv, "--dtype", "bfloat16"))
+    exact = json.loads(run(*argv, "--dtype", "float64"))
+    coarse = json.loads(run(*argv, "--dtype", "bfloat16"))
     assert exact["nats_per_token"] == pytest.approx(coarse["nats_per_token"], abs=0.05)
     assert exact["nats_per_token"] != coarse["nats_per_token"]
 
 
-def test_eval_refuses_data_of_another_vocabulary(data, tmp_path, capsys):
+def test_eval_refuses_data_of_another_vocabulary(data, tmp_path, refused):
     metastate.save(
         LanguageModel(ModelConfig(vocab_size=300, hidden_size=16, num_layers=1)), tmp_path / "m"
     )
-    message = refused(capsys, "eval", tmp_path / "m", "--data", data)
+    message = refused("eval", tmp_path / "m", "--data", data)
     assert "256" in message and "300" in message
 
 
@@ -180,9 +119,9 @@ def damaged(data, tmp_path, name, change):
         ("data.json", lambda b: b[:50], ["data.json"]),
     ],
 )
-def test_eval_refuses_damaged_data(checkpoint, data, tmp_path, capsys, name, change, words):
+def test_eval_refuses_damaged_data(checkpoint, data, tmp_path, name, change, words, refused):
     folder = damaged(data, tmp_path, name, change)
-    message = refused(capsys, "eval", checkpoint, "--data", folder)
+    message = refused("eval", checkpoint, "--data", folder)
     for word in words:
         assert word in message
 
@@ -197,36 +136,34 @@ def test_eval_refuses_damaged_data(checkpoint, data, tmp_path, capsys, name, cha
         ("config.json", lambda b: b"{}", "config"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(checkpoint, data, tmp_path, capsys, name, change, word):
+def test_a_damaged_checkpoint_is_refused(checkpoint, data, tmp_path, name, change, word, refused):
     folder = damaged(checkpoint, tmp_path, name, change)
-    assert word in refused(capsys, "eval", folder, "--data", data)
+    assert word in refused("eval", folder, "--data", data)
 
 
-def test_foreign_safetensors_are_refused(checkpoint, data, tmp_path, capsys):
-    from safetensors.torch import save
-
+def test_foreign_safetensors_are_refused(checkpoint, data, tmp_path, refused):
     content = save({"transformer.h.0.weight": torch.zeros(2, 2)})
     folder = damaged(checkpoint, tmp_path, "model.safetensors", lambda _: content)
-    assert "model.safetensors" in refused(capsys, "eval", folder, "--data", data)
+    assert "model.safetensors" in refused("eval", folder, "--data", data)
 
 
 # generate
 
 
-def test_generate_streams_and_draws_the_same_text_again(checkpoint, capsys):
+def test_generate_streams_and_draws_the_same_text_again(checkpoint, run):
     argv = ["generate", checkpoint, "--prompt", "the", "--max-tokens", "20", "--seed", "3"]
-    first = run(capsys, *argv)
-    assert first == run(capsys, *argv)
-    value = json.loads(run(capsys, *argv, "--json"))
+    first = run(*argv)
+    assert first == run(*argv)
+    value = json.loads(run(*argv, "--json"))
     assert value["text"] + "\n" == first
     assert value["tokens"] == 20 and value["state_bytes"] > 0
-    assert first != run(capsys, *argv[:-1], "4")
+    assert first != run(*argv[:-1], "4")
 
 
-def test_generate_goes_on_from_a_saved_state(checkpoint, tmp_path, capsys):
+def test_generate_goes_on_from_a_saved_state(checkpoint, tmp_path, run):
     def write(count, *more):
         argv = ["generate", checkpoint, "--max-tokens", str(count), "--temperature", "0", "--json"]
-        return json.loads(run(capsys, *argv, *more))["text"]
+        return json.loads(run(*argv, *more))["text"]
 
     state = tmp_path / "state.safetensors"
     whole = write(24, "--prompt", "the state")
@@ -234,27 +171,27 @@ def test_generate_goes_on_from_a_saved_state(checkpoint, tmp_path, capsys):
     assert whole == begun + write(14, "--state-in", state)
 
 
-def test_generate_reads_standard_input(checkpoint, capsys, monkeypatch):
+def test_generate_reads_standard_input(checkpoint, monkeypatch, run):
     argv = ["generate", checkpoint, "--max-tokens", "5", "--temperature", "0"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("the token"))
-    assert run(capsys, *argv) == run(capsys, *argv, "--prompt", "the token")
+    assert run(*argv) == run(*argv, "--prompt", "the token")
 
 
-def test_generate_refuses_bad_options_and_states(checkpoint, tmp_path, capsys):
+def test_generate_refuses_bad_options_and_states(checkpoint, tmp_path, refused):
     argv = ["generate", checkpoint, "--prompt", "a"]
-    assert "temperature" in refused(capsys, *argv, "--temperature", "-1")
-    assert "top_p" in refused(capsys, *argv, "--top-p", "0")
-    assert "none.st" in refused(capsys, *argv, "--state-in", tmp_path / "none.st")
+    assert "temperature" in refused(*argv, "--temperature", "-1")
+    assert "top_p" in refused(*argv, "--top-p", "0")
+    assert "none.st" in refused(*argv, "--state-in", tmp_path / "none.st")
     (tmp_path / "bad.st").write_bytes(b"not a state")
-    assert "bad.st" in refused(capsys, *argv, "--state-in", tmp_path / "bad.st")
-    assert "device" in refused(capsys, *argv, "--device", "abacus")
+    assert "bad.st" in refused(*argv, "--state-in", tmp_path / "bad.st")
+    assert "device" in refused(*argv, "--device", "abacus")
 
 
-def test_generate_needs_a_tokenizer(tmp_path, capsys):
+def test_generate_needs_a_tokenizer(tmp_path, refused):
     metastate.save(
         LanguageModel(ModelConfig(vocab_size=256, hidden_size=16, num_layers=1)), tmp_path / "m"
     )
-    assert "tokenizer" in refused(capsys, "generate", tmp_path / "m", "--prompt", "a")
+    assert "tokenizer" in refused("generate", tmp_path / "m", "--prompt", "a")
 
 
 # the process

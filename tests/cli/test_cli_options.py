@@ -10,15 +10,6 @@ from metastate.config import TrainConfig
 from metastate.errors import ConfigError
 
 
-def refused(capsys, *argv):
-    """Run a command line that must fail; return its message."""
-    assert main(list(argv)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
-    return captured.err
-
-
 def train_settings(*argv):
     parser, _ = build_parser()
     return settings_of(parser.parse_args(["train", *argv]))
@@ -62,8 +53,8 @@ def test_every_training_setting_has_a_flag_and_a_help_text():
         (["info", "a", "b"], ["'b'"]),
     ],
 )
-def test_mistakes_name_what_was_meant(argv, words, capsys):
-    message = refused(capsys, *argv)
+def test_mistakes_name_what_was_meant(argv, words, refused):
+    message = refused(*argv)
     for word in words:
         assert word in message
 
