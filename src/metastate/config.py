@@ -224,6 +224,12 @@ class ModelConfig:
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
             raise ConfigError(f"meta_state.encoder_size {size} is above head_size {self.head_size}")
+        latent = self.meta_state.latent_size
+        if latent is not None and latent >= self.head_size:
+            raise ConfigError(
+                f"meta_state.latent_size {latent} is not below head_size {self.head_size}; "
+                "the cross encoder compresses"
+            )
 
     @property
     def attention_size(self) -> int:
