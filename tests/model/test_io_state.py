@@ -1,0 +1,345 @@
+"""Checkpoints and states on disk: bitwise round trips, and every way a file can be wrong."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from small_models import GROWN, SIZES, build
+
+import metastate
+from metastate.config import MetaStateConfig, ModelConfig
+from metastate.errors import CheckpointError, StateError
+from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
+
+MODELS = {
+    "metastate": GROWN,
+    "cross": {"meta_state": MetaStateConfig(encoder="cross", latent_size=2, token_shift=True)},
+    "encoding": {"meta_state": MetaStateConfig(readout="encoding")},
+    "rwkv7": {"architecture": "rwkv7"},
+    "transformer": {"architecture": "transformer"},
+}
+TOKENS = torch.arange(24).view(2, 12) % SIZES["vocab_size"]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return made(request.param)
+
+
+def made(name, dtype=torch.float32, **fields):
+    model = build(**(MODELS[name] | fields)).to(dtype)
+    model.backend = "chunked"
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = made("metastate")
+    metastate.save(model, tmp_path / "a")
+    return tmp_path / "a"
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps(info | changes))
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_saved_model_comes_back_bitwise(model, tmp_path, dtype):
+    model.to(dtype)
+    model.lineage = [{"axis": "head_size", "parent": "0" * 64}]
+    model.tokenizer_info = {"kind": "bytes", "vocab_size": 256}
+    metastate.save(model, tmp_path / "deep" / "er")
+    assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    again = metastate.load(str(tmp_path / "deep" / "er"))
+    again.backend = "chunked"
+    assert again.config == model.config
+    assert again.lineage == model.lineage
+    assert again.tokenizer_info == model.tokenizer_info
+    own, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    assert own.keys() == theirs.keys()
+    for name, p in own.items():
+        assert p.dtype == theirs[name].dtype and torch.equal(p, theirs[name]), name
+        assert theirs[name].requires_grad
+    if dtype != torch.bfloat16:
+        assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+
+
+def test_saving_again_replaces_and_the_loaded_model_stays_itself(saved):
+    first = metastate.load(saved)
+    other = made("metastate")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    metastate.save(other, saved)
+    assert torch.equal(metastate.load(saved).head.weight, other.head.weight)
+    assert torch.equal(first.head.weight, made("metastate").head.weight)
+
+
+def test_a_run_folder_stands_for_its_last_checkpoint(tmp_path):
+    model = made("metastate")
+    metastate.save(model, tmp_path / "run" / "last")
+    assert torch.equal(metastate.load(tmp_path / "run").head.weight, model.head.weight)
+
+
+def refused(path, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        metastate.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    refused(tmp_path / "none", "no checkpoint at .* no config.json there")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no config.json there")
+    with pytest.raises(CheckpointError, match="did you mean 'metastate-tiny'"):
+        metastate.load("metastate-tinny")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "no config.json there")
+
+
+def test_missing_weights(saved):
+    (saved / "model.safetensors").unlink()
+    refused(saved, "model.safetensors is missing; the checkpoint is not whole")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_truncated_weights(saved, keep):
+    file = saved / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    refused(saved, "no whole safetensors file .* corrupt or cut off")
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 100, b"\xff" * 64, bytes(64)])
+def test_garbage_weights(saved, content):
+    (saved / "model.safetensors").write_bytes(content)
+    refused(saved, "corrupt or cut off")
+
+
+def test_a_pickle_is_never_read(saved):
+    torch.save({"x": torch.ones(2)}, saved / "model.safetensors")
+    refused(saved, "no whole safetensors file")
+
+
+def test_foreign_weights(saved):
+    safetensors.torch.save_file({"x": torch.ones(2)}, saved / "model.safetensors")
+    refused(saved, "has no tensor 'embedding.weight'; it is of another model")
+
+
+def test_weights_of_another_size_and_kind(saved):
+    metastate.save(made("metastate", vocab_size=24), saved / "b")
+    (saved / "b" / "config.json").write_text((saved / "config.json").read_text())
+    refused(saved / "b", r"embedding.weight is \[24, 12\], the config needs \[23, 12\]")
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    extra = tensors | {"blocks.7.ln1.weight": torch.ones(2)}
+    safetensors.torch.save_file(extra, saved / "model.safetensors")
+    refused(saved, "'blocks.7.ln1.weight', which this model does not have")
+    whole = tensors | {"ln0.bias": torch.ones(12, dtype=torch.int64)}
+    safetensors.torch.save_file(whole, saved / "model.safetensors")
+    refused(saved, "ln0.bias is torch.int64, not floating point")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "no metastate checkpoint's config"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "no metastate checkpoint's config"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_broken_or_foreign_config(saved, content, message):
+    content = content if isinstance(content, bytes) else content.encode()
+    (saved / "config.json").write_bytes(content)
+    refused(saved, message)
+
+
+def test_newer_versions(saved):
+    original = (saved / "config.json").read_text()
+    for version in (2, "1", None):
+        edit(saved, version=version)
+        refused(saved, "reads up to 1; install a newer metastate")
+    (saved / "config.json").write_text(original)
+    edit(saved, model=json.loads(original)["model"] | {"version": 2})
+    refused(saved, "version 2, this program reads up to 1; install a newer metastate")
+
+
+def test_unknown_and_wrong_settings(saved):
+    settings = json.loads((saved / "config.json").read_text())["model"]
+    edit(saved, model=settings | {"num_layer": 3})
+    refused(saved, "unknown key 'num_layer' in model; did you mean 'num_layers'")
+    edit(saved, model=settings | {"meta_state": {"upadte": "self"}})
+    refused(saved, "unknown key 'upadte'.*'update'")
+    edit(saved, model=settings | {"num_layers": "two"})
+    refused(saved, "num_layers is 'two'; int is needed")
+    edit(saved, model=None)
+    refused(saved, "mapping of settings is needed")
+
+
+# States.
+
+
+def run(model, state=None, tokens=TOKENS):
+    with torch.no_grad():
+        return model(tokens, state)
+
+
+def test_a_saved_state_continues_bitwise(model, tmp_path):
+    _, state = run(model)
+    state.extra["pending"] = "7"
+    state.save(tmp_path / "s.safetensors", model.config)
+    again = ModelState.load(tmp_path / "s.safetensors", model)
+    assert again.tokens_seen == 12
+    assert again.extra == {"pending": "7"}
+    assert again.num_bytes == state.num_bytes
+    for name, x in state.tensors().items():
+        assert torch.equal(again.tensors()[name], x), name
+    assert torch.equal(run(model, again)[0], run(model, state)[0])
+
+
+def test_the_first_state_can_be_saved(model, tmp_path):
+    for batch in (1, 3):
+        state = model.init_state(batch)
+        state.save(tmp_path / "s", model.config)
+        again = ModelState.load(tmp_path / "s", model)
+        tokens = TOKENS[:1].expand(batch, -1)
+        assert torch.equal(run(model, again, tokens)[0], run(model, None, tokens)[0])
+
+
+def test_a_state_of_packed_documents_can_be_saved(model, tmp_path):
+    resets = torch.zeros(2, 12, dtype=torch.bool)
+    resets[0, 5] = True
+    with torch.no_grad():
+        _, state = model(TOKENS, resets=resets)
+    state.save(tmp_path / "s", model.config)
+    again = ModelState.load(tmp_path / "s", model)
+    assert torch.equal(run(model, again)[0], run(model, state)[0])
+
+
+def test_rows(model):
+    _, state = run(model)
+    logits, _ = run(model, state)
+    for rows in (slice(0, 1), slice(1, None), torch.tensor([1, 0, 1])):
+        part = state[rows]
+        assert part.batch_size == len(TOKENS[rows])
+        torch.testing.assert_close(run(model, part, TOKENS[rows])[0], logits[rows])
+    for row in (0, 1, -1):
+        assert state[row].batch_size == 1
+        torch.testing.assert_close(run(model, state[row], TOKENS[row][None])[0][0], logits[row])
+    for row in (2, -3):
+        with pytest.raises(IndexError, match=f"row {row} of a state with 2 rows"):
+            state[row]
+    assert state[:].num_bytes == state.num_bytes
+    if model.recurrent:
+        assert state[0].num_bytes * 2 == state.num_bytes
+
+
+def test_clone_detach_and_freezing(model):
+    _, state = model(TOKENS)
+    assert any(x.requires_grad for x in state.tensors().values())
+    cut = state.detach()
+    assert not any(x.requires_grad for x in cut.tensors().values())
+    assert cut.tokens_seen == state.tokens_seen == 12
+    copy = cut.clone()
+    for name, x in copy.tensors().items():
+        assert x.data_ptr() != cut.tensors()[name].data_ptr()
+        x.zero_()
+    assert any(x.any() for x in cut.tensors().values())
+    with pytest.raises(AttributeError):
+        state.tokens_seen = 0
+    with pytest.raises(AttributeError):
+        state.layers[0].time_shift = None
+    assert {x.device.type for x in state.to("meta").tensors().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("other", MODELS)
+def test_a_state_of_another_configuration_is_refused(model, other, tmp_path):
+    other = made(other)
+    run(other)[1].save(tmp_path / "s", other.config)
+    if other.config == model.config:
+        ModelState.load(tmp_path / "s", model)
+        return
+    with pytest.raises(StateError, match="made by a model of another configuration"):
+        ModelState.load(tmp_path / "s", model)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_states(model, tmp_path, keep):
+    run(model)[1].save(tmp_path / "s", model.config)
+    content = (tmp_path / "s").read_bytes()
+    (tmp_path / "s").write_bytes(content[:keep])
+    with pytest.raises(StateError, match="no whole safetensors file"):
+        ModelState.load(tmp_path / "s", model)
+
+
+def test_foreign_states(model, tmp_path):
+    with pytest.raises(StateError, match="no state file at"):
+        ModelState.load(tmp_path / "none", model)
+    metastate.save(model, tmp_path)
+    with pytest.raises(StateError, match="no metastate state"):
+        ModelState.load(tmp_path / "model.safetensors", model)
+    run(model)[1].save(tmp_path / "s", model.config)
+    with safetensors.safe_open(tmp_path / "s", "pt") as file:
+        header = file.metadata()
+    tensors = safetensors.torch.load_file(tmp_path / "s")
+    for change, message in [
+        ({"version": "2"}, "version 2; install a newer"),
+        ({"version": "x"}, "broken header"),
+        ({"tokens_seen": "many"}, "broken header"),
+        ({"extra": "{"}, "broken header"),
+        ({"config": None}, "broken header"),
+    ]:
+        new = {k: v for k, v in (header | change).items() if v is not None}
+        safetensors.torch.save_file(tensors, tmp_path / "t", new)
+        with pytest.raises(StateError, match=message):
+            ModelState.load(tmp_path / "t", model)
+
+
+def test_states_with_wrong_tensors(tmp_path):
+    model = made("metastate")
+    run(model)[1].save(tmp_path / "s", model.config)
+    with safetensors.safe_open(tmp_path / "s", "pt") as file:
+        header = file.metadata()
+    tensors = safetensors.torch.load_file(tmp_path / "s")
+    S = tensors["layers.1.S"]
+    missing = {k: v for k, v in tensors.items() if k != "layers.1.S"}
+    for wrong, message in [
+        (missing, "no whole state of layer 1"),
+        (tensors | {"layers.1.keys": S.clone()}, "no whole state of layer 1"),
+        (tensors | {"layers.1.S": S[:1].clone()}, "layers.1.S is .1, 2, 8, 8., the model needs"),
+        (tensors | {"layers.1.S": S[..., :3].clone()}, "layers.1.S is .2, 2, 8, 3."),
+        ({k: v for k, v in tensors.items() if k != "layers.0.M"}, "layers.0.M is None"),
+        (tensors | {"layers.0.S": S.long()}, "layers.0.S is torch.int64"),
+    ]:
+        safetensors.torch.save_file(wrong, tmp_path / "t", header)
+        with pytest.raises(StateError, match=message):
+            ModelState.load(tmp_path / "t", model)
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
+    model = LanguageModel(ModelConfig(**SIZES))
+    state = model.init_state(1)
+    state.save(tmp_path / "s", model.config)
+    before = (tmp_path / "s").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StateError, match="[Nn]o space left|disk"):
+        state.save(tmp_path / "s", model.config)
+    with pytest.raises(CheckpointError, match="[Nn]o space left|disk"):
+        metastate.save(model, tmp_path)
+    assert (tmp_path / "s").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
