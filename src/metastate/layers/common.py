@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.A = nn.Parameter(torch.zeros(size, rank))
         self.B = nn.Parameter(torch.empty(rank, out))
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias: Any = None if bias is None else nn.Parameter(bias)
         orthogonal_(self.B, 0.1 * max(1.0, rank / out) ** 0.5)
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:

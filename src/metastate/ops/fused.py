@@ -98,7 +98,7 @@ def wkv_inputs(
     a = torch.sigmoid(c + a0)
     value = v
     if m is not None:
-        assert v_first is not None
+        assert v_first is not None and v0 is not None
         value = v + (v_first - v) * torch.sigmoid(m + v0)
     kappa = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1, eps=1e-12).flatten(-2)
     return log_w, a, kappa, k * (1 + (a - 1) * k_a), value

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+OPTIONS: Any = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 DECAY_SCALE = np.float32(-math.exp(-0.5))
 ONE, ZERO, TINY = np.float32(1), np.float32(0), np.float32(1e-12)
 
@@ -52,7 +52,8 @@ def _exp(x):  # type: ignore[no-untyped-def]
     n = np.float32(math.floor(y * LOG2E + HALF))
     f = (y - n * LN2_HIGH) - n * LN2_LOW
     p = ONE + f * (ONE + f * (HALF + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
-    return p * _as_float(types.int32((types.int32(n) + types.int32(127)) << types.int32(23)))
+    bits = (np.int32(n) + np.int32(127)) << np.int32(23)
+    return p * _as_float(np.int32(bits))  # type: ignore[call-arg, arg-type]
 
 
 @nb.njit(inline="always", **OPTIONS)
