@@ -152,8 +152,8 @@ def run_generate(args: argparse.Namespace) -> None:
             f"{args.checkpoint} does not say which tokenizer it was trained with; only a model "
             "that `metastate train` made can write"
         )
-    folder = Path(args.checkpoint)
-    tokenizer = load_tokenizer(model.tokenizer_info, [folder, folder / "last"])
+    folder = Path(args.checkpoint).absolute()
+    tokenizer = load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
     state = Continuation.load(args.state_in, model) if args.state_in else None
     prompt = args.prompt
     if prompt is None:

@@ -61,6 +61,7 @@ def run_demo(args: argparse.Namespace) -> int:
     )
     result = train_with_bar(config, resume=has_run(config.out))
     if result.interrupted is not None:
+        log("Stopped; the same command goes on.")
         return 128 + result.interrupted
     run = Path(config.out)
     model = load(run / "best").eval()
@@ -116,7 +117,7 @@ def make_plan(out: Path, data: PreparedData, minutes: float) -> dict[str, Any]:
         return plan
     config = replace(SETTINGS, data=str(data.path), out=str(out / "run"))
     torch.manual_seed(config.seed)
-    fresh = LanguageModel(preset(config.preset, vocab_size=data.vocab_size))
+    fresh = LanguageModel(preset(config.preset, vocab_size=data.vocab_size, **config.model))
     count = fresh.count_parameters()["total"]
     before = score(fresh, data)
     log(f"2. {config.preset}, {count:,} parameters, knows nothing: {before:.3f} bits per byte.")

@@ -126,7 +126,7 @@ class _Run:
         self.config, self.evaluate, self.progress = config, evaluate, progress
         self.out = Path(config.out)
         self.device = _device(config.device)
-        data = PreparedData.open(config.data)
+        self.data = data = PreparedData.open(config.data)
         self.source = BatchSource(
             data.split("train"),
             config.batch_size,
@@ -168,9 +168,10 @@ class _Run:
         _cut_log(self.out / LOG, self.at.step)
 
     def start(self) -> None:
-        """Write the settings and open the logs."""
+        """Write the settings and the vocabulary, and open the logs."""
         settings = {"train": to_dict(self.config), "model": to_dict(self.model.config)}
         write_json(self.out / RUN, settings)
+        self.data.tokenizer.save(self.out)  # the run can write text when its data is gone
         try:
             self.log_file = open(self.out / LOG, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as cause:

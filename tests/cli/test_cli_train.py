@@ -1,0 +1,181 @@
+"""`train` and `demo` on tiny data: what they write, how they resume, what they refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from metastate.cli import demo, main
+from metastate.data.loader import PreparedData
+
+SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
+
+
+@pytest.fixture
+def settings(tmp_path, data):
+    """A config file of a tiny run."""
+    path = tmp_path / "run.yaml"
+    lines = [f"data: {data}", f"out: {tmp_path / 'run'}", f"model: {json.dumps(SMALL)}"]
+    lines += ["steps: 4", "batch_size: 2", "context: 16", "warmup: 1", "log_every: 1"]
+    lines += ["valid_every: 2", "checkpoint_every: 2", "valid_tokens: 2048"]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_writes_a_run_that_the_other_commands_read(settings, tmp_path, data, run):
+    out = tmp_path / "run"
+    result = json.loads(run("train", "--config", settings, "--json"))
+    assert result["step"] == 4 and result["tokens"] == 4 * 2 * 16
+    assert result["interrupted"] is None and result["best_loss"] < 10
+    log = read_log(out)
+    assert [r["step"] for r in log if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert [r["step"] for r in log if r["kind"] == "valid"] == [2, 4]
+    assert set(log[-1]["domains"]) == {"prose", "verse"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for checkpoint in (out, out / "last", out / "best"):
+        value = json.loads(run("eval", checkpoint, "--data", data, "--json"))
+        assert value["tokens"] > 0
+    assert json.loads(run("info", out, "--json"))["config"]["hidden_size"] == 16
+    written = json.loads(
+        run("generate", out / "best", "--prompt", "a", "--max-tokens", 3, "--json")
+    )
+    assert written["tokens"] <= 3
+
+
+def test_resume_needs_only_the_folder_and_goes_on_exactly(settings, tmp_path, run):
+    run("train", "--config", settings)
+    straight = tmp_path / "run"
+    parts = tmp_path / "parts"
+    run("train", "--config", settings, "--out", parts, "--schedule", "constant", "--steps", 2)
+    whole = tmp_path / "whole"
+    run("train", "--config", settings, "--out", whole, "--schedule", "constant")
+    run("train", "--resume", "--out", parts, "--steps", 4)
+    weights = [(f / "last" / "model.safetensors").read_bytes() for f in (parts, whole, straight)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_run_brings_its_vocabulary_along(corpus, settings, tmp_path, run, refused):
+    """Data and tokenizer.json may go: the checkpoint still writes text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<|endoftext|>", "<unk>", "the", "state", "token", "reads", "writes", "it", "every"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words_data = tmp_path / "words"
+    run("prepare", corpus, "--tokenizer", tmp_path / "tokenizer.json", "--out", words_data)
+    run("train", "--config", settings, "--data", words_data, "--context", 8, "--steps", 1)
+    (tmp_path / "tokenizer.json").unlink()
+    shutil.rmtree(words_data)
+    argv = ["generate", tmp_path / "run" / "last", "--prompt", "the", "--max-tokens", 4]
+    text = run(*argv)
+    assert set(text.split()) <= set(words)
+    assert run("generate", tmp_path / "run", *argv[2:], "--seed", 1)
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused(*argv)
+
+
+def test_overrides_reach_the_model(settings, tmp_path, run):
+    run("train", "--config", settings, "--set", "model.meta_state.update=self", "--steps", 1)
+    config = json.loads((tmp_path / "run" / "last" / "config.json").read_text())["model"]
+    assert config["meta_state"]["update"] == "self" and config["hidden_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--preset", "metastate-tyni"], ["'metastate-tyni'", "'metastate-tiny'"]),
+        (["--set", "stpes=3"], ["'stpes'", "'steps'"]),
+        (["--set", "model.hiden_size=3"], ["'hiden_size'", "'hidden_size'"]),
+        (["--set", "model.meta_state.updat=self"], ["'updat'", "'update'"]),
+        (["--set", "model.meta_state.update=delt"], ["'delt'", "'delta'"]),
+        (["--dtype", "fp16"], ["'fp16'", "'bfloat16'"]),
+        (["--schedule", "linear"], ["'linear'", "'cosine'"]),
+        (["--steps", "0"], ["steps", "positive"]),
+        (["--lr", "0.00001"], ["min_lr"]),
+        (["--context", "100000"], ["100000", "--context"]),
+        (["--data", "nowhere"], ["nowhere", "prepare"]),
+        (["--data", ""], ["--data is missing"]),
+        (["--out", ""], ["--out is missing"]),
+        (["--device", "abacus"], ["'abacus'"]),
+        (["--set", "model.vocab_size=300"], ["256", "300"]),
+        (["--resume"], ["no run"]),
+    ],
+)
+def test_refusals_leave_nothing_behind(settings, tmp_path, refused, argv, words):
+    message = refused("train", "--config", settings, *argv)
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(settings, tmp_path, run, refused):
+    run("train", "--config", settings, "--steps", 1)
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    assert "--resume" in refused("train", "--config", settings)
+    assert "'prose'" not in refused("train", "--resume", "--out", tmp_path / "run", "--lr", 0.5)
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint(settings, tmp_path, number):
+    command = [sys.executable, "-m", "metastate", "train", "--config", str(settings)]
+    process = subprocess.Popen(
+        [*command, "--steps", "1000000", "--valid-every", "1000000", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err and "--resume" in err
+    result = json.loads(out)
+    assert result["interrupted"] == number
+    assert read_log(tmp_path / "run")[-1]["step"] == result["step"]
+    assert (tmp_path / "run" / "last" / "model.safetensors").exists()
+
+
+def test_demo_goes_from_nothing_to_a_sample_and_can_be_run_again(tmp_path, monkeypatch, run, data):
+    """The whole path on the tiny corpus, with the model and the times made small."""
+    small = replace(demo.SETTINGS, batch_size=2, context=16, model=SMALL, valid_tokens=64)
+    monkeypatch.setattr(demo, "SETTINGS", small)
+    monkeypatch.setattr(demo, "prepare", lambda *args, **settings: PreparedData.open(data))
+    monkeypatch.setattr(demo, "seconds_a_step", lambda config, folder: 0.5)
+    argv = ["demo", "--out", tmp_path / "demo", "--minutes", "0.2", "--json"]
+    first = json.loads(run(*argv))
+    assert first["steps"] == 23 and first["state_bytes"] > 0
+    assert first["bits_per_byte"] < first["bits_per_byte_before"]
+    for key in ("checkpoint", "log", "curve"):
+        assert os.path.exists(first[key])
+    assert first["sample"].startswith(demo.PROMPT)
+    assert json.loads(run(*argv)) == first
+
+
+def test_demo_measures_the_speed_by_training(tmp_path, data):
+    config = replace(
+        demo.SETTINGS, batch_size=2, context=16, model=SMALL, data=str(data), out="unused"
+    )
+    assert demo.seconds_a_step(config, tmp_path / "probe") > 0
+    assert not (tmp_path / "probe").exists()
+
+
+def test_demo_refuses_no_time(tmp_path, capsys):
+    assert main(["demo", "--minutes", "0", "--out", str(tmp_path / "demo")]) == 2
+    assert "--minutes" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
