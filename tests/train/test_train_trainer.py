@@ -228,6 +228,7 @@ def test_resuming_on_other_data_is_refused(config, tmp_path):
     [
         ({"out": ""}, ConfigError, "out is missing"),
         ({"data": "nowhere"}, DataError, "nowhere"),
+        ({"seed": -1}, ConfigError, "seed is -1"),
         ({"preset": "metastat-tiny"}, ConfigError, "metastate-tiny"),
         ({"context": 100_000}, DataError, "context"),
         ({"model": {"vocab_size": 300}}, DataError, "vocabulary"),

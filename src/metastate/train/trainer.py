@@ -99,6 +99,8 @@ def train(
     """
     if not config.out:
         raise ConfigError("out is missing; name a folder for checkpoints and log")
+    if config.seed < 0:
+        raise ConfigError(f"seed is {config.seed}; 0 or more is needed")
     if has_run(config.out) and not resume:
         raise ConfigError(
             f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
