@@ -150,7 +150,6 @@ class TimeMix(nn.Module):
         g = self.gate(x_g, torch.sigmoid)
         out = self.output(fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse))
         shift = x[:, -1].clone()  # a view would keep all of x alive in the state
-        shift = x[:, -1].clone()  # a view would keep all of x alive in the state
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
 
     def optimizer_groups(self) -> dict[str, str]:
