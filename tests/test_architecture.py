@@ -45,7 +45,7 @@ EXTRAS = {
     "zstandard": ("metastate.data",),
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
-    "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels", "metastate.ops.threads"),
+    "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
 }
 AT_TOP = {"numba"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
