@@ -153,7 +153,8 @@ def main() -> None:
         del model
     print(f"\nnon-embedding parameters {parameters}, {torch.get_num_threads()} threads, float32")
     print(
-        f"{'':<12}{'token':>9}{'ms/token':>10}{'of first':>10}{'state KiB':>12}{'resident MiB':>14}"
+        f"{'':<12}{'token':>9}{'ms/token':>10}{'quiet':>9}{'of first':>10}{'state KiB':>12}"
+        f"{'resident MiB':>14}{'of first':>10}"
     )
     first: dict[str, dict] = {}
     for r in rows:
