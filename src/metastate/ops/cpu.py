@@ -362,7 +362,8 @@ class CpuTrajectory(Trajectory):
         if self.kept is None:
             row = x[:, 0].to(self.state.dtype)
             read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
-            return torch.einsum(read, self.state, row).unsqueeze(1).to(x.dtype)
+            with torch.autocast("cpu", enabled=False):  # a state is never rounded
+                return torch.einsum(read, self.state, row).unsqueeze(1).to(x.dtype)
         kept = self.kept
         if torch.is_grad_enabled():
             if self.readers:
