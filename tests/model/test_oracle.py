@@ -9,7 +9,7 @@ from small_models import GROWN, at_random, build, label, one_at_a_time
 from conftest import TOLERANCE, relative_error
 from metastate.config import MetaStateConfig
 
-BACKENDS = ["reference", "chunked"]
+BACKENDS = ["reference", "chunked", "cpu"]
 
 
 def numpy_weights(model):
