@@ -36,9 +36,10 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
             make = tqdm
     painted: Any = None
     started = said = time.monotonic()
+    first: int | None = None
 
     def show(done: int, total: int, **figures: str) -> None:
-        nonlocal painted, said
+        nonlocal painted, said, first
         if make is not None:
             if painted is None:
                 # What was done before the first call is not part of the speed.
@@ -47,11 +48,13 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
             painted.update(done - painted.n)
             return
         now = time.monotonic()
+        first = max(0, done - 1) if first is None else first  # what a resumed run had before
         if now - said < LINE_EVERY_S and done < total:
             return
         said = now
+        left = (now - started) * (total - done) / max(1, done - first)
         text = "".join(f", {key} {value}" for key, value in figures.items())
-        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s{text}")
+        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s, {left:.0f} s left{text}")
 
     try:
         yield show

@@ -1,0 +1,38 @@
+"""What a person sees while a command works."""
+
+import io
+import sys
+
+from metastate.cli import progress
+
+
+def test_lines_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with progress.bar("train", "steps") as show:
+        show(1, 3, loss="2.5")
+        show(3, 3, loss="2.0")
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and len(lines) == 2
+    assert lines[0].startswith("train: 1/3 steps") and lines[0].endswith("left, loss 2.5")
+    assert "3/3" in lines[1] and " 0 s left" in lines[1]
+
+
+def test_quiet_between_lines_but_not_at_the_end(capsys):
+    with progress.bar("eval", "tokens") as show:
+        show(10, 20)
+        show(20, 20)
+    assert capsys.readouterr().err.count("eval: ") == 1
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress.bar("train", "steps") as show:
+        show(5, 10, loss="2.5")
+        show(10, 10, loss="2.0")
+    assert "train" in screen.getvalue() and "5/10" in screen.getvalue()
