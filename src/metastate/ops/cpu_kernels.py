@@ -30,10 +30,14 @@ from numba.extending import intrinsic
 
 C = 16  # tokens a checkpoint
 LINE = 64  # bytes of a cache line: vectors that straddle two lines load at half speed
-OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": {"contract", "reassoc", "nsz"},
+    "error_model": "numpy",
+}
 
 # Inlined into the kernels, so that P and the offsets become constants there.
-_inline = nb.njit(forceinline=True, **OPTIONS)
+_inline: Any = nb.njit(forceinline=True, **OPTIONS)
 
 
 def _jit(function: Callable) -> Any:
@@ -140,26 +144,39 @@ def _read_value(W, out, m, x, last, S, w, k, b, v, u, P, zero):  # type: ignore[
 
 
 @_inline
-def _read_key(W, out, m, x, S, w, k, b, v, u, P, zero):  # type: ignore[no-untyped-def]
+def _read_key(W, out, m, x, S, w, k, b, v, u, row, P, zero):  # type: ignore[no-untyped-def]
     """out_t = x_t S_t^T; W[S] is the chunk's S_0 transposed, [N_k, N_v]. Overwrites W[x].
 
-    Without forming S_t: z = x_t; for s = t .. 0: out += (z . k_s) v_s - (z . b_s) u_s, z = z * w_s;
-    then out += z S_0^T.
+    Without forming S_t: out_t = (x_t W_t) S_0^T + sum_s (x_t . k_s W_t / W_s) v_s - (x_t . b_s W_t
+    / W_s) u_s, where the decayed k_s, b_s and W_t are carried from token to token, not divided.
+    W[row], four rows, holds what a pass over t changes or reads often, at a fixed place.
     """
+    kk, bb, vs, us = row, row + P, row + P * 2, row + P * 3
     _clear(W, out, C * P, zero)
-    for t in range(m):
-        d = out + t * P
-        z = x + t * P
-        for past in range(t + 1):
-            o = (t - past) * P
-            zk = zero
-            zb = zero
+    for s in range(m):
+        for i in range(P):
+            W[kk + i] = W[k + s * P + i]
+            W[bb + i] = W[b + s * P + i]
+            W[vs + i] = W[v + s * P + i]
+            W[us + i] = W[u + s * P + i]
+        for t in range(s, m):
+            o = t * P
+            xk = zero
+            xb = zero
             for j in range(P):
-                zk += W[z + j] * W[k + o + j]
-                zb += W[z + j] * W[b + o + j]
-                W[z + j] *= W[w + o + j]
+                xk += W[x + o + j] * W[kk + j]
+                xb += W[x + o + j] * W[bb + j]
             for i in range(P):
-                W[d + i] += zk * W[v + o + i] - zb * W[u + o + i]
+                W[out + o + i] += xk * W[vs + i] - xb * W[us + i]
+            for j in range(P):
+                W[kk + j] *= W[w + o + P + j]
+                W[bb + j] *= W[w + o + P + j]
+    for j in range(P):
+        W[kk + j] = W[w + j]
+    for t in range(m):
+        for j in range(P):
+            W[x + t * P + j] *= W[kk + j]
+            W[kk + j] *= W[w + t * P + P + j]
     _matmul(W, out, m, x, S, P)
 
 
@@ -264,17 +281,18 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
       decay, last token first:  X_j = sum_i G_ij S_ij gains r dr (+ the reader's own column
                                 product cx), loses what token t wrote, dlog_w = X - b db - k dk;
                                 X = dlog_w + kappa dq before the token
-    so that S_t is never formed again. X is computed afresh from G and S at every chunk's end.
+    so that S_t is never formed again. X (row t: before token t) is computed afresh from G and S at
+    every chunk's end.
     Task = (sequence, head).
     """
     rows = (C + 1) * P  # one row apart: at C rows every array would fall on the same cache sets
     G, S, ST = 0, P * P, P * P * 2
     start_rows = P * P * 3
-    r, w, k, b, q, v, u, dy, du, dv, dk, db, dr, dq, de, x, cx = (
-        start_rows + rows * i for i in range(17)
+    r, w, k, b, q, v, u, dy, du, dv, dk, db, dr, dq, de, x, cx, al, X = (
+        start_rows + rows * i for i in range(19)
     )
-    X, wn, qn, dn, vt, ut, dyt, det, dut, dvt = (start_rows + rows * 17 + P * i for i in range(10))
-    total = start_rows + rows * 17 + P * 10
+    wn, qn, dn, vt, ut, dyt, det, dut, dvt = (start_rows + rows * 19 + P * i for i in range(9))
+    total = start_rows + rows * 19 + P * 9
 
     def backward(  # type: ignore[no-untyped-def]
         H, N, r_, w_, k_, v_, kappa_, a_, cu_, u_, checkpoint_, state_, de_, x_, cx_, dy_, dstate_,
@@ -297,10 +315,11 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
             lo, hi = cu[s], cu[s + 1]
             scratch[:] = zero
             f = (s * H + h) * N * N
+            last = (hi - lo - 1) % C + 1  # tokens of the last chunk
             for i in range(N):
                 for j in range(N):
                     W[G + j * P + i] = dstate_[f + i * N + j]
-                    W[X + j] += dstate_[f + i * N + j] * state_[f + i * N + j]
+                    W[X + last * P + j] += dstate_[f + i * N + j] * state_[f + i * N + j]
             for c in range((hi - lo + C - 1) // C - 1, -1, -1):
                 t0 = lo + c * C
                 m = min(C, hi - t0)
@@ -316,9 +335,9 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
                     _load(W, de, P, de_, f, m, H * N, N)
                     _load(W, x, P, x_, f, m, H * N, N)
                     _load(W, cx, P, cx_, f, m, H * N, N)
-                _load(W, b, P, a_, f, m, H * N, N)
+                _load(W, al, P, a_, f, m, H * N, N)
                 for i in range(m * P):
-                    W[b + i] *= W[q + i]
+                    W[b + i] = W[al + i] * W[q + i]
                 # The token after: its decay and removal are applied to G in the same pass.
                 for i in range(P):
                     W[wn + i] = dtype(1)
@@ -382,19 +401,23 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
                 _read_value(W, dr, m, dy, 1, ST, w, k, b, v, u, P, zero)
                 _read_value(W, dq, m, du, 0, ST, w, k, b, v, u, P, zero)
                 for past in range(m):
-                    t = m - 1 - past
-                    T = t * P
-                    o = f + t * H * N
-                    for j in range(N):
-                        written = W[b + T + j] * W[db + T + j] + W[k + T + j] * W[dk + T + j]
+                    T = (m - 1 - past) * P
+                    for j in range(P):
+                        dbj = W[db + T + j]
+                        qj = W[q + T + j]
+                        dqj = W[dq + T + j]
+                        written = W[b + T + j] * dbj + W[k + T + j] * W[dk + T + j]
                         read = W[r + T + j] * W[dr + T + j]
                         if link:
                             read += W[cx + T + j]
-                        dlog_w = W[X + j] + read - written
-                        W[X + j] = dlog_w + W[q + T + j] * W[dq + T + j]
-                        dlog_w_[o + j] = dlog_w
-                        da_[o + j] = W[db + T + j] * W[q + T + j]
-                        dkappa_[o + j] = W[dq + T + j] + W[db + T + j] * a_[o + j]
+                        dlog_w = W[X + T + P + j] + read - written
+                        W[X + T + j] = dlog_w + qj * dqj
+                        W[w + T + j] = dlog_w
+                        W[b + T + j] = dbj * qj  # da
+                        W[q + T + j] = dqj + dbj * W[al + T + j]  # dkappa
+                _store(W, w, P, dlog_w_, f, m, H * N, N)
+                _store(W, b, P, da_, f, m, H * N, N)
+                _store(W, q, P, dkappa_, f, m, H * N, N)
                 _store(W, dr, P, dr_, f, m, H * N, N)
                 _store(W, dk, P, dk_, f, m, H * N, N)
                 _store(W, dv, P, dv_, f, m, H * N, N)
@@ -407,7 +430,7 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
                         g = W[G + o + i] * wj + W[dn + i] * qj
                         W[G + o + i] = g
                         Xj += g * W[S + o + i]
-                    W[X + j] = Xj
+                    W[X + C * P + j] = Xj
             f = (s * H + h) * N * N
             for i in range(N):
                 for j in range(N):
@@ -426,7 +449,8 @@ def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
     rows = (C + 1) * P  # one row apart: at C rows every array would fall on the same cache sets
     S, ST = 0, P * P
     x, w, k, b, q, v, u, e = (P * P * 2 + rows * i for i in range(8))
-    total = P * P * 2 + rows * 8
+    row = P * P * 2 + rows * 8
+    total = row + P * 4
 
     def read(  # type: ignore[no-untyped-def]
         H, N, x_, w_, k_, v_, kappa_, a_, cu_, u_, checkpoint_, e_, start, stop
@@ -457,7 +481,7 @@ def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
                     W[b + i] *= W[q + i]
                 _load(W, S, P, checkpoint_, ((lo // C + s + c) * H + h) * N * N, N, N, N)
                 if by_key:
-                    _read_key(W, e, m, x, S, w, k, b, v, u, P, zero)
+                    _read_key(W, e, m, x, S, w, k, b, v, u, row, P, zero)
                 else:
                     _transpose(W, ST, S, P)
                     _read_value(W, e, m, x, 1, ST, w, k, b, v, u, P, zero)
