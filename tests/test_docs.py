@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,26 @@ def test_code_references_exist(page):
 def test_architecture_points_to_code():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert len(re.findall(r"`[\w/]+\.py: [\w.]+`", text)) >= 10
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
+
+
+def test_the_readmes_commands_parse():
+    """Every `metastate ...` line of the README is accepted by the parser."""
+    from metastate.cli import build_parser
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:\$ )?metastate (\w+ .*)$", text, re.M)
+    assert len(lines) >= 6
+    for line in lines:
+        _, unknown = build_parser()[0].parse_known_args(shlex.split(line))
+        assert not unknown, line
