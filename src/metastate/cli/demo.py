@@ -31,7 +31,7 @@ from metastate.train.trainer import train
 # Chosen by trying, for two cores and five minutes.
 SETTINGS = TrainConfig(
     preset="metastate-tiny",
-    batch_size=16,
+    batch_size=8,
     context=256,
     lr=3e-3,
     min_lr=1e-4,
