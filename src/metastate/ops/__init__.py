@@ -67,15 +67,16 @@ def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor 
     if cu_seqlens is not None:
         if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
             raise ShapeError("cu_seqlens must be int64 [n + 1]")
-        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
-        if ends != (0, batch * length) or bool((cu_seqlens.diff() < 1).any()):
-            raise ShapeError(
-                f"cu_seqlens must rise from 0 to B * T = {batch * length}; it runs from {ends[0]} "
-                f"to {ends[1]}"
-            )
+        if not torch.compiler.is_compiling():  # reading values would break the graph
+            ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+            if ends != (0, batch * length) or bool((cu_seqlens.diff() < 1).any()):
+                raise ShapeError(
+                    f"cu_seqlens must rise from 0 to B * T = {batch * length}; it runs from "
+                    f"{ends[0]} to {ends[1]}"
+                )
         rows = len(cu_seqlens) - 1
-    # The state takes the widest of the dtypes: under autocast the inputs may differ.
-    dtype = state_dtype(max((x.dtype for x in tensors.values()), key=lambda d: d.itemsize))
+    double = any(x.dtype == torch.float64 for x in tensors.values())
+    dtype = torch.float64 if double else torch.float32
     shape = (rows, heads, size, size)
     if state is None:
         return first.new_zeros(shape, dtype=dtype)
