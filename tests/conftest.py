@@ -1,16 +1,7 @@
-"""Shared fixtures and THE table of tolerances."""
+"""Shared fixtures."""
 
 import pytest
 import torch
-
-# Relative error |x - x_ref|_max / |x_ref|_max against the float64 reference, one row a dtype.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-def relative_error(x, expected) -> float:
-    """Return max |x - expected| / max |expected|, in float64."""
-    x, expected = x.detach().double(), expected.detach().double()
-    return float((x - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 @pytest.fixture(autouse=True)

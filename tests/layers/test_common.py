@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import relative_error
 from metastate.errors import ShapeError
 from metastate.layers.common import (
     GroupNorm,
@@ -16,6 +15,7 @@ from metastate.layers.common import (
     segment_norm,
     token_shift,
 )
+from tolerance import relative_error
 
 
 def packing():

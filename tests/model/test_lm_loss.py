@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import relative_error
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError
 from metastate.model import loss as loss_module
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import linear_cross_entropy, lm_loss
+from tolerance import relative_error
 
 
 def plain(x, weight, targets, z_loss):

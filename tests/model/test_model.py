@@ -6,13 +6,13 @@ import pytest
 import torch
 from small_models import GROWN, SIZES, build, randomise
 
-from conftest import TOLERANCE, relative_error
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ShapeError, StateError
 from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.state import ModelState
+from tolerance import TOLERANCE, relative_error
 
 T = 12
 EXACT = TOLERANCE[torch.float64]

@@ -6,8 +6,8 @@ import torch
 from oracle import Oracle
 from small_models import GROWN, at_random, build, label, one_at_a_time
 
-from conftest import TOLERANCE, relative_error
 from metastate.config import MetaStateConfig
+from tolerance import TOLERANCE, relative_error
 
 BACKENDS = ["reference", "chunked", "cpu"]
 

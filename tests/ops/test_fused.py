@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conftest import TOLERANCE, relative_error
 from metastate.layers.common import GroupNorm
 from metastate.ops import fused
+from tolerance import TOLERANCE, relative_error
 
 H = 3
 

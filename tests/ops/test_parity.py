@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TOLERANCE, relative_error
 from metastate import ops
 from metastate.errors import ConfigError, ShapeError
+from tolerance import TOLERANCE, relative_error
 
 BACKENDS = [b for b in ops.BACKENDS if b not in ("auto", "reference")]
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
