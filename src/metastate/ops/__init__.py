@@ -148,9 +148,12 @@ def wkv7(
 
     Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
     """
-    y, trajectory = wkv7_trajectory(
-        r, log_w, k, v, kappa, a, state, cu_seqlens=cu_seqlens, backend=backend
-    )
+    tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
+    state = _check(tensors, state, cu_seqlens)
+    module = _module(backend, r.device)
+    # Nobody will read these states again: the native kernels then need not keep them.
+    run = getattr(module, "wkv7_without_trajectory", module.wkv7)
+    y, trajectory = run(r, log_w, k, v, kappa, a, state, cu_seqlens)
     return y, trajectory.state
 
 
@@ -192,7 +195,7 @@ def meta_state(
     if update == "delta":
         x = fused.unit(x.to(state.dtype), fused=fused.can_fuse(x, backend))
         a = trajectory.a.to(state.dtype)
-        y, own = wkv7_trajectory(
+        y, state = wkv7(
             x if q is None else q,
             trajectory.log_w,
             a * x,
@@ -203,7 +206,7 @@ def meta_state(
             cu_seqlens=trajectory.cu_seqlens,
             backend=backend,
         )
-        return y.to(e.dtype), own.state
+        return y.to(e.dtype), state
     if update not in ("self", "input"):
         raise ConfigError(f"update is {update!r}; allowed: 'self', 'input', 'delta'")
     key = e if update == "self" else x * x.shape[-1] ** -0.5

@@ -13,10 +13,8 @@ as (value side, key side, sum_i S_ij (dL/dS)_ij of the term). The one backward p
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,41 +24,16 @@ from torch import Tensor
 from metastate.errors import ConfigError
 from metastate.ops import cpu_kernels as kernels
 from metastate.ops.reference import Trajectory
+from metastate.ops.threads import run_pieces
 
 L1_BYTES = 24 * 1024  # of a 32 KiB first-level cache, for a block of the state
 PIECES = 4  # pieces of work a thread, so that a disturbed thread does not hold up the rest
-
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _forget_pool() -> None:
-    """A forked child inherits the pool object but none of its threads."""
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _helpers(count: int) -> ThreadPoolExecutor:
-    """Return a pool with at least `count` threads."""
-    global _pool
-    if _pool is None or _pool[0] < count:
-        _pool = (count, ThreadPoolExecutor(count, thread_name_prefix="metastate"))
-    return _pool[1]
-
-
-def _work(kernel: Any, args: list[int], pieces: Iterator[tuple[int, int]]) -> None:
-    for start, stop in pieces:
-        kernel(*args, start, stop)
 
 
 def _run(kernel: Any, args: list[Any], cu_seqlens: Tensor, tasks_a_sequence: int) -> None:
     """Run `kernel` over all tasks, spread over torch.get_num_threads() threads.
 
-    `args` are ints and contiguous tensors, which are passed by address. Safe to call from several
-    threads at once: the caller works too, so it never waits for a helper that has not started.
+    `args` are ints and contiguous tensors, which are passed by address.
     """
     addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
     num_tasks = (cu_seqlens.numel() - 1) * tasks_a_sequence
@@ -69,17 +42,8 @@ def _run(kernel: Any, args: list[Any], cu_seqlens: Tensor, tasks_a_sequence: int
         kernel(*addresses, 0, num_tasks)
         return
     cuts = _cuts(cu_seqlens.numpy(), tasks_a_sequence, min(num_threads * PIECES, num_tasks))
-    pieces = iter(list(zip(cuts[:-1], cuts[1:], strict=True)))  # next() is atomic under the GIL
-    helpers: list[Future] = [
-        _helpers(num_threads - 1).submit(_work, kernel, addresses, pieces)
-        for _ in range(num_threads - 1)
-    ]
-    try:
-        _work(kernel, addresses, pieces)
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+    runs = zip(cuts[:-1], cuts[1:], strict=True)
+    run_pieces(kernel, [(*addresses, *run) for run in runs], num_threads)
 
 
 def _cuts(offsets: np.ndarray, tasks_a_sequence: int, count: int) -> list[int]:
@@ -400,8 +364,13 @@ def wkv7(
     a: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    keep: bool = True,
 ) -> tuple[Tensor, CpuTrajectory]:
-    """Run the recurrence; arguments and result as ops.reference.wkv7."""
+    """Run the recurrence; arguments and result as ops.reference.wkv7.
+
+    `keep=False` promises that the trajectory will not be read; without gradients it then holds
+    the final state only.
+    """
     batch, length = r.shape[:2]
     offsets = cu_seqlens
     if offsets is None:
@@ -411,9 +380,12 @@ def wkv7(
     if _differentiable(*inputs[:7]):
         y, final, *rest = wkv7_forward(*inputs)
         kept = tuple(rest)
-    elif length == 1 and cu_seqlens is None:
-        y, final, *_ = _forward(*inputs, False)
-    else:
+    elif keep and not (length == 1 and cu_seqlens is None):
         y, final, *rest = _forward(*inputs, True)
         kept = (*rest, *_links(rest[0]))
+    else:
+        y, final, *_ = _forward(*inputs, False)
     return y, CpuTrajectory(final, log_w, kappa, a, cu_seqlens, inputs, kept)
+
+
+wkv7_without_trajectory = partial(wkv7, keep=False)

@@ -66,19 +66,11 @@ _pointer: Any = intrinsic(_address_as_pointer)
 
 
 @_inline
-def _load(W, dst, P, src, start, m, stride, N):  # type: ignore[no-untyped-def]
-    """Copy m token rows of src, the first at `start`, to W[dst + t P + i]."""
+def _copy(to, at, step, source, start, stride, m, n):  # type: ignore[no-untyped-def]
+    """Copy m rows of n values; rows are `step` and `stride` values apart."""
     for t in range(m):
-        for i in range(N):
-            W[dst + t * P + i] = src[start + t * stride + i]
-
-
-@_inline
-def _store(W, src, P, dst, start, m, stride, N):  # type: ignore[no-untyped-def]
-    """Copy m rows W[src + t P + i] to the token rows of dst, the first at `start`."""
-    for t in range(m):
-        for i in range(N):
-            dst[start + t * stride + i] = W[src + t * P + i]
+        for i in range(n):
+            to[at + t * step + i] = source[start + t * stride + i]
 
 
 @_inline
@@ -88,11 +80,11 @@ def _clear(W, dst, n, zero):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _transpose(W, dst, src, P):  # type: ignore[no-untyped-def]
-    """W[dst] = W[src]^T, both [P, P]."""
-    for i in range(P):
-        for j in range(P):
-            W[dst + i * P + j] = W[src + j * P + i]
+def _copy_transposed(to, at, step, source, start, stride, m, n):  # type: ignore[no-untyped-def]
+    """Copy m rows of n values to n rows of m."""
+    for t in range(m):
+        for i in range(n):
+            to[at + i * step + t] = source[start + t * stride + i]
 
 
 @_inline
@@ -180,6 +172,29 @@ def _read_key(W, out, m, x, S, w, k, b, v, u, row, P, zero):  # type: ignore[no-
     _matmul(W, out, m, x, S, P)
 
 
+@_inline
+def _advance(W, S, w, b, k, r, q, u, v, y, n, P, L):  # type: ignore[no-untyped-def]
+    """S = S diag(w) - u^T b + v^T k;  y += r S^T;  n += q S^T;  the state transposed, [P, L]."""
+    for j in range(0, P, 4):
+        w0, w1, w2, w3 = W[w + j], W[w + j + 1], W[w + j + 2], W[w + j + 3]
+        b0, b1, b2, b3 = W[b + j], W[b + j + 1], W[b + j + 2], W[b + j + 3]
+        k0, k1, k2, k3 = W[k + j], W[k + j + 1], W[k + j + 2], W[k + j + 3]
+        r0, r1, r2, r3 = W[r + j], W[r + j + 1], W[r + j + 2], W[r + j + 3]
+        q0, q1, q2, q3 = W[q + j], W[q + j + 1], W[q + j + 2], W[q + j + 3]
+        o = j * L
+        for i in range(L):
+            s0 = S[o + i] * w0 - W[u + i] * b0 + W[v + i] * k0
+            s1 = S[o + L + i] * w1 - W[u + i] * b1 + W[v + i] * k1
+            s2 = S[o + 2 * L + i] * w2 - W[u + i] * b2 + W[v + i] * k2
+            s3 = S[o + 3 * L + i] * w3 - W[u + i] * b3 + W[v + i] * k3
+            S[o + i] = s0
+            S[o + L + i] = s1
+            S[o + 2 * L + i] = s2
+            S[o + 3 * L + i] = s3
+            W[y + i] += s0 * r0 + s1 * r1 + s2 * r2 + s3 * r3
+            W[n + i] += s0 * q0 + s1 * q1 + s2 * q2 + s3 * q3
+
+
 @cache
 def forward_kernel(P: int, L: int, save: bool, dtype: type) -> Any:
     """Compile the forward pass for padded head size P in blocks of L value lanes (L divides P).
@@ -188,84 +203,87 @@ def forward_kernel(P: int, L: int, save: bool, dtype: type) -> Any:
     u [num_tokens, H, N] and the checkpoints are written, without it those two are left alone.
     """
     blocks = P // L
-    # Offsets: the state block, vectors over the keys, vectors over the lanes.
-    w, b, k, r, q = (P * L + P * i for i in range(5))
-    u, v, y, n = (P * L + P * 5 + L * i for i in range(4))
-    total = P * L + P * 5 + L * 4
+    rows, lane_rows = (C + 1) * P, (C + 1) * L
+    r, w, k, q, b = (rows * i for i in range(5))
+    v, u, y = (rows * 5 + lane_rows * i for i in range(3))
+    ut, vt, yt, nt = (rows * 5 + lane_rows * 3 + L * i for i in range(4))
+    total = rows * 5 + lane_rows * 3 + L * 4
+    state_size = P * L + L  # with u of the token to come
 
     def forward(  # type: ignore[no-untyped-def]
         H, N, r_, w_, k_, v_, kappa_, a_, state0_, cu_, y_, u_, checkpoint_, state_, start, stop
     ):
+        group = min(stop - start, H * blocks)
         scratch: Any = np.zeros(total + LINE, dtype)
+        states: Any = np.zeros(group * state_size + LINE, dtype)
         zero = dtype(0)
         W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
-        r_, w_, k_ = _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero)
-        v_, kappa_, a_ = _pointer(v_, zero), _pointer(kappa_, zero), _pointer(a_, zero)
-        y_, u_, checkpoint_ = _pointer(y_, zero), _pointer(u_, zero), _pointer(checkpoint_, zero)
+        sources = (
+            _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero), _pointer(kappa_, zero),
+            _pointer(a_, zero),
+        )  # fmt: skip
+        v_, y_, u_ = _pointer(v_, zero), _pointer(y_, zero), _pointer(u_, zero)
         state0_, state_, cu = _pointer(state0_, zero), _pointer(state_, zero), _pointer(cu_, H)
-        for task in range(start, stop):
-            first = task % blocks * L
-            h = task // blocks % H
-            s = task // blocks // H
-            lanes = min(L, N - first)
+        checkpoint_ = _pointer(checkpoint_, zero)
+        while start < stop:
+            # The heads of a sequence advance together, chunk by chunk: their rows are neighbours.
+            s = start // (H * blocks)
+            end = min(stop, (s + 1) * H * blocks)
             lo, hi = cu[s], cu[s + 1]
+            chunks = (hi - lo + C - 1) // C
             scratch[:] = zero
-            f = ((s * H + h) * N + first) * N
-            for i in range(lanes):
-                for j in range(N):
-                    W[j * L + i] = state0_[f + i * N + j]
-            if lo < hi:
-                for j in range(N):
-                    qj = kappa_[(lo * H + h) * N + j]
-                    for i in range(L):
-                        W[u + i] += qj * W[j * L + i]
-            for t in range(lo, hi):
-                f = (t * H + h) * N
-                if save:
-                    if (t - lo) % C == 0:
-                        c = ((lo // C + s + (t - lo) // C) * H + h) * N * N + first
+            states[:] = zero
+            for c in range(-1, chunks + 1):
+                t0 = lo + c * C
+                m = min(C, hi - t0)
+                for task in range(start, end):
+                    first = task % blocks * L
+                    h = task // blocks % H
+                    lanes = min(L, N - first)
+                    place = states.ctypes.data + (task - start) * state_size * states.itemsize
+                    S = _pointer((place + LINE - 1) // LINE * LINE, zero)
+                    f = ((s * H + h) * N + first) * N
+                    if c < 0:
+                        _copy_transposed(S, 0, L, state0_, f, N, lanes, N)
                         for j in range(N):
-                            for i in range(lanes):
-                                checkpoint_[c + j * N + i] = W[j * L + i]
-                    for i in range(lanes):
-                        u_[f + first + i] = W[u + i]
-                for j in range(N):
-                    W[w + j] = w_[f + j]
-                    W[b + j] = a_[f + j] * kappa_[f + j]
-                    W[k + j] = k_[f + j]
-                    W[r + j] = r_[f + j]
-                if t + 1 < hi:
-                    for j in range(N):
-                        W[q + j] = kappa_[f + H * N + j]
-                for i in range(lanes):
-                    W[v + i] = v_[f + first + i]
-                _clear(W, y, 2 * L, zero)  # y and n
-                for j in range(0, P, 4):
-                    w0, w1, w2, w3 = W[w + j], W[w + j + 1], W[w + j + 2], W[w + j + 3]
-                    b0, b1, b2, b3 = W[b + j], W[b + j + 1], W[b + j + 2], W[b + j + 3]
-                    k0, k1, k2, k3 = W[k + j], W[k + j + 1], W[k + j + 2], W[k + j + 3]
-                    r0, r1, r2, r3 = W[r + j], W[r + j + 1], W[r + j + 2], W[r + j + 3]
-                    q0, q1, q2, q3 = W[q + j], W[q + j + 1], W[q + j + 2], W[q + j + 3]
-                    o = j * L
+                            for i in range(L):
+                                S[P * L + i] += S[j * L + i] * sources[3][(lo * H + h) * N + j]
+                        continue
+                    if c == chunks:
+                        _copy_transposed(state_, f, N, S, 0, L, N, lanes)
+                        continue
+                    f = (t0 * H + h) * N
+                    for i in range(5):
+                        _copy(W, r + i * rows, P, sources[i], f, H * N, m, N)
+                    if t0 + m < hi:
+                        _copy(W, q + m * P, P, sources[3], f + m * H * N, 0, 1, N)
+                    for i in range(m * P):
+                        W[b + i] *= W[q + i]
+                    _copy(W, v, L, v_, f + first, H * N, m, lanes)
+                    if save:
+                        o = ((lo // C + s + c) * H + h) * N * N + first
+                        _copy(checkpoint_, o, N, S, 0, L, N, lanes)
                     for i in range(L):
-                        s0 = W[o + i] * w0 - W[u + i] * b0 + W[v + i] * k0
-                        s1 = W[o + L + i] * w1 - W[u + i] * b1 + W[v + i] * k1
-                        s2 = W[o + 2 * L + i] * w2 - W[u + i] * b2 + W[v + i] * k2
-                        s3 = W[o + 3 * L + i] * w3 - W[u + i] * b3 + W[v + i] * k3
-                        W[o + i] = s0
-                        W[o + L + i] = s1
-                        W[o + 2 * L + i] = s2
-                        W[o + 3 * L + i] = s3
-                        W[y + i] += s0 * r0 + s1 * r1 + s2 * r2 + s3 * r3
-                        W[n + i] += s0 * q0 + s1 * q1 + s2 * q2 + s3 * q3
-                for i in range(lanes):
-                    y_[f + first + i] = W[y + i]
-                for i in range(L):
-                    W[u + i] = W[n + i]
-            f = ((s * H + h) * N + first) * N
-            for i in range(lanes):
-                for j in range(N):
-                    state_[f + i * N + j] = W[j * L + i]
+                        W[nt + i] = S[P * L + i]
+                    for t in range(m):
+                        T = t * P
+                        # Lane vectors at fixed places: LLVM makes its overlap checks for a whole
+                        # loop nest at once, and rows that move with t would fail them.
+                        for i in range(L):
+                            W[ut + i] = W[nt + i]
+                            W[u + t * L + i] = W[nt + i]
+                            W[vt + i] = W[v + t * L + i]
+                            W[yt + i] = zero
+                            W[nt + i] = zero
+                        _advance(W, S, w + T, b + T, k + T, r + T, q + T + P, ut, vt, yt, nt, P, L)
+                        for i in range(L):
+                            W[y + t * L + i] = W[yt + i]
+                    for i in range(L):
+                        S[P * L + i] = W[nt + i]
+                    _copy(y_, f + first, H * N, W, y, L, m, lanes)
+                    if save:
+                        _copy(u_, f + first, H * N, W, u, L, m, lanes)
+            start = end
 
     return _jit(forward)
 
@@ -288,7 +306,7 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
     rows = (C + 1) * P  # one row apart: at C rows every array would fall on the same cache sets
     G, S, ST = 0, P * P, P * P * 2
     start_rows = P * P * 3
-    r, w, k, b, q, v, u, dy, du, dv, dk, db, dr, dq, de, x, cx, al, X = (
+    r, w, k, q, v, u, dy, al, de, x, cx, b, du, dv, dk, db, dr, dq, X = (
         start_rows + rows * i for i in range(19)
     )
     wn, qn, dn, vt, ut, dyt, det, dut, dvt = (start_rows + rows * 19 + P * i for i in range(9))
@@ -301,14 +319,16 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
         scratch: Any = np.zeros(total + LINE, dtype)
         zero = dtype(0)
         W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
-        r_, w_, k_ = _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero)
-        v_, kappa_, a_ = _pointer(v_, zero), _pointer(kappa_, zero), _pointer(a_, zero)
-        u_, checkpoint_, cu = _pointer(u_, zero), _pointer(checkpoint_, zero), _pointer(cu_, H)
-        de_, x_, cx_ = _pointer(de_, zero), _pointer(x_, zero), _pointer(cx_, zero)
+        sources = (
+            _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero), _pointer(kappa_, zero),
+            _pointer(v_, zero), _pointer(u_, zero), _pointer(dy_, zero), _pointer(a_, zero),
+        )  # fmt: skip
+        link_sources = _pointer(de_, zero), _pointer(x_, zero), _pointer(cx_, zero)
+        checkpoint_, cu = _pointer(checkpoint_, zero), _pointer(cu_, H)
         dr_, dlog_w_, dk_ = _pointer(dr_, zero), _pointer(dlog_w_, zero), _pointer(dk_, zero)
         dv_, dkappa_, da_ = _pointer(dv_, zero), _pointer(dkappa_, zero), _pointer(da_, zero)
         state_, dstate_ = _pointer(state_, zero), _pointer(dstate_, zero)
-        dy_, dstate0_ = _pointer(dy_, zero), _pointer(dstate0_, zero)
+        dstate0_ = _pointer(dstate0_, zero)
         for task in range(start, stop):
             h = task % H
             s = task // H
@@ -316,26 +336,19 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
             scratch[:] = zero
             f = (s * H + h) * N * N
             last = (hi - lo - 1) % C + 1  # tokens of the last chunk
+            _copy_transposed(W, G, P, dstate_, f, N, N, N)
             for i in range(N):
                 for j in range(N):
-                    W[G + j * P + i] = dstate_[f + i * N + j]
                     W[X + last * P + j] += dstate_[f + i * N + j] * state_[f + i * N + j]
             for c in range((hi - lo + C - 1) // C - 1, -1, -1):
                 t0 = lo + c * C
                 m = min(C, hi - t0)
                 f = (t0 * H + h) * N
-                _load(W, r, P, r_, f, m, H * N, N)
-                _load(W, w, P, w_, f, m, H * N, N)
-                _load(W, k, P, k_, f, m, H * N, N)
-                _load(W, q, P, kappa_, f, m, H * N, N)
-                _load(W, v, P, v_, f, m, H * N, N)
-                _load(W, u, P, u_, f, m, H * N, N)
-                _load(W, dy, P, dy_, f, m, H * N, N)
+                for i in range(8):
+                    _copy(W, r + i * rows, P, sources[i], f, H * N, m, N)
                 if link:
-                    _load(W, de, P, de_, f, m, H * N, N)
-                    _load(W, x, P, x_, f, m, H * N, N)
-                    _load(W, cx, P, cx_, f, m, H * N, N)
-                _load(W, al, P, a_, f, m, H * N, N)
+                    for i in range(3):
+                        _copy(W, de + i * rows, P, link_sources[i], f, H * N, m, N)
                 for i in range(m * P):
                     W[b + i] = W[al + i] * W[q + i]
                 # The token after: its decay and removal are applied to G in the same pass.
@@ -396,8 +409,8 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
                         W[du + T + i] = W[dut + i]
                         W[dv + T + i] = W[dvt + i]
                 c0 = ((lo // C + s + c) * H + h) * N * N
-                _load(W, S, P, checkpoint_, c0, N, N, N)
-                _transpose(W, ST, S, P)
+                _copy(W, S, P, checkpoint_, c0, N, N, N)
+                _copy_transposed(W, ST, P, W, S, P, P, P)
                 _read_value(W, dr, m, dy, 1, ST, w, k, b, v, u, P, zero)
                 _read_value(W, dq, m, du, 0, ST, w, k, b, v, u, P, zero)
                 for past in range(m):
@@ -415,12 +428,12 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
                         W[w + T + j] = dlog_w
                         W[b + T + j] = dbj * qj  # da
                         W[q + T + j] = dqj + dbj * W[al + T + j]  # dkappa
-                _store(W, w, P, dlog_w_, f, m, H * N, N)
-                _store(W, b, P, da_, f, m, H * N, N)
-                _store(W, q, P, dkappa_, f, m, H * N, N)
-                _store(W, dr, P, dr_, f, m, H * N, N)
-                _store(W, dk, P, dk_, f, m, H * N, N)
-                _store(W, dv, P, dv_, f, m, H * N, N)
+                _copy(dr_, f, H * N, W, dr, P, m, N)
+                _copy(dlog_w_, f, H * N, W, w, P, m, N)
+                _copy(dk_, f, H * N, W, dk, P, m, N)
+                _copy(dv_, f, H * N, W, dv, P, m, N)
+                _copy(dkappa_, f, H * N, W, q, P, m, N)
+                _copy(da_, f, H * N, W, b, P, m, N)
                 for j in range(P):
                     wj = W[wn + j]
                     qj = W[qn + j]
@@ -432,9 +445,7 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
                         Xj += g * W[S + o + i]
                     W[X + C * P + j] = Xj
             f = (s * H + h) * N * N
-            for i in range(N):
-                for j in range(N):
-                    dstate0_[f + i * N + j] = W[G + j * P + i]
+            _copy_transposed(dstate0_, f, N, W, G, P, N, N)
 
     return _jit(backward)
 
@@ -448,7 +459,7 @@ def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
     """
     rows = (C + 1) * P  # one row apart: at C rows every array would fall on the same cache sets
     S, ST = 0, P * P
-    x, w, k, b, q, v, u, e = (P * P * 2 + rows * i for i in range(8))
+    x, w, k, q, v, u, b, e = (P * P * 2 + rows * i for i in range(8))
     row = P * P * 2 + rows * 8
     total = row + P * 4
 
@@ -458,33 +469,32 @@ def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
         scratch: Any = np.zeros(total + LINE, dtype)
         zero = dtype(0)
         W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
-        x_, w_, k_ = _pointer(x_, zero), _pointer(w_, zero), _pointer(k_, zero)
-        v_, kappa_, a_ = _pointer(v_, zero), _pointer(kappa_, zero), _pointer(a_, zero)
-        u_, checkpoint_, cu = _pointer(u_, zero), _pointer(checkpoint_, zero), _pointer(cu_, H)
-        e_ = _pointer(e_, zero)
-        for task in range(start, stop):
-            scratch[:] = zero
-            h = task % H
-            s = task // H
+        sources = (
+            _pointer(x_, zero), _pointer(w_, zero), _pointer(k_, zero), _pointer(kappa_, zero),
+            _pointer(v_, zero), _pointer(u_, zero), _pointer(a_, zero),
+        )  # fmt: skip
+        checkpoint_, cu, e_ = _pointer(checkpoint_, zero), _pointer(cu_, H), _pointer(e_, zero)
+        while start < stop:
+            s = start // H
+            end = min(stop, (s + 1) * H)
             lo, hi = cu[s], cu[s + 1]
+            scratch[:] = zero
             for c in range((hi - lo + C - 1) // C):
-                m = min(C, hi - lo - c * C)
-                f = ((lo + c * C) * H + h) * N
-                _load(W, x, P, x_, f, m, H * N, N)
-                _load(W, w, P, w_, f, m, H * N, N)
-                _load(W, k, P, k_, f, m, H * N, N)
-                _load(W, b, P, a_, f, m, H * N, N)
-                _load(W, q, P, kappa_, f, m, H * N, N)
-                _load(W, v, P, v_, f, m, H * N, N)
-                _load(W, u, P, u_, f, m, H * N, N)
-                for i in range(m * P):
-                    W[b + i] *= W[q + i]
-                _load(W, S, P, checkpoint_, ((lo // C + s + c) * H + h) * N * N, N, N, N)
-                if by_key:
-                    _read_key(W, e, m, x, S, w, k, b, v, u, row, P, zero)
-                else:
-                    _transpose(W, ST, S, P)
-                    _read_value(W, e, m, x, 1, ST, w, k, b, v, u, P, zero)
-                _store(W, e, P, e_, f, m, H * N, N)
+                for task in range(start, end):
+                    h = task % H
+                    m = min(C, hi - lo - c * C)
+                    f = ((lo + c * C) * H + h) * N
+                    for i in range(7):
+                        _copy(W, x + i * rows, P, sources[i], f, H * N, m, N)
+                    for i in range(m * P):
+                        W[b + i] *= W[q + i]
+                    _copy(W, S, P, checkpoint_, ((lo // C + s + c) * H + h) * N * N, N, N, N)
+                    if by_key:
+                        _read_key(W, e, m, x, S, w, k, b, v, u, row, P, zero)
+                    else:
+                        _copy_transposed(W, ST, P, W, S, P, P, P)
+                        _read_value(W, e, m, x, 1, ST, w, k, b, v, u, P, zero)
+                    _copy(e_, f, H * N, W, e, P, m, N)
+            start = end
 
     return _jit(read)
