@@ -2,7 +2,8 @@
 
 A row is one token, channels are [H, N]. Every kernel works on rows start .. stop - 1; gradients of
 per-channel parameters go to row `piece` of an accumulator, one piece a thread, added up afterwards.
-Loops over channels are plain, LLVM makes vectors of them.
+Loops over channels are plain, with few arrays and one store each: LLVM makes vectors of those
+(one loop over everything at once needs more checks for overlap than it is willing to make).
 """
 
 from __future__ import annotations
@@ -62,16 +63,81 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _moments(y, t, h, N, eps):  # type: ignore[no-untyped-def]
-    """Return the mean and 1 / sqrt(var + eps) of y[t, h : h + N]."""
-    total = ZERO
-    for j in range(h, h + N):
-        total += y[t, j]
-    mean = total / np.float32(N)
-    square = ZERO
-    for j in range(h, h + N):
-        square += (y[t, j] - mean) * (y[t, j] - mean)
-    return mean, ONE / np.float32(math.sqrt(square / np.float32(N) + eps))
+def _normalise(y, unit, rstd, N, eps):  # type: ignore[no-untyped-def]
+    """Write (y - mean) / sqrt(var + eps) of every head to `unit`, 1 / sqrt(var + eps) to `rstd`."""
+    for h in range(0, y.size, N):
+        # Slices, because an index that starts at h could be negative for all that LLVM knows.
+        head, out, scales = y[h : h + N], unit[h : h + N], rstd[h : h + N]
+        total = ZERO
+        for j in range(N):
+            total += head[j]
+        mean = total / np.float32(N)
+        square = ZERO
+        for j in range(N):
+            square += (head[j] - mean) * (head[j] - mean)
+        scale = ONE / np.float32(math.sqrt(square / np.float32(N) + eps))
+        for j in range(N):
+            out[j] = (head[j] - mean) * scale
+        for j in range(N):
+            scales[j] = scale
+
+
+@_inline
+def _dot3(a, b, c, out, N):  # type: ignore[no-untyped-def]
+    """Write sum_N a b c of every head to `out`."""
+    for h in range(0, a.size, N):
+        x, y, z, sums = a[h : h + N], b[h : h + N], c[h : h + N], out[h : h + N]
+        total = ZERO
+        for j in range(N):
+            total += x[j] * y[j] * z[j]
+        for j in range(N):
+            sums[j] = total
+
+
+@_inline
+def _norm_gradient(dp, unit, rstd, weight, dy, dweight, dbias, N):  # type: ignore[no-untyped-def]
+    """Write dy of p = unit * weight + bias to `dy`; add to `dweight` and `dbias`."""
+    for j in range(dp.size):
+        dbias[j] += dp[j]
+    for j in range(dp.size):
+        dweight[j] += dp[j] * unit[j]
+    for h in range(0, dp.size, N):
+        p, x, scale = dp[h : h + N], unit[h : h + N], rstd[h : h + N]
+        w, out = weight[h : h + N], dy[h : h + N]
+        total, along = ZERO, ZERO
+        for j in range(N):
+            total += p[j] * w[j]
+        for j in range(N):
+            along += p[j] * w[j] * x[j]
+        total, along = total / np.float32(N), along / np.float32(N)
+        for j in range(N):
+            out[j] = scale[j] * (p[j] * w[j] - total - x[j] * along)
+
+
+@_inline
+def _norms(x, N, out):  # type: ignore[no-untyped-def]
+    """Write 1 / |x| of every head to `out`."""
+    for h in range(0, x.size, N):
+        head, scales = x[h : h + N], out[h : h + N]
+        square = ZERO
+        for j in range(N):
+            square += head[j] * head[j]
+        scale = ONE / max(np.float32(math.sqrt(square)), TINY)
+        for j in range(N):
+            scales[j] = scale
+
+
+@_inline
+def _unit_gradient(dy, y, scale, dx, N):  # type: ignore[no-untyped-def]
+    """Write dx of y = x * scale, scale = 1 / |x| by head."""
+    for h in range(0, y.size, N):
+        grad, unit = dy[h : h + N], y[h : h + N]
+        out, factor = dx[h : h + N], scale[h : h + N]
+        along = ZERO
+        for j in range(N):
+            along += grad[j] * unit[j]
+        for j in range(N):
+            out[j] = (grad[j] - unit[j] * along) * factor[j]
 
 
 @_jit
@@ -92,20 +158,26 @@ def token_mix_forward(x, last, keep, mu, y, start, stop):  # type: ignore[no-unt
 def token_mix_backward(x, last, keep, mu, g, dx, dlast, dmu, piece, start, stop):  # type: ignore[no-untyped-def]
     """Gradients of token_mix_forward; g I times [B T, D], dlast zero before, dmu [pieces, I, D]."""
     length, D = x.shape[0] // last.shape[0], x.shape[1]
+    delta = np.empty(D, np.float32)
     for t in range(start, stop):
-        first, inside = t % length == 0, (t + 1) % length != 0
-        before = last[t // length] if first else x[t - 1]
+        row, grad = x[t], dx[t]
+        before = last[t // length] if t % length == 0 else x[t - 1]
         for j in range(D):
-            dx[t, j] = ZERO
+            delta[j] = keep[t] * before[j] - row[j]
+            grad[j] = ZERO
+        inside = (t + 1) % length != 0
         for i in range(len(g)):
+            own, mix, gained = g[i][t], mu[i], dmu[piece, i]
             for j in range(D):
-                gj = g[i][t, j]
-                dx[t, j] += gj * (ONE - mu[i, j])
-                dmu[piece, i, j] += gj * (keep[t] * before[j] - x[t, j])
+                grad[j] += own[j] * (ONE - mix[j])
+            for j in range(D):
+                gained[j] += own[j] * delta[j]
             if inside:
+                after = g[i][t + 1]
                 for j in range(D):
-                    dx[t, j] += keep[t + 1] * g[i][t + 1, j] * mu[i, j]
-            if first:
+                    grad[j] += keep[t + 1] * after[j] * mix[j]
+        if t % length == 0:
+            for i in range(len(g)):
                 for j in range(D):
                     dlast[t // length, j] += keep[t] * g[i][t, j] * mu[i, j]
 
@@ -120,24 +192,25 @@ def wkv_inputs_forward(  # type: ignore[no-untyped-def]
     """
     D = k.shape[1]
     mix = m.shape[0] > 0
+    scaled, scale = np.empty(D, np.float32), np.empty(D, np.float32)
     for t in range(start, stop):
+        kt, dt, ct, wt, at, keyt = k[t], d[t], c[t], log_w[t], a[t], key[t]
         for j in range(D):
-            log_w[t, j] = DECAY_SCALE * _sigmoid(d[t, j] + w0[j])
-            aj = _sigmoid(c[t, j] + a0[j])
-            a[t, j] = aj
-            key[t, j] = k[t, j] * (ONE + (aj - ONE) * k_a[j])
+            wt[j] = DECAY_SCALE * _sigmoid(dt[j] + w0[j])
+        for j in range(D):
+            at[j] = _sigmoid(ct[j] + a0[j])
+        for j in range(D):
+            keyt[j] = kt[j] * (ONE + (at[j] - ONE) * k_a[j])
         if mix:
+            mt, vt, ft, out = m[t], v[t], v_first[t], value[t]
             for j in range(D):
-                s = _sigmoid(m[t, j] + v0[j])
-                value[t, j] = v[t, j] + (v_first[t, j] - v[t, j]) * s
-        for h in range(0, D, N):
-            square = ZERO
-            for j in range(h, h + N):
-                x = k[t, j] * k_k[j]
-                square += x * x
-            scale = ONE / max(np.float32(math.sqrt(square)), TINY)
-            for j in range(h, h + N):
-                kappa[t, j] = k[t, j] * k_k[j] * scale
+                out[j] = vt[j] + (ft[j] - vt[j]) * _sigmoid(mt[j] + v0[j])
+        for j in range(D):
+            scaled[j] = kt[j] * k_k[j]
+        _norms(scaled, N, scale)
+        out = kappa[t]
+        for j in range(D):
+            out[j] = scaled[j] * scale[j]
 
 
 @_jit
@@ -148,51 +221,56 @@ def wkv_inputs_backward(  # type: ignore[no-untyped-def]
     """Gradients; params [pieces, 5, H N] gains those of w0, a0, v0, k_k, k_a."""
     D = k.shape[1]
     mix = m.shape[0] > 0
+    scaled, scale, grad = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
+    dw0, da0, dv0 = params[piece, 0], params[piece, 1], params[piece, 2]
+    dk_k, dk_a = params[piece, 3], params[piece, 4]
     for t in range(start, stop):
+        kt, wt, at, dwt, dat, dkeyt = k[t], log_w[t], a[t], dlog_w[t], da[t], dkey[t]
+        ddt, dct, dkt = dd[t], dc[t], dk[t]
         for j in range(D):
-            s = log_w[t, j] / DECAY_SCALE
-            grad = dlog_w[t, j] * log_w[t, j] * (ONE - s)
-            dd[t, j] = grad
-            params[piece, 0, j] += grad
-            aj = a[t, j]
-            grad = (da[t, j] + dkey[t, j] * k[t, j] * k_a[j]) * aj * (ONE - aj)
-            dc[t, j] = grad
-            params[piece, 1, j] += grad
-            params[piece, 4, j] += dkey[t, j] * k[t, j] * (aj - ONE)
+            ddt[j] = dwt[j] * wt[j] * (ONE - wt[j] / DECAY_SCALE)
+        for j in range(D):
+            dw0[j] += ddt[j]
+        for j in range(D):
+            dct[j] = (dat[j] + dkeyt[j] * kt[j] * k_a[j]) * at[j] * (ONE - at[j])
+        for j in range(D):
+            da0[j] += dct[j]
+        for j in range(D):
+            dk_a[j] += dkeyt[j] * kt[j] * (at[j] - ONE)
         if mix:
+            mt, vt, ft, gt = m[t], v[t], v_first[t], dvalue[t]
+            dmt, dvt, dft = dm[t], dv[t], dv_first[t]
             for j in range(D):
-                s = _sigmoid(m[t, j] + v0[j])
-                grad = dvalue[t, j] * (v_first[t, j] - v[t, j]) * s * (ONE - s)
-                dm[t, j] = grad
-                params[piece, 2, j] += grad
-                dv_first[t, j] = dvalue[t, j] * s
-                dv[t, j] = dvalue[t, j] * (ONE - s)
-        for h in range(0, D, N):
-            square, along = ZERO, ZERO
-            for j in range(h, h + N):
-                x = k[t, j] * k_k[j]
-                square += x * x
-                along += dkappa[t, j] * kappa[t, j]
-            scale = ONE / max(np.float32(math.sqrt(square)), TINY)
-            for j in range(h, h + N):
-                grad = (dkappa[t, j] - kappa[t, j] * along) * scale
-                dk[t, j] = grad * k_k[j] + dkey[t, j] * (ONE + (a[t, j] - ONE) * k_a[j])
-                params[piece, 3, j] += grad * k[t, j]
+                scaled[j] = _sigmoid(mt[j] + v0[j])
+            for j in range(D):
+                dmt[j] = gt[j] * (ft[j] - vt[j]) * scaled[j] * (ONE - scaled[j])
+            for j in range(D):
+                dv0[j] += dmt[j]
+            for j in range(D):
+                dft[j] = gt[j] * scaled[j]
+            for j in range(D):
+                dvt[j] = gt[j] * (ONE - scaled[j])
+        for j in range(D):
+            scaled[j] = kt[j] * k_k[j]
+        _norms(scaled, N, scale)
+        _unit_gradient(dkappa[t], kappa[t], scale, grad, N)
+        for j in range(D):
+            dkt[j] = grad[j] * k_k[j] + dkeyt[j] * (ONE + (at[j] - ONE) * k_a[j])
+        for j in range(D):
+            dk_k[j] += grad[j] * kt[j]
 
 
 @_jit
 def wkv_output_forward(y, r, k, v, g, r_k, weight, bias, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
-    """O = (group_norm(y) + (sum_N r r_k k) v) * g; all [B T, H N], r_k, weight, bias [H N]."""
+    """Compute o = (group_norm(y) + (sum_N r r_k k) v) * g; all [B T, H N], r_k, weight, bias [H N]."""
     D = y.shape[1]
+    unit, rstd, bonus = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
     for t in range(start, stop):
-        for h in range(0, D, N):
-            mean, rstd = _moments(y, t, h, N, eps)
-            bonus = ZERO
-            for j in range(h, h + N):
-                bonus += r[t, j] * k[t, j] * r_k[j]
-            for j in range(h, h + N):
-                p = (y[t, j] - mean) * rstd * weight[j] + bias[j] + bonus * v[t, j]
-                o[t, j] = p * g[t, j]
+        vt, gt, ot = v[t], g[t], o[t]
+        _normalise(y[t], unit, rstd, N, eps)
+        _dot3(r[t], k[t], r_k, bonus, N)
+        for j in range(D):
+            ot[j] = (unit[j] * weight[j] + bias[j] + bonus[j] * vt[j]) * gt[j]
 
 
 @_jit
@@ -201,93 +279,81 @@ def wkv_output_backward(  # type: ignore[no-untyped-def]
 ):
     """Gradients of wkv_output_forward; params [pieces, 3, H N] gains those of r_k, weight, bias."""
     D = y.shape[1]
+    unit, rstd, bonus = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
+    dp, dbonus, ones = np.empty(D, np.float32), np.empty(D, np.float32), np.ones(D, np.float32)
+    dr_k, dweight, dbias = params[piece, 0], params[piece, 1], params[piece, 2]
     for t in range(start, stop):
-        for h in range(0, D, N):
-            mean, rstd = _moments(y, t, h, N, eps)
-            bonus, dbonus, total, along = ZERO, ZERO, ZERO, ZERO
-            for j in range(h, h + N):
-                bonus += r[t, j] * k[t, j] * r_k[j]
-                dp = do[t, j] * g[t, j]
-                dbonus += dp * v[t, j]
-                unit = (y[t, j] - mean) * rstd
-                total += dp * weight[j]
-                along += dp * weight[j] * unit
-            total, along = total / np.float32(N), along / np.float32(N)
-            for j in range(h, h + N):
-                dp = do[t, j] * g[t, j]
-                unit = (y[t, j] - mean) * rstd
-                dg[t, j] = do[t, j] * (unit * weight[j] + bias[j] + bonus * v[t, j])
-                dv[t, j] = dp * bonus
-                dr[t, j] = dbonus * k[t, j] * r_k[j]
-                dk[t, j] = dbonus * r[t, j] * r_k[j]
-                dy[t, j] = rstd * (dp * weight[j] - total - unit * along)
-                params[piece, 0, j] += dbonus * r[t, j] * k[t, j]
-                params[piece, 1, j] += dp * unit
-                params[piece, 2, j] += dp
+        rt, kt, vt, gt, dot = r[t], k[t], v[t], g[t], do[t]
+        _normalise(y[t], unit, rstd, N, eps)
+        _dot3(rt, kt, r_k, bonus, N)
+        drt, dkt, dvt, dgt = dr[t], dk[t], dv[t], dg[t]
+        for j in range(D):
+            dgt[j] = dot[j] * (unit[j] * weight[j] + bias[j] + bonus[j] * vt[j])
+        for j in range(D):
+            dp[j] = dot[j] * gt[j]
+        for j in range(D):
+            dvt[j] = dp[j] * bonus[j]
+        _dot3(dp, vt, ones, dbonus, N)
+        for j in range(D):
+            drt[j] = dbonus[j] * kt[j] * r_k[j]
+        for j in range(D):
+            dkt[j] = dbonus[j] * rt[j] * r_k[j]
+        for j in range(D):
+            dr_k[j] += dbonus[j] * rt[j] * kt[j]
+        _norm_gradient(dp, unit, rstd, weight, dy[t], dweight, dbias, N)
 
 
 @_jit
 def norm_sum_forward(ys, weights, biases, x, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
-    """O = (sum_i group_norm(y_i)) * x; ys a tuple of [B T, H N], weights and biases [I, H N]."""
+    """Compute o = (sum_i group_norm(y_i)) * x; ys a tuple of [B T, H N], weights and biases [I, H N]."""
     D = x.shape[1]
+    unit, rstd, total = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
     for t in range(start, stop):
-        for h in range(0, D, N):
-            for i in range(len(ys)):
-                mean, rstd = _moments(ys[i], t, h, N, eps)
-                for j in range(h, h + N):
-                    p = (ys[i][t, j] - mean) * rstd * weights[i, j] + biases[i, j]
-                    o[t, j] = p if i == 0 else o[t, j] + p
-            for j in range(h, h + N):
-                o[t, j] *= x[t, j]
+        xt, ot = x[t], o[t]
+        total[:] = ZERO
+        for i in range(len(ys)):
+            weight, bias = weights[i], biases[i]
+            _normalise(ys[i][t], unit, rstd, N, eps)
+            for j in range(D):
+                total[j] += unit[j] * weight[j] + bias[j]
+        for j in range(D):
+            ot[j] = total[j] * xt[j]
 
 
 @_jit
 def norm_sum_backward(ys, weights, biases, x, eps, do, dys, dx, params, N, piece, start, stop):  # type: ignore[no-untyped-def]
     """Gradients of norm_sum_forward; params [pieces, 2, I, H N] gains weights' and biases'."""
     D = x.shape[1]
+    unit, rstd, dp = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
     for t in range(start, stop):
-        for h in range(0, D, N):
-            for j in range(h, h + N):
-                dx[t, j] = ZERO
-            for i in range(len(ys)):
-                mean, rstd = _moments(ys[i], t, h, N, eps)
-                total, along = ZERO, ZERO
-                for j in range(h, h + N):
-                    dp = do[t, j] * x[t, j] * weights[i, j]
-                    total += dp
-                    along += dp * (ys[i][t, j] - mean) * rstd
-                total, along = total / np.float32(N), along / np.float32(N)
-                for j in range(h, h + N):
-                    unit = (ys[i][t, j] - mean) * rstd
-                    dp = do[t, j] * x[t, j]
-                    dys[i][t, j] = rstd * (dp * weights[i, j] - total - unit * along)
-                    dx[t, j] += do[t, j] * (unit * weights[i, j] + biases[i, j])
-                    params[piece, 0, i, j] += dp * unit
-                    params[piece, 1, i, j] += dp
+        xt, dot, dxt = x[t], do[t], dx[t]
+        for j in range(D):
+            dp[j] = dot[j] * xt[j]
+        dxt[:] = ZERO
+        for i in range(len(ys)):
+            weight, bias = weights[i], biases[i]
+            _normalise(ys[i][t], unit, rstd, N, eps)
+            for j in range(D):
+                dxt[j] += dot[j] * (unit[j] * weight[j] + bias[j])
+            dy, dweight, dbias = dys[i][t], params[piece, 0, i], params[piece, 1, i]
+            _norm_gradient(dp, unit, rstd, weight, dy, dweight, dbias, N)
 
 
 @_jit
 def unit_forward(x, y, N, start, stop):  # type: ignore[no-untyped-def]
-    """Y = x / |x| by head; [B T, H N]."""
+    """Compute y = x / |x| by head; [B T, H N]."""
+    scale = np.empty(x.shape[1], np.float32)
     for t in range(start, stop):
-        for h in range(0, x.shape[1], N):
-            square = ZERO
-            for j in range(h, h + N):
-                square += x[t, j] * x[t, j]
-            scale = ONE / max(np.float32(math.sqrt(square)), TINY)
-            for j in range(h, h + N):
-                y[t, j] = x[t, j] * scale
+        xt, yt = x[t], y[t]
+        _norms(xt, N, scale)
+        for j in range(xt.size):
+            yt[j] = xt[j] * scale[j]
 
 
 @_jit
 def unit_backward(x, y, dy, dx, N, start, stop):  # type: ignore[no-untyped-def]
-    """Dx = (dy - y (dy . y)) / |x|, 0 where x is."""
+    """Compute dx = (dy - y (dy . y)) / |x| by head."""
+    scale = np.empty(x.shape[1], np.float32)
     for t in range(start, stop):
-        for h in range(0, x.shape[1], N):
-            square, along = ZERO, ZERO
-            for j in range(h, h + N):
-                square += x[t, j] * x[t, j]
-                along += dy[t, j] * y[t, j]
-            scale = ONE / max(np.float32(math.sqrt(square)), TINY)
-            for j in range(h, h + N):
-                dx[t, j] = (dy[t, j] - y[t, j] * along) * scale
+        _norms(x[t], N, scale)
+        _unit_gradient(dy[t], y[t], scale, dx[t], N)
