@@ -262,7 +262,7 @@ def wkv_inputs_backward(  # type: ignore[no-untyped-def]
 
 @_jit
 def wkv_output_forward(y, r, k, v, g, r_k, weight, bias, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
-    """Compute o = (group_norm(y) + (sum_N r r_k k) v) * g; all [B T, H N], r_k, weight, bias [H N]."""
+    """Compute o = (group_norm(y) + (sum_N r r_k k) v) * g; all [B T, H N], vectors [H N]."""
     D = y.shape[1]
     unit, rstd, bonus = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
     for t in range(start, stop):
@@ -305,7 +305,7 @@ def wkv_output_backward(  # type: ignore[no-untyped-def]
 
 @_jit
 def norm_sum_forward(ys, weights, biases, x, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
-    """Compute o = (sum_i group_norm(y_i)) * x; ys a tuple of [B T, H N], weights and biases [I, H N]."""
+    """Compute o = (sum_i group_norm(y_i)) * x; ys I times [B T, H N], weights, biases [I, H N]."""
     D = x.shape[1]
     unit, rstd, total = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
     for t in range(start, stop):
