@@ -17,6 +17,11 @@ from tolerance import TOLERANCE, relative_error
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 
 
+@pytest.fixture(autouse=True)
+def _threads_even_for_little_work(monkeypatch):
+    monkeypatch.setattr(cpu, "GRAIN", 1)
+
+
 def make(batch=2, length=37, heads=3, size=16, dtype=torch.float64, decay=-0.6065):
     shape = (batch, length, heads, size)
     r, log_w, k, v, kappa, a = (torch.randn(shape, dtype=dtype) for _ in NAMES)

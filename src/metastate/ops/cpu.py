@@ -24,24 +24,29 @@ from torch import Tensor
 from metastate.errors import ConfigError
 from metastate.ops import cpu_kernels as kernels
 from metastate.ops.reference import Trajectory
+from metastate.ops.step import wkv7_step
 from metastate.ops.threads import run_pieces
 
 L1_BYTES = 24 * 1024  # of a 32 KiB first-level cache, for a block of the state
+GRAIN = 64 * 64 * 64  # state elements a thread: below, waking it takes longer than the work
 PIECES = 4  # pieces of work a thread, so that a disturbed thread does not hold up the rest
 
 
 def _run(kernel: Any, args: list[Any], cu_seqlens: Tensor, tasks_a_sequence: int) -> None:
     """Run `kernel` over all tasks, spread over torch.get_num_threads() threads.
 
-    `args` are ints and contiguous tensors, which are passed by address.
+    `args`: H, N, then addresses and contiguous tensors, which are passed by address.
     """
     addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
     num_tasks = (cu_seqlens.numel() - 1) * tasks_a_sequence
-    num_threads = min(torch.get_num_threads(), num_tasks)
+    offsets = cu_seqlens.numpy()
+    heads, size = args[:2]
+    work = int(offsets[-1]) * heads * size**2
+    num_threads = min(torch.get_num_threads(), num_tasks, 1 + work // GRAIN)
     if num_threads == 1:
         kernel(*addresses, 0, num_tasks)
         return
-    cuts = _cuts(cu_seqlens.numpy(), tasks_a_sequence, min(num_threads * PIECES, num_tasks))
+    cuts = _cuts(offsets, tasks_a_sequence, min(num_threads * PIECES, num_tasks))
     runs = zip(cuts[:-1], cuts[1:], strict=True)
     run_pieces(kernel, [(*addresses, *run) for run in runs], num_threads)
 
@@ -322,12 +327,12 @@ class CpuTrajectory(Trajectory):
         """See Trajectory.read."""
         if by not in ("key", "value"):
             raise ConfigError(f"by is {by!r}; allowed: 'key', 'value'")
-        _, _, k, v, kappa, a, _, cu_seqlens = self.inputs
         if self.kept is None:
             row = x[:, 0].to(self.state.dtype)
             read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
             with torch.autocast("cpu", enabled=False):  # a state is never rounded
                 return torch.einsum(read, self.state, row).unsqueeze(1).to(x.dtype)
+        _, _, k, v, kappa, a, _, cu_seqlens = self.inputs
         kept = self.kept
         if torch.is_grad_enabled():
             if self.readers:
@@ -372,19 +377,21 @@ def wkv7(
     the final state only.
     """
     batch, length = r.shape[:2]
+    needs_gradients = _differentiable(r, log_w, k, v, kappa, a, state)
+    if length == 1 and cu_seqlens is None and not needs_gradients:
+        y, final = wkv7_step(r, log_w, k, v, kappa, a, state)
+        return y, CpuTrajectory(final, log_w, kappa, a, None, (), None)
     offsets = cu_seqlens
     if offsets is None:
         offsets = torch.arange(0, batch * length + 1, length)
     inputs = (r, log_w, k, v, kappa, a, state, offsets)
     kept: tuple[Tensor, ...] | None = None
-    if _differentiable(*inputs[:7]):
+    if needs_gradients:
         y, final, *rest = wkv7_forward(*inputs)
         kept = tuple(rest)
-    elif keep and not (length == 1 and cu_seqlens is None):
-        y, final, *rest = _forward(*inputs, True)
-        kept = (*rest, *_links(rest[0]))
     else:
-        y, final, *_ = _forward(*inputs, False)
+        y, final, *rest = _forward(*inputs, keep)
+        kept = (*rest, *_links(rest[0])) if keep else None
     return y, CpuTrajectory(final, log_w, kappa, a, cu_seqlens, inputs, kept)
 
 
