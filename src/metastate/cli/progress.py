@@ -36,7 +36,7 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
             make = tqdm
     painted: Any = None
     started = said = time.monotonic()
-    first: int | None = None
+    first: tuple[int, float] | None = None
 
     def show(done: int, total: int, **figures: str) -> None:
         nonlocal painted, said, first
@@ -48,13 +48,16 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
             painted.update(done - painted.n)
             return
         now = time.monotonic()
-        first = max(0, done - 1) if first is None else first  # what a resumed run had before
+        # Neither what a resumed run had before nor the start-up of the first call is the speed.
+        first = first or (done, now)
         if now - said < LINE_EVERY_S and done < total:
             return
         said = now
-        left = (now - started) * (total - done) / max(1, done - first)
         text = "".join(f", {key} {value}" for key, value in figures.items())
-        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s, {left:.0f} s left{text}")
+        if done > first[0]:
+            left = (now - first[1]) * (total - done) / (done - first[0])
+            text = f", {left:.0f} s left{text}"
+        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s{text}")
 
     try:
         yield show
