@@ -10,12 +10,15 @@ def test_lines_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     with progress.bar("train", "steps") as show:
         show(1, 3, loss="2.5")
+        show(2, 3, loss="2.2")
         show(3, 3, loss="2.0")
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
-    assert captured.out == "" and len(lines) == 2
-    assert lines[0].startswith("train: 1/3 steps") and lines[0].endswith("left, loss 2.5")
-    assert "3/3" in lines[1] and " 0 s left" in lines[1]
+    assert captured.out == "" and len(lines) == 3
+    # There is no speed before the second call, so nothing is said of the time left.
+    assert lines[0].startswith("train: 1/3 steps") and lines[0].endswith(" s, loss 2.5")
+    assert lines[1].endswith("left, loss 2.2")
+    assert "3/3" in lines[2] and " 0 s left" in lines[2]
 
 
 def test_quiet_between_lines_but_not_at_the_end(capsys):
