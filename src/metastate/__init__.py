@@ -5,6 +5,7 @@
     model = metastate.load("metastate-tiny")            # a preset, or the folder of a checkpoint
     logits, state = model(tokens)                       # tokens [B, T] int64 -> logits [B, T, V]
     metastate.save(model, "runs/mine")                  # model.safetensors + config.json
+    larger = metastate.grow(model, head_size=128)       # the same function, more parameters
 
 Importing this package is cheap: torch is loaded with the first name that needs it.
 """
@@ -18,12 +19,18 @@ from metastate import errors
 
 if TYPE_CHECKING:
     from metastate import ops
+    from metastate.growth import grow, grow_state
     from metastate.model.io import load, save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "errors", "load", "ops", "save"]
+__all__ = ["__version__", "errors", "grow", "grow_state", "load", "ops", "save"]
 
-_LAZY = {"load": "metastate.model.io", "save": "metastate.model.io"}
+_LAZY = {
+    "grow": "metastate.growth",
+    "grow_state": "metastate.growth",
+    "load": "metastate.model.io",
+    "save": "metastate.model.io",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def coerce_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return `config` as plain JSON-ready values; `from_dict` gives the same object back."""
-    return dataclasses.asdict(config)
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # tuples become lists
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +103,14 @@ def _positive(where: str, **values: int | float | None) -> None:
             raise ConfigError(f"{where}.{name} is {value}; it must be positive")
 
 
+def _fraction(where: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{where} is {value}; from 0 (frozen) to 1")
+
+
 _MODEL_SIZES = (
-    *("vocab_size", "hidden_size", "num_layers", "num_heads", "head_size", "ffn_size"),
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "input_slices", "head_size"),
+    "ffn_size",
     *("decay_rank", "icl_rate_rank", "value_rank", "gate_rank", "rope_theta"),
 )
 _TRAIN_SIZES = (
@@ -163,6 +170,8 @@ class ModelConfig:
 
     Sizes: D = hidden_size, L = num_layers, H = num_heads, N = head_size (D/H unless given),
     V = vocab_size. The low-rank sizes of RWKV-7 follow its training code where they are None.
+    Growth sets input_slices (how many slices the Meta-State heads cut x into, H unless given; head
+    h reads slice h mod input_slices) and head_segments (the head's channels by growth step).
     """
 
     architecture: Literal["metastate", "rwkv7", "transformer"] = "metastate"
@@ -170,6 +179,7 @@ class ModelConfig:
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 2
+    input_slices: int | None = None
     head_size: int | None = None
     head_segments: tuple[int, ...] | None = None
     ffn_size: int | None = None
@@ -191,13 +201,18 @@ class ModelConfig:
         _positive("model", **{name: getattr(self, name) for name in _MODEL_SIZES})
         if self.parameter_tokens < 0:
             raise ConfigError(f"model.parameter_tokens is {self.parameter_tokens}; 0 or more")
-        if self.hidden_size % self.num_heads:
+        slices = self.input_slices or self.num_heads
+        if self.hidden_size % slices:
+            name = "input_slices" if self.input_slices else "num_heads"
             raise ConfigError(
-                f"model.hidden_size {self.hidden_size} is not a multiple of num_heads "
-                f"{self.num_heads}; change one of them"
+                f"model.hidden_size {self.hidden_size} is not a multiple of {name} {slices}; "
+                "change one of them"
             )
+        if slices > self.num_heads:
+            raise ConfigError(f"model.input_slices {slices} is above num_heads {self.num_heads}")
+        object.__setattr__(self, "input_slices", slices)
         if self.head_size is None:
-            object.__setattr__(self, "head_size", self.hidden_size // self.num_heads)
+            object.__setattr__(self, "head_size", self.hidden_size // slices)
         assert self.head_size is not None
         segments = self.head_segments or (self.head_size,)
         if sum(segments) != self.head_size or min(segments) < 1:
@@ -207,7 +222,7 @@ class ModelConfig:
             )
         object.__setattr__(self, "head_segments", tuple(segments))
         if self.architecture == "transformer":
-            if self.head_size != self.hidden_size // self.num_heads or self.head_size % 2:
+            if self.attention_size != self.hidden_size or self.head_size % 2:
                 raise ConfigError(
                     "a transformer needs an even head_size equal to hidden_size / num_heads "
                     f"(rotary positions turn pairs); head_size is {self.head_size}"
@@ -216,10 +231,10 @@ class ModelConfig:
                 raise ConfigError(
                     "model.parameter_tokens needs a WKV state; a transformer has none"
                 )
-        elif self.head_size < self.hidden_size // self.num_heads:
+        elif self.head_size < self.hidden_size // slices:
             raise ConfigError(
                 f"model.head_size {self.head_size} is below hidden_size / num_heads = "
-                f"{self.hidden_size // self.num_heads}"
+                f"{self.hidden_size // slices}"
             )
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
@@ -242,16 +257,52 @@ class ModelConfig:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if {"hidden_size", "num_heads", "head_size"} & changes.keys():
             data["head_segments"] = None
+            if self.input_slices == self.num_heads:
+                data["input_slices"] = None
             if "head_size" not in changes and self.attention_size == self.hidden_size:
                 data["head_size"] = None
         return ModelConfig(**(data | changes))
 
 
 @dataclass(frozen=True)
+class GrowthStep:
+    """Growth inside a run: before update `step` the model grows to the sizes that are given.
+
+    The learning rate rises again from zero over `warmup` steps, and entries that the model had
+    before learn at `old_lr_scale` times the rate until the next growth.
+    """
+
+    step: int
+    head_size: int | None = None
+    num_heads: int | None = None
+    parameter_tokens: int | None = None
+    num_layers: int | None = None
+    ffn_size: int | None = None
+    init: Literal["zero", "random"] = "zero"
+    warmup: int = 0
+    old_lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("growth", step=self.step)
+        if self.warmup < 0:
+            raise ConfigError(f"growth.warmup is {self.warmup}; 0 or more steps")
+        _fraction("growth.old_lr_scale", self.old_lr_scale)
+
+    def sizes(self) -> dict[str, int | None]:
+        """Return the sizes to grow to, None where an axis stays."""
+        other = ("step", "init", "warmup", "old_lr_scale")
+        return {key: n for key, n in vars(self).items() if key not in other}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `model` overrides single fields of the preset."""
+    """One training run. `model` overrides single fields of the preset.
+
+    With `from_checkpoint` the run starts from those weights, and preset and model are not used.
+    """
 
     preset: str = "metastate-tiny"
+    from_checkpoint: str = ""
     data: str = ""
     out: str = ""
     model: dict[str, Any] = field(default_factory=dict)
@@ -264,6 +315,8 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int = 50
     decay_fraction: float = 0.2
+    old_lr_scale: float = 1.0
+    growth: tuple[GrowthStep, ...] = ()
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
@@ -295,5 +348,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; in [0, 1)")
+        _fraction("train.old_lr_scale", self.old_lr_scale)
+        steps = [g.step for g in self.growth]
+        if steps != sorted(set(steps)):
+            raise ConfigError(f"train.growth has steps {steps}; each must be after the one before")
         if self.weight_decay < 0 or self.z_loss < 0:
             raise ConfigError("train.weight_decay and train.z_loss must not be negative")

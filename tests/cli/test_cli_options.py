@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from metastate.cli import build_parser, main
-from metastate.cli.options import HELP, parse_override, settings_of
+from metastate.cli.options import HELP, flag_of, parse_override, settings_of
 from metastate.config import TrainConfig
 from metastate.errors import ConfigError
 
@@ -36,7 +36,7 @@ def test_every_training_setting_has_a_flag_and_a_help_text():
     for field in dataclasses.fields(TrainConfig):
         if field.name != "model":
             assert HELP[field.name]
-            assert "--" + field.name.replace("_", "-") in flags
+            assert f"{flag_of(field.name)} " in flags
 
 
 @pytest.mark.parametrize(

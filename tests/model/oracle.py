@@ -152,7 +152,7 @@ class Oracle:
                 if c.update == "self":
                     update = np.outer(e[h], e[h])
                 elif c.update == "input":
-                    update = np.outer(e[h], xh[h] * size**-0.5)
+                    update = np.outer(e[h], xh[h] * sizes[0] ** -0.5)
                 else:
                     own = unit(xh[h])
                     transition = np.diag(w[h]) - np.outer(own, a[h] * own)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import metastate
-from metastate.config import TrainConfig, to_dict
+from metastate.config import GrowthStep, TrainConfig, to_dict
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError, DataError, TrainingError
@@ -193,12 +193,16 @@ def test_out_and_resume_must_agree(config):
 
 
 CHANGED = {
+    "from_checkpoint": "elsewhere",
+    "old_lr_scale": 0.5,
+    "growth": (GrowthStep(9, num_layers=3),),
     **{"preset": "metastate-mini", "model": MODEL | {"num_layers": 1}, "batch_size": 3},
     **{"context": 15, "accumulate": 2, "lr": 2e-3, "min_lr": 1e-5, "schedule": "wsd", "warmup": 4},
     **{"decay_fraction": 0.3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8},
     **{"clip": 2.0, "z_loss": 0.0, "seed": 1, "dtype": "bfloat16", "backend": "reference"},
     **{"compile": True, "activation_checkpointing": True, "document_reset": False},
-    **{"carry_state": True, "device": "cuda"},
+    **{"carry_state": True, "device": "cuda", "from_checkpoint": "elsewhere"},
+    **{"old_lr_scale": 0.5, "growth": (GrowthStep(9, num_layers=3),)},
 }
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from metastate import __version__
-from metastate.cli.options import Parser, add_config, add_flags, add_json
+from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json
 from metastate.config import TrainConfig
 from metastate.errors import ConfigError, MetaStateError
 
@@ -20,6 +20,7 @@ quick start:
   metastate train --preset metastate-tiny --data data/mine --out runs/mine
   metastate eval runs/mine/best --data data/mine          held-out loss
   metastate generate runs/mine/best --prompt "Once upon"  continue a text
+  metastate grow runs/mine/best --head-size 128 --out big a larger model, the same function
 
 `metastate COMMAND --help` explains a command.
 """
@@ -39,6 +40,14 @@ Train a model on prepared data.
 
 Settings come from their defaults, then --config, then flags, then --set. Ctrl-C finishes the step,
 writes a checkpoint and stops; --resume goes on exactly where that was, and needs only --out.
+"""
+
+GROW = """\
+Make a checkpoint larger without changing what it computes.
+
+Give the new size of any axes. The report shows parameters, state bytes, FLOPs, and how far the
+logits moved on real text. Moments of the optimizer and a carried state grow too. Then train what is
+new: `metastate train --from OUT --old-lr-scale 0.1 ...` (0 freezes what the model had before).
 """
 
 EVAL = """\
@@ -73,6 +82,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("train", "train a model", TRAIN),
             ("eval", "measure the held-out loss of a model", EVAL),
             ("generate", "continue a text", GENERATE),
+            ("grow", "make a model larger, its function unchanged", GROW),
             ("info", "parameters, FLOPs and state bytes of a model", None),
         )
     }
@@ -82,6 +92,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         ("train", _add_train),
         ("eval", _add_eval),
         ("generate", _add_generate),
+        ("grow", _add_grow),
         ("info", _add_info),
     ):
         add(commands[name])
@@ -134,8 +145,14 @@ def _add_train(parser: Parser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in --out"
     )
+    parser.add_argument(
+        "--growth",
+        dest="growth_file",
+        metavar="FILE",
+        help=HELP["growth"],
+    )
     add_json(parser)
-    names = (name for name in TrainConfig.__dataclass_fields__ if name != "model")
+    names = (n for n in TrainConfig.__dataclass_fields__ if n not in ("model", "growth"))
     add_flags(parser, *names, layered=True)
 
 
@@ -193,6 +210,31 @@ def _add_generate(parser: Parser) -> None:
     add_json(parser)
 
 
+def _add_grow(parser: Parser) -> None:
+    _add_model(parser)
+    for flag, what in (
+        ("--head-size", "channels N of a head and its states"),
+        ("--heads", "heads H"),
+        ("--layers", "blocks L"),
+        ("--parameter-tokens", "pairs P that make up the first state"),
+        ("--ffn-size", "hidden channels of a feed-forward layer (RWKV-7, Transformer)"),
+    ):
+        parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
+    parser.add_argument(
+        "--init",
+        choices=("zero", "random"),
+        default="zero",
+        help="zero keeps the function exactly; random, the paper's other choice, does not "
+        "(default: zero)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the grown checkpoint")
+    parser.add_argument(
+        "--data", metavar="DIR", help="prepared data whose held-out text the logits are compared on"
+    )
+    add_flags(parser, "seed")
+    add_json(parser)
+
+
 def _add_info(parser: Parser) -> None:
     parser.add_argument("model", metavar="CKPT|PRESET", help="a checkpoint's folder, or a preset")
     add_flags(parser, "context", context=1024)
@@ -239,7 +281,7 @@ def _run(argv: list[str]) -> int:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse what is missing here, after unknown flags: those are the likelier mistake."""
-    needed = {"prepare": ("out",), "eval": ("data",)}.get(args.command, ())
+    needed = {"prepare": ("out",), "eval": ("data",), "grow": ("out",)}.get(args.command, ())
     for name in needed:
         if not getattr(args, name, None):
             raise ConfigError(f"--{name} is missing; see `metastate {args.command} --help`")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from metastate.cli.demo import run_demo
+from metastate.cli.growing import run_grow, tokenizer_of
 from metastate.cli.progress import bar, print_json
 from metastate.cli.training import run_train
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
-from metastate.data.tokenizer import load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.eval.describe import describe, describe_table
 from metastate.eval.loss import EvalResult, evaluate
@@ -152,8 +152,7 @@ def run_generate(args: argparse.Namespace) -> None:
             f"{args.checkpoint} does not say which tokenizer it was trained with; only a model "
             "that `metastate train` made can write"
         )
-    folder = Path(args.checkpoint).absolute()
-    tokenizer = load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
+    tokenizer = tokenizer_of(model, Path(args.checkpoint))
     state = Continuation.load(args.state_in, model) if args.state_in else None
     prompt = args.prompt
     if prompt is None:
@@ -197,5 +196,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": run_train,
     "eval": run_eval,
     "generate": run_generate,
+    "grow": run_grow,
     "info": run_info,
 }

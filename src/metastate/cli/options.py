@@ -19,6 +19,7 @@ from metastate.errors import ConfigError
 HELP = {
     "preset": "model to train: ARCHITECTURE-SIZE, as in metastate-tiny, rwkv7-mini",
     "data": "folder made by `metastate prepare`",
+    "from_checkpoint": "start from these weights (and moments, if there are any), not a preset",
     "out": "folder for checkpoints, log and curve",
     "model": "",
     "steps": "optimizer steps",
@@ -36,6 +37,8 @@ HELP = {
     "eps": "AdamW: added to the denominator",
     "clip": "largest norm of the whole gradient",
     "z_loss": "weight of the penalty that keeps the logits' scale near zero",
+    "old_lr_scale": "after growth: factor of the learning rate of what was there before; 0 freezes",
+    "growth": "YAML file whose list `growth` says at which steps the model grows, and to what",
     "seed": "initial weights, order of the data, sampling",
     "device": "where to compute: cpu, cuda, cuda:1",
     "dtype": "arithmetic of the matrix products: float32, bfloat16 (autocast) or float64",
@@ -50,6 +53,11 @@ HELP = {
     "checkpoint_every": "steps between checkpoints",
     "tensorboard": "also write TensorBoard events (needs the package tensorboard)",
 }
+
+
+def flag_of(name: str) -> str:
+    """Return the command-line flag of a TrainConfig field."""
+    return "--from" if name == "from_checkpoint" else "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,7 +105,7 @@ def add_flags(
         else:
             settings["type"] = hints[name] if hints[name] in (int, float) else str
             settings["metavar"] = {int: "N", float: "X"}.get(hints[name], name.upper())
-        parser.add_argument("--" + name.replace("_", "-"), **settings)
+        parser.add_argument(flag_of(name), **settings)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +169,11 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     settings = read_yaml(args.config) if args.config else {}
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     settings = merge(settings, {k: v for k, v in vars(args).items() if k in fields})
+    if args.growth_file:
+        schedule = read_yaml(args.growth_file)
+        if schedule.keys() != {"growth"}:
+            raise ConfigError(f"{args.growth_file} must hold one list, named `growth`")
+        settings = merge(settings, schedule)
     for text in args.set:
         settings = merge(settings, parse_override(text))
     return settings

@@ -14,6 +14,7 @@ from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
 from metastate.eval.loss import evaluate
 from metastate.eval.plots import loss_curve
+from metastate.growth import grow_in_training
 from metastate.model.lm import LanguageModel
 from metastate.train.checkpoint import saved_config
 from metastate.train.trainer import LOG, TrainResult, train
@@ -26,6 +27,10 @@ def run_train(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     if args.resume and settings.get("out"):
         settings = merge(to_dict(saved_config(settings["out"])), settings)
+    elif settings.get("from_checkpoint") and (unused := {"preset", "model"} & settings.keys()):
+        raise ConfigError(
+            f"--from brings its own model, so {min(unused)} has no meaning; leave one of them out"
+        )
     config = from_dict(TrainConfig, settings)
     for name in ("data", "out"):
         if not getattr(config, name):
@@ -43,7 +48,13 @@ def run_train(args: argparse.Namespace) -> int:
 def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     """Run `train` with a progress bar and periodic validation; draw the curve at its end."""
     with bar("train", "steps") as show:
-        result = train(config, evaluate=validation(config), progress=show, resume=resume)
+        result = train(
+            config,
+            evaluate=validation(config),
+            progress=show,
+            resume=resume,
+            grow=grow_in_training,
+        )
     log(f"{result.step:,} steps, {result.tokens:,} tokens; checkpoint {result.out / 'last'}")
     if result.best_loss is not None:
         log(f"best held-out loss {result.best_loss:.4f} nats/token at step {result.best_step:,}")

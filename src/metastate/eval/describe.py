@@ -85,7 +85,8 @@ def describe_table(model: LanguageModel | ModelConfig, context: int = 1024) -> s
             lines.append(f"  {name:<20}{_text(value)}")
     lines += ["", "lineage" if facts["lineage"] else "lineage: trained from scratch, never grown"]
     for step in facts["lineage"]:
-        lines.append("  " + ", ".join(f"{key} {_text(value)}" for key, value in step.items()))
+        shown = {k: v for k, v in step.items() if k != "before"}
+        lines.append("  " + ", ".join(f"{key} {_text(value)}" for key, value in shown.items()))
     if facts["tokenizer"]:
         lines += ["", f"tokenizer: {facts['tokenizer'].get('name')}"]
     return "\n".join(lines)

@@ -74,6 +74,9 @@ def loss_curve(
             bbox={"fc": "white", "ec": "none", "pad": 0.5},
             color=VALID,
         )
+    for i, row in enumerate(r for r in rows if r.get("kind") == "growth"):
+        label = "growth" if i == 0 else None
+        axes.axvline(row["tokens"], color="#55a868", ls="--", lw=1.2, label=label)
     # A first loss near ln V would flatten the rest: leave it out of view once most is learned.
     values = sorted(loss for _, _, loss in train + valid)
     high = values[min(len(values) - 1, int(0.97 * len(values)))]

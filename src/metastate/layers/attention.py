@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError, StateError
-from metastate.layers.common import MATRIX
+from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth
 
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
 
@@ -187,6 +188,8 @@ class Attention(nn.Module):
     Source: arXiv:1706.03762 with arXiv:2104.09864; the arrangement of GPT-2, without biases.
     """
 
+    GROWS: ClassVar[dict[str, Growth]] = {"output.weight": ("D H N", OUTPUT)}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -258,6 +261,11 @@ class Attention(nn.Module):
 
 class Mlp(nn.Module):
     """Feed-forward layer, y = gelu(x W_k) W_v; width `ffn_size`, 4 D unless the config gives it."""
+
+    GROWS: ClassVar[dict[str, Growth]] = {
+        "key.weight": ("F D", RANDOM),
+        "value.weight": ("D F", OUTPUT),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

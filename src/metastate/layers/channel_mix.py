@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate.config import ModelConfig
-from metastate.layers.common import MATRIX, VECTOR, Packing, linear, token_shift
+from metastate.layers.common import (
+    MATRIX,
+    OUTPUT,
+    RANDOM,
+    VECTOR,
+    Growth,
+    Packing,
+    linear,
+    token_shift,
+)
 
 
 class ChannelMix(nn.Module):
@@ -15,6 +26,11 @@ class ChannelMix(nn.Module):
 
     Source: arXiv:2503.14456, section 4.
     """
+
+    GROWS: ClassVar[dict[str, Growth]] = {
+        "key.weight": ("F D", RANDOM),
+        "value.weight": ("D F", OUTPUT),
+    }
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ prose is an option of MetaStateConfig. docs/architecture.md says which words eac
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +15,13 @@ from torch import Tensor, nn
 from metastate import ops
 from metastate.config import ModelConfig
 from metastate.layers.common import (
+    KEY,
     MATRIX,
+    OUTPUT,
+    RANDOM,
     VECTOR,
     GroupNorm,
+    Growth,
     LowRank,
     Packing,
     last_of_rows,
@@ -37,18 +43,35 @@ class MetaState(nn.Module):
     y_t = norm(q_t M_t^T) + norm(e_t)           readout (`readout`, `query`, `output_norm`)
     o_t = concat_h(y_t * act(x_t) [* g_t]) W_o  `modulation`, `activation`, `gate`
 
-    W_o is zero at the start. Where N > D/H the state reads x W_p, W_p = [I 0] at the start, and the
-    modulation repeats the head's slice of x. With `token_shift`, x is lerp(x_t, x_{t-1}, mu).
+    W_o is zero at the start. A head's x_t is its slice of the input, D/H wide. Where N is larger
+    the state reads x W_p, W_p = [I 0] at the start, and the modulation repeats the slice. With
+    `token_shift`, x is lerp(x_t, x_{t-1}, mu).
     """
+
+    GROWS: ClassVar[dict[str, Growth]] = {
+        "output.weight": ("D H N", OUTPUT),
+        "projection": ("D N", KEY),
+        "gate.B": ("R H N", RANDOM),
+        "compress": ("H 2 N R", KEY),
+        "expand": ("H R N", RANDOM),
+        **{
+            f"{norm}.{name}": ("H N", RANDOM)
+            for norm in ("meta_norm", "encoding_norm")
+            for name in ("weight", "bias")
+        },
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.head_size is not None and config.head_segments is not None
+        assert config.input_slices is not None
         D, H, N = config.hidden_size, config.num_heads, config.head_size
+        width = D // config.input_slices
         options = self.options = config.meta_state
         self.num_heads, self.head_size, self.segments = H, N, config.head_segments
+        self.slices = config.input_slices
         self.has_meta = options.readout != "encoding"
-        self.projection = nn.Parameter(torch.eye(D // H, N)) if N != D // H else None
+        self.projection = nn.Parameter(torch.eye(width, N)) if width != N else None
         normed = options.output_norm == "group"
         self.meta_norm = GroupNorm(H, self.segments) if normed and self.has_meta else None
         reads_encoding = options.readout != "meta"
@@ -96,7 +119,9 @@ class MetaState(nn.Module):
             assert shift is not None
             new_shift, mixes = x[:, -1].clone(), token_shift(x, shift, self.mu, packing, backend)
             x, x_g = mixes[0], mixes[-1]
-        by_head = x.view(batch, length, self.num_heads, width // self.num_heads)
+        by_head = x.view(batch, length, self.slices, width // self.slices)
+        if self.slices < self.num_heads:  # grown heads read the slices of old ones
+            by_head = by_head[:, :, torch.arange(self.num_heads, device=x.device) % self.slices]
         x_state = by_head if self.projection is None else by_head @ self.projection
         e, kl = self.encode(x_state, trajectory)
         sources, M = self.evolve(x_state, e, trajectory, M, packing, backend)
@@ -163,7 +188,14 @@ class MetaState(nn.Module):
             q = written if options.query == "encoding" else None
             initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
             y, final = ops.meta_state(
-                x, written, q, trajectory, initial, update=options.update, backend=backend
+                x,
+                written,
+                q,
+                trajectory,
+                initial,
+                update=options.update,
+                first_size=self.segments[0],
+                backend=backend,
             )
             M = last_of_rows(final, packing)
             sources.append(y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,14 @@ from metastate import ops
 from metastate.config import ModelConfig
 from metastate.layers.common import (
     DECAY_BASE,
+    KEY,
     MATRIX,
+    OUTPUT,
+    RANDOM,
     VECTOR,
+    ZERO,
     GroupNorm,
+    Growth,
     LowRank,
     Packing,
     last_of_rows,
@@ -35,6 +42,18 @@ class TimeMix(nn.Module):
 
     `parameter_tokens` pairs (k_p, v_p) give the state before the first token, S_0 = V_P^T K_P.
     """
+
+    GROWS: ClassVar[dict[str, Growth]] = {
+        "receptance.weight": ("H N D", RANDOM),
+        "key.weight": ("H N D", KEY),
+        "value.weight": ("H N D", RANDOM),
+        "output.weight": ("D H N", OUTPUT),
+        **{f"{name}.B": ("R H N", RANDOM) for name in ("decay", "icl_rate", "value_mix", "gate")},
+        **{f"{name}.bias": ("H N", RANDOM) for name in ("decay", "icl_rate", "value_mix")},
+        **dict.fromkeys(("k_k", "k_a", "r_k", "norm.weight", "norm.bias"), ("H N", RANDOM)),
+        "token_keys": ("H P N", KEY),
+        "token_values": ("H P N", ZERO),
+    }
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,15 @@ def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
         "tokenizer": model.tokenizer_info,
     }
     write_json(path / "config.json", config, error=CheckpointError)
+
+
+def weights_hash(model: LanguageModel) -> str:
+    """Return the SHA-256 of a model's weights, names and shapes included, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def load(

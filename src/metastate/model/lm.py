@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from metastate import ops
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError, StateError
-from metastate.layers.common import MATRIX, Packing, linear
+from metastate.layers.common import MATRIX, Growth, Packing, linear
 from metastate.model.block import RecurrentBlock, TransformerBlock, block_groups
 from metastate.model.state import ModelState
 
@@ -157,6 +157,16 @@ class LanguageModel(nn.Module):
             groups |= {f"blocks.{i}.{k}": g for k, g in block.optimizer_groups().items()}  # type: ignore[operator]
         norms = nn.ModuleDict({n: m for n, m in self.named_children() if n in ("ln0", "ln_out")})
         return groups | block_groups(norms)
+
+    def growth_axes(self) -> dict[str, Growth]:
+        """Return the axes that growth lengthens and the rule of new entries, by parameter."""
+        names = {name for name, _ in self.named_parameters()}
+        declared = {
+            f"{path}.{name}": axes
+            for path, module in self.named_modules()
+            for name, axes in getattr(module, "GROWS", {}).items()
+        }
+        return {name: axes for name, axes in declared.items() if name in names}
 
     def count_parameters(self) -> dict[str, int]:
         """Return parameters by part, `total`, and `non_embedding` (the head left out too)."""

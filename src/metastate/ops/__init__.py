@@ -165,12 +165,13 @@ def meta_state(
     state: Tensor | None = None,
     *,
     update: str = "delta",
+    first_size: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the meta state, whose transition is the WKV state's own, and read it with q.
 
         self:  M_t = M_{t-1} G_t + e_t^T e_t        G_t = diag(w_t) - kappa_t^T (a_t * kappa_t)
-        input: M_t = M_{t-1} G_t + e_t^T x_t N^-1/2
+        input: M_t = M_{t-1} G_t + e_t^T x_t N_0^-1/2
         delta: M_t = M_{t-1} (diag(w_t) - x^_t^T (a_t * x^_t)) + e_t^T (a_t * x^_t),  x^ = x / |x|
         y_t = q_t M_t^T
 
@@ -181,6 +182,7 @@ def meta_state(
         trajectory: of the WKV pass over the same tokens; its w, kappa, a are reused.
         state: M before token 0, [n, H, N, N]; None means zeros.
         update: `self`, `input` or `delta`.
+        first_size: N_0, the head size that the model began with; N if None.
         backend: as in `wkv7`; used by `delta`, which has a geometry of its own.
 
     Returns:
@@ -209,6 +211,6 @@ def meta_state(
         return y.to(e.dtype), state
     if update not in ("self", "input"):
         raise ConfigError(f"update is {update!r}; allowed: 'self', 'input', 'delta'")
-    key = e if update == "self" else x * x.shape[-1] ** -0.5
+    key = e if update == "self" else x * (first_size or x.shape[-1]) ** -0.5
     y, state = trajectory.recur(x if q is None else q, key, e, state)
     return y.to(e.dtype), state

@@ -30,6 +30,7 @@ from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
+from metastate.train.optim import GroupedAdamW, moments
 
 # What may differ between a run and its continuation: its end, where things are, what is reported.
 MAY_CHANGE = {
@@ -37,6 +38,7 @@ MAY_CHANGE = {
     "tensorboard",
 }
 VERSION = 1
+MOMENTS, CARRIED = "optimizer.safetensors", "state.safetensors"
 RUN = "run.json"  # the settings of the run, written before its first step
 
 
@@ -69,7 +71,7 @@ class TrainerState:
 def save_checkpoint(
     out: str | os.PathLike[str],
     model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: GroupedAdamW,
     trainer: TrainerState,
     carried: ModelState | None = None,
 ) -> Path:
@@ -98,10 +100,10 @@ def save_checkpoint(
         for leftover in folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
         io.save(model, temporary)
-        moments = safetensors.torch.save(_moments(optimizer))
-        atomic_write(temporary / "optimizer.safetensors", moments)
+        tensors = {k: v.contiguous().cpu() for k, v in moments(optimizer).items()}
+        atomic_write(temporary / MOMENTS, safetensors.torch.save(tensors))
         if carried is not None:
-            carried.save(temporary / "state.safetensors", model.config)
+            carried.save(temporary / CARRIED, model.config)
         write_json(temporary / "trainer.json", to_dict(trainer))
         os.replace(temporary, final)
         sync_folder(folder)
@@ -118,7 +120,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out: str | os.PathLike[str], model: LanguageModel, optimizer: torch.optim.Optimizer
+    out: str | os.PathLike[str], model: LanguageModel, optimizer: GroupedAdamW
 ) -> tuple[TrainerState, ModelState | None]:
     """Load the newest checkpoint of `out` into `model` and `optimizer`, in place.
 
@@ -136,8 +138,8 @@ def load_checkpoint(
     tensors = io.read_tensors(folder / "model.safetensors")
     io.check_tensors(tensors, model.state_dict(), folder / "model.safetensors")
     model.load_state_dict(tensors)
-    _load_moments(optimizer, folder / "optimizer.safetensors")
-    state_file = folder / "state.safetensors"
+    _load_moments(optimizer, folder / MOMENTS)
+    state_file = folder / CARRIED
     carried = ModelState.load(state_file, model) if state_file.exists() else None
     # A kill may have come between the rename of the folder and that of the links.
     _publish(Path(out), trainer)
@@ -212,21 +214,12 @@ def _publish(out: Path, trainer: TrainerState) -> None:
         if _step(folder) not in keep.values():
             shutil.rmtree(folder, ignore_errors=True)
         elif _step(folder) != trainer.step:
-            for name in ("optimizer.safetensors", "state.safetensors"):
+            for name in (MOMENTS, CARRIED):
                 with contextlib.suppress(OSError):
                     (folder / name).unlink(missing_ok=True)
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{key}:{name}": value.detach().contiguous().cpu()
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"], strict=True)
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, file: Path) -> None:
+def _load_moments(optimizer: GroupedAdamW, file: Path) -> None:
     tensors = io.read_tensors(file)
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from metastate.config import TrainConfig
+from metastate.config import ModelConfig, TrainConfig, from_dict
 from metastate.errors import ConfigError
 from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
-
-if TYPE_CHECKING:
-    from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel
+from metastate.model.regions import Region, Regions, regions
 
 # group -> (factor of the learning rate, whether weight decay applies)
 RULES = {MATRIX: (1.0, True), VECTOR: (1.0, False), DECAY_BASE: (2.0, False)}
@@ -26,11 +27,21 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         cosine    min_lr + (lr - min_lr) (1 + cos(pi p)) / 2
         wsd       lr, and over the last `decay_fraction` of all steps a straight line to min_lr
         constant  lr
+    After growth before update s: times (step - s + 1) / w over its own warm-up of w steps.
 
     Args:
         step: 0 is the first update; steps past config.steps keep the last rate.
-        config: lr, min_lr, schedule, warmup, decay_fraction, steps.
+        config: lr, min_lr, schedule, warmup, decay_fraction, steps, growth.
     """
+    factor = 1.0
+    for growth in config.growth:
+        if growth.step <= step < growth.step + growth.warmup:
+            factor = (step - growth.step + 1) / growth.warmup
+    return factor * _scheduled(step, config)
+
+
+def _scheduled(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of `step` without regard to growth."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -44,16 +55,57 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * p)) / 2
 
 
-def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+class GroupedAdamW(torch.optim.AdamW):
+    """AdamW over the parameters of a model, or over regions of them after growth.
+
+    A group holds "name", "scale" (factor of the learning rate), "names" of what it trains, and
+    "regions": None for a whole parameter. A region is trained through a view, so that it has its
+    own learning rate and moments, and what no region covers is never touched.
+    """
+
+    def __init__(self, model: LanguageModel, groups: list[dict[str, Any]], **settings: Any) -> None:
+        self.sources = dict(model.named_parameters())
+        super().__init__(groups, **settings)
+
+    def gather(self) -> list[Tensor]:
+        """Give each region its part of the gradient; return all that has a gradient."""
+        for group in self.param_groups:
+            for p, name, region in zip(
+                group["params"], group["names"], group["regions"], strict=True
+            ):
+                if region is not None:
+                    grad = self.sources[name.partition("[")[0]].grad
+                    p.grad = None if grad is None else region.of(grad)
+        return [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the regions and of the parameters they belong to."""
+        super().zero_grad(set_to_none)
+        for p in self.sources.values():
+            p.grad = None
+
+
+def make_optimizer(
+    model: LanguageModel, config: TrainConfig, old_lr_scale: float | None = None
+) -> GroupedAdamW:
     """Return AdamW over the trainable parameters in the groups that the layers declare.
 
-    MATRIX is decayed, VECTOR is not, DECAY_BASE is not and learns twice as fast. Each of the
-    optimizer's groups holds "name", "scale" (factor of the learning rate) and "names" of its
-    parameters. The fused form took 0.2 of the time of the other two on the CPU (79 M parameters).
+    MATRIX is decayed, VECTOR is not, DECAY_BASE is not and learns twice as fast. The fused form
+    took 0.2 of the time of the other two on the CPU (79 M parameters).
+
+    Args:
+        model: to train.
+        config: lr, betas, eps, weight_decay.
+        old_lr_scale: factor of the learning rate of the entries that a grown model has from its
+            parent; config's if None. At 0 they are left out: no moments, no gradient where that can
+            be avoided, and they stay as they are bit by bit.
 
     Raises:
-        ConfigError: a parameter has no group, or a group names no parameter or no rule.
+        ConfigError: a parameter has no group, a group names no parameter or no rule, or
+            old_lr_scale is not 1 and the model never grew.
     """
+    scale_of_old = config.old_lr_scale if old_lr_scale is None else old_lr_scale
+    parts = None if scale_of_old == 1 else grown_regions(model)
     groups = model.optimizer_groups()
     parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() - groups.keys()):
@@ -67,24 +119,117 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
         )
     if unknown := sorted(set(groups.values()) - RULES.keys()):
         raise ConfigError(f"unknown optimizer group {unknown[0]!r}; known: {', '.join(RULES)}")
+    members: dict[tuple[str, float, bool], list[tuple[str, Tensor, Region | None]]] = {}
+    for name, p in parameters.items():
+        if p.requires_grad:
+            part = None if parts is None else parts[name]
+            for piece, region, scale in _pieces(name, p, part, scale_of_old):
+                view = p if region is None else region.of(p.detach())
+                key = (groups[name], scale, region is None)
+                members.setdefault(key, []).append((piece, view, region))
     settings = []
-    for group, (scale, decays) in RULES.items():
-        names = [n for n, p in parameters.items() if groups[n] == group and p.requires_grad]
-        if names:
-            settings.append(
-                {
-                    "params": [parameters[n] for n in names],
-                    "name": group,
-                    "names": names,
-                    "scale": scale,
-                    "weight_decay": config.weight_decay if decays else 0.0,
-                }
-            )
+    for group, (factor, decays) in RULES.items():
+        for (name, scale, whole), own in members.items():
+            if name == group:
+                names, params, boxes = (list(column) for column in zip(*own, strict=True))
+                settings.append(
+                    {
+                        "params": params,
+                        "name": group,
+                        "names": names,
+                        "regions": boxes,
+                        "scale": factor * scale,
+                        "weight_decay": config.weight_decay if decays else 0.0,
+                        "fused": whole,  # the fused form takes no strided views
+                        "foreach": False,
+                    }
+                )
     if not settings:
         raise ConfigError("every parameter of the model is frozen; there is nothing to train")
-    return torch.optim.AdamW(
-        settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    return GroupedAdamW(
+        model, settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
     )
+
+
+def grown_regions(model: LanguageModel) -> dict[str, Regions]:
+    """Return which entries the model has from before its last growth.
+
+    Raises:
+        ConfigError: it never grew.
+    """
+    if not model.lineage:
+        raise ConfigError(
+            "old_lr_scale is not 1, but this model never grew, so that nothing in it is old; grow "
+            "it with `metastate grow`, or leave old_lr_scale out"
+        )
+    return regions(model, from_dict(ModelConfig, model.lineage[-1]["before"], "lineage"))
+
+
+def _pieces(
+    name: str, p: Tensor, part: Regions | None, scale: float
+) -> Iterator[tuple[str, Region | None, float]]:
+    """Yield what of a parameter is trained: its name, region (None: whole), factor of the rate."""
+    if part is None or part.old is None:
+        yield name, None, 1.0
+    elif part.new:
+        if scale:
+            yield f"{name}[old]", part.old, scale
+        for axis, region in part.new.items():
+            yield f"{name}[{axis}]", region, 1.0
+    elif scale:
+        yield name, None, scale
+    else:
+        p.requires_grad_(False)
+
+
+def moments(optimizer: GroupedAdamW) -> dict[str, Tensor]:
+    """Return the optimizer's state, `kind:name` -> tensor, kinds step, exp_avg and exp_avg_sq."""
+    return {
+        f"{key}:{name}": value.detach()
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def whole_moments(found: dict[str, Tensor], model: LanguageModel) -> dict[str, Tensor]:
+    """Put the moments of regions together, so that each is laid out like its parameter.
+
+    Regions that were frozen have zeros; of different counts of steps the largest is kept.
+    """
+    parts = grown_regions(model) if any("[" in key for key in found) else {}
+    out: dict[str, Tensor] = {}
+    for key, value in found.items():
+        base, bracket, axis = key.rstrip("]").partition("[")
+        if not bracket:
+            out[key] = value
+        elif not value.dim():
+            out[base] = torch.maximum(value, out[base]) if base in out else value
+        else:
+            name = base.partition(":")[2]
+            region = parts[name].old if axis == "old" else parts[name].new[axis]
+            assert region is not None
+            whole = out.setdefault(base, value.new_zeros(model.get_parameter(name).shape))
+            region.of(whole).copy_(value)
+    return out
+
+
+def adopt_moments(optimizer: GroupedAdamW, whole: dict[str, Tensor]) -> None:
+    """Start the optimizer from `whole_moments`; what has none there starts from nothing."""
+    for group in optimizer.param_groups:
+        for p, name, region in zip(group["params"], group["names"], group["regions"], strict=True):
+            base = name.partition("[")[0]
+            own = {k: whole.get(f"{k}:{base}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            if any(value is None for value in own.values()):
+                continue
+            optimizer.state[p] = {
+                key: value.clone()  # type: ignore[union-attr]
+                if key == "step"
+                else torch.empty_like(p, requires_grad=False).copy_(
+                    value if region is None else region.of(value)  # type: ignore[arg-type]
+                )
+                for key, value in own.items()
+            }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

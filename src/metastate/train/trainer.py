@@ -18,27 +18,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metastate.config import TrainConfig, to_dict
+from metastate.config import GrowthStep, TrainConfig, to_dict
 from metastate.data.files import atomic_write, write_json
 from metastate.data.loader import Batch, BatchSource, PreparedData
 from metastate.errors import ConfigError, TrainingError
+from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
 from metastate.train.checkpoint import (
+    MOMENTS,
     RUN,
     TrainerState,
     check_same_run,
     find_checkpoint,
     has_run,
     load_checkpoint,
+    read_trainer,
     save_checkpoint,
 )
-from metastate.train.optim import learning_rate, make_optimizer, set_learning_rate
+from metastate.train.memory import keep_freed_memory
+from metastate.train.optim import (
+    adopt_moments,
+    learning_rate,
+    make_optimizer,
+    moments,
+    set_learning_rate,
+    whole_moments,
+)
 
 LOG = "log.jsonl"
 WALL_CLOCK = ("tokens_per_s", "seconds")  # fields of the log that differ between equal runs
+Moments = dict[str, Tensor]
+# (model, growth, whole moments, carried state, seed) -> the same three of the grown model
+Grow = Callable[
+    [LanguageModel, GrowthStep, Moments, ModelState | None, int],
+    tuple[LanguageModel, Moments, ModelState | None],
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
@@ -72,6 +89,7 @@ def train(
     progress: Callable[..., None] | None = None,
     resume: bool = False,
     model: LanguageModel | None = None,
+    grow: Grow | None = None,
 ) -> TrainResult:
     """Train a model on prepared data.
 
@@ -89,6 +107,7 @@ def train(
         resume: continue the run in config.out.
         model: train this one in place of config.preset with fresh weights; config.model is then
             not used.
+        grow: makes the model larger as config.growth says; metastate.growth.grow_in_training.
 
     Raises:
         ConfigError: a setting is impossible, or config.out does not fit `resume`.
@@ -107,7 +126,11 @@ def train(
         )
     if resume and not has_run(config.out):
         raise ConfigError(f"there is no run in {config.out}; leave out --resume, or correct --out")
-    run = _Run(config, evaluate, progress, model)
+    if config.growth and grow is None:
+        raise ConfigError("config.growth needs train(..., grow=metastate.growth.grow_in_training)")
+    keep_freed_memory()
+    run = _Run(config, evaluate, progress, grow)
+    run.use(*run.first_model(model, resume))
     if resume:
         run.restore()
     run.start()
@@ -123,9 +146,9 @@ class _Run:
         config: TrainConfig,
         evaluate: Callable[[LanguageModel], dict[str, Any]] | None,
         progress: Callable[..., None] | None,
-        model: LanguageModel | None,
+        grow: Grow | None,
     ) -> None:
-        self.config, self.evaluate, self.progress = config, evaluate, progress
+        self.config, self.evaluate, self.progress, self.grow = config, evaluate, progress, grow
         self.out = Path(config.out)
         self.device = _device(config.device)
         self.data = data = PreparedData.open(config.data)
@@ -136,11 +159,44 @@ class _Run:
             config.seed,
             carry_state=config.carry_state,
         )
-        if model is None:
+        record = {key: data.record[key] for key in ("tokenizer", "splits")}
+        fingerprint = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        self.at = TrainerState(step=0, tokens=0, config=config, data=fingerprint)
+        self.carried: ModelState | None = None
+        self.growths = 0  # steps of config.growth that the model has made
+        self.signal: int | None = None
+        self.loss: float | None = None
+        self.started, self.busy_s, self.busy_tokens = time.monotonic(), 0.0, 0
+
+    def first_model(
+        self, model: LanguageModel | None, resume: bool
+    ) -> tuple[LanguageModel, Moments]:
+        """Return the model that the run begins or goes on with, and moments it brings along."""
+        config, data = self.config, self.data
+        found = find_checkpoint(self.out) if resume else None
+        if found is not None:  # its weights come later; its shape may have grown since the start
+            info = io.read_config(found)
+            # A checkpoint is written before the growth that is due at its step.
+            step = read_trainer(found).step
+            self.growths = sum(g.step < step for g in config.growth)
+            if model is None or model.config != info["model"]:
+                model = LanguageModel(info["model"])
+            model.lineage, model.tokenizer_info = info["lineage"], info["tokenizer"]
+        elif model is None and config.from_checkpoint:
+            folder = Path(config.from_checkpoint)
+            model = io.load(folder)
+            if (folder / MOMENTS).exists():
+                return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
+        elif model is None:
             torch.manual_seed(config.seed)
             model = LanguageModel(preset(config.preset, **_overrides(config, data)))
             model.tokenizer_info = data.record["tokenizer"]
-        data.check_vocab(model.config.vocab_size, model.tokenizer_info)
+        return model, {}
+
+    def use(self, model: LanguageModel, known: Moments) -> None:
+        """Train `model` from now on, the optimizer starting from the whole moments `known`."""
+        config = self.config
+        self.data.check_vocab(model.config.vocab_size, model.tokenizer_info)
         if config.carry_state and model.config.architecture == "transformer":
             raise ConfigError(
                 "carry_state needs a recurrent model; a transformer's cache would grow for ever"
@@ -151,14 +207,9 @@ class _Run:
         if config.compile:
             for block in self.model.blocks:
                 block.compile()
-        self.optimizer = make_optimizer(self.model, config)
-        record = {key: data.record[key] for key in ("tokenizer", "splits")}
-        fingerprint = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        self.at = TrainerState(step=0, tokens=0, config=config, data=fingerprint)
-        self.carried: ModelState | None = None
-        self.signal: int | None = None
-        self.loss: float | None = None
-        self.started, self.busy_s, self.busy_tokens = time.monotonic(), 0.0, 0
+        scales = [g.old_lr_scale for g in config.growth[: self.growths]]
+        self.optimizer = make_optimizer(self.model, config, scales[-1] if scales else None)
+        adopt_moments(self.optimizer, known)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; to the very start where there is none yet."""
@@ -167,7 +218,7 @@ class _Run:
             check_same_run(found, self.config, self.at.data, self.config.out)
             self.at = replace(found, config=self.config)
             self.carried = None if carried is None else carried.to(self.device)
-        _cut_log(self.out / LOG, self.at.step)
+        _cut_log(self.out / LOG, self.at.step)  # growth due at this step is made and logged again
 
     def start(self) -> None:
         """Write the settings and the vocabulary, and open the logs."""
@@ -197,6 +248,8 @@ class _Run:
         config, written = self.config, self.at.step
         try:
             while self.at.step < config.steps and self.signal is None:
+                if self.at.step in [g.step for g in config.growth[self.growths :]]:
+                    self.enlarge(config.growth[self.growths])
                 begin = time.monotonic()
                 figures = self.update()
                 self.busy_s += time.monotonic() - begin
@@ -237,7 +290,7 @@ class _Run:
         for batch, count in zip(batches, counts, strict=True):
             # Weighted by its tokens, so that the sum is the mean over all of them.
             nats += self.accumulate(batch, count / total) * count
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = self.optimizer.gather()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         figures = {"nll": nats / total, "grad_norm": float(norm)}
         if not all(math.isfinite(x) for x in figures.values()):
@@ -255,6 +308,28 @@ class _Run:
             window_tokens=self.at.window_tokens + total,
         )
         return figures
+
+    def enlarge(self, growth: GrowthStep) -> None:
+        """Grow the model, moments and carried state; log what it did to the loss."""
+        assert self.grow is not None
+        before, known = self.model, whole_moments(moments(self.optimizer), self.model)
+        seed = self.config.seed * 1_000_003 + growth.step
+        model, known, self.carried = self.grow(before, growth, known, self.carried, seed)
+        self.growths += 1
+        self.use(model, known)
+        both = (before, self.model)
+        context = self.config.context
+        record: dict[str, Any] = {
+            "kind": "growth",
+            "step": self.at.step,
+            "tokens": self.at.tokens,
+            "sizes": {k: v for k, v in growth.sizes().items() if v is not None},
+            "parameters": [m.count_parameters()["total"] for m in both],
+            "flops_per_token": [sum(m.flops_per_token(context)) for m in both],
+        }
+        if self.evaluate is not None:
+            record["nats_per_token"] = [self.scores(m)["nats_per_token"] for m in both]
+        self.write(record)
 
     def accumulate(self, batch: Batch, weight: float) -> float:
         """Add weight x the gradient of one batch; return its mean loss in nats a token."""
@@ -323,15 +398,21 @@ class _Run:
         """Score held-out text and log it; return whether it is the best loss so far."""
         if self.evaluate is None:
             return False
-        with self.arithmetic(), torch.no_grad():
-            scores = self.evaluate(self.model)
-        self.model.train()
+        scores = self.scores(self.model)
         self.write({"kind": "valid", "step": self.at.step, "tokens": self.at.tokens, **scores})
         loss = float(scores["nats_per_token"])
         if not loss < (math.inf if self.at.best_loss is None else self.at.best_loss):
             return False
         self.at = replace(self.at, best_step=self.at.step, best_loss=loss)
         return True
+
+    def scores(self, model: LanguageModel) -> dict[str, Any]:
+        """Score `model` on held-out text."""
+        assert self.evaluate is not None
+        with self.arithmetic(), torch.no_grad():
+            scores = self.evaluate(model)
+        model.train()
+        return scores
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to the log, and its numbers to TensorBoard."""
@@ -377,7 +458,9 @@ def _cut_log(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+            row = json.loads(line)
+            last = step - 1 if row["kind"] == "growth" else step
+            if row["step"] <= last and line.endswith("\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             break

@@ -1,0 +1,133 @@
+"""`metastate grow`: a larger checkpoint that computes what the smaller one did."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from metastate.cli.progress import log, print_json
+from metastate.data.files import atomic_write
+from metastate.data.loader import PreparedData
+from metastate.data.tokenizer import load_tokenizer
+from metastate.errors import CheckpointError, ConfigError, DataError
+from metastate.growth import grow, grow_moments, grow_state, growth_report
+from metastate.model.io import load, read_tensors, save
+from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
+from metastate.train.checkpoint import CARRIED, MOMENTS, read_trainer
+from metastate.train.optim import whole_moments
+
+EXACT = 1e-5  # largest relative change of the logits in float32 that still counts as rounding
+SAMPLE_TOKENS = 512
+
+
+def run_grow(args: argparse.Namespace) -> None:
+    """Grow the checkpoint, check that its function stayed, write it whole, and report."""
+    folder, out = Path(args.checkpoint), Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; choose another --out")
+    model = load(folder).eval()
+    folder = folder if (folder / "config.json").exists() else folder / "last"
+    grown = grow(
+        model,
+        head_size=args.head_size,
+        num_heads=args.heads,
+        parameter_tokens=args.parameter_tokens,
+        num_layers=args.layers,
+        ffn_size=args.ffn_size,
+        init=args.init,
+        seed=args.seed,
+    )
+    if (folder / "trainer.json").exists():
+        grown.lineage[-1]["step"] = read_trainer(folder).step
+    tokens, of_what = sample_tokens(model, folder, args.data)
+    report = growth_report(model, grown, tokens)
+    change = report["logits"]["relative"]
+    if args.init == "zero" and not change <= EXACT:
+        raise CheckpointError(
+            f"the grown model's logits differ by {change:.1e} of the largest (rounding is below "
+            f"{EXACT:.0e}), so it does not compute what {folder} does; nothing was written. This "
+            "is a fault of this program: please report it with this message and the command"
+        )
+    write(out, folder, model, grown)
+    if args.json:
+        print_json({"out": str(out), "checkpoint": str(folder), "init": args.init, **report})
+    else:
+        print(report_table(report, of_what))
+        log(f"written to {out}; train it with: metastate train --from {out} --data ... --out ...")
+
+
+def write(out: Path, folder: Path, model: LanguageModel, grown: LanguageModel) -> None:
+    """Write the grown checkpoint, with the moments and the carried state of the old one if any."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save(grown, temporary)
+        if (folder / MOMENTS).exists():
+            known = whole_moments(read_tensors(folder / MOMENTS), model)
+            moments = safetensors.torch.save(grow_moments(known, grown, model.config))
+            atomic_write(temporary / MOMENTS, moments, error=CheckpointError)
+        if (folder / CARRIED).exists():
+            state = grow_state(ModelState.load(folder / CARRIED, model), grown)
+            state.save(temporary / CARRIED, grown.config)
+        if model.tokenizer_info is not None:
+            tokenizer_of(model, folder).save(temporary)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, out)
+    except OSError as cause:
+        raise CheckpointError(f"{out} cannot be written: {cause}") from cause
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tokenizer_of(model: LanguageModel, folder: Path) -> Any:
+    """Return the tokenizer of a checkpoint, whose vocabulary may lie in the run's folder."""
+    folder = folder.absolute().resolve()
+    assert model.tokenizer_info is not None
+    return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
+
+
+def sample_tokens(model: LanguageModel, folder: Path, data: str | None) -> tuple[Tensor, str]:
+    """Return [1, T] tokens to compare the logits on, and what they are.
+
+    Held-out text of `data`, or else English from Python's own documentation, or random ids without
+    a tokenizer.
+    """
+    if data:
+        prepared = PreparedData.open(data)
+        prepared.check_vocab(model.config.vocab_size, model.tokenizer_info)
+        name = next((n for n in ("valid", "test", "train") if n in prepared.record["splits"]), "")
+        for document in prepared.split(name).documents():
+            if len(document.tokens) > 1:
+                ids = torch.from_numpy(document.tokens[:SAMPLE_TOKENS].astype("int64"))
+                return ids[None], f"{name} text of {data}"
+        raise DataError(f"{data} has no document to compare the logits on")
+    if model.tokenizer_info is None:
+        ids = torch.randint(model.config.vocab_size, (1, SAMPLE_TOKENS))
+        return ids, "random tokens (the checkpoint names no tokenizer)"
+    topics = importlib.import_module("pydoc_data.topics").topics
+    text = "\n".join(topics[key] for key in sorted(topics)[:8])
+    ids = torch.tensor([tokenizer_of(model, folder).encode(text)[:SAMPLE_TOKENS]])
+    return ids, "Python's documentation"
+
+
+def report_table(report: dict[str, Any], of_what: str) -> str:
+    """Return a growth report as text for people."""
+    lines = [f"{'':<18}{'before':>16}{'after':>16}{'ratio':>8}"]
+    for key in ("parameters", "non_embedding", "state_bytes", "flops_per_token"):
+        a, b = report[key]
+        lines.append(f"{key.replace('_', ' '):<18}{a:>16,}{b:>16,}{b / max(a, 1):>8.2f}")
+    logits = report["logits"]
+    lines.append(
+        f"logits moved by at most {logits['max_abs']:.2e}, {logits['relative']:.2e} of the largest "
+        f"({logits['tokens']} tokens, {of_what})"
+    )
+    return "\n".join(lines)

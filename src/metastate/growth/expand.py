@@ -1,0 +1,295 @@
+"""Make a model larger along any axis without changing what it computes.
+
+Why the function stays. New channels of an old head have k = kappa = 0, so the columns of S and M
+that they own stay zero and the old channels of a read never see them; norms act on each growth
+segment alone; new heads, channels and blocks reach the residual stream only through output columns
+that are zero. New pairs of parameter tokens have v_p = 0. Everything else in the new entries is as
+in a fresh model, or in new blocks a copy of the block below, so gradients reach all of it within
+two steps.
+
+Source: arXiv:2504.08247, section 3.4, eqs 7-11, which leave the values of new entries open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metastate.config import GrowthStep, ModelConfig, to_dict
+from metastate.errors import ConfigError, StateError
+from metastate.layers.attention import AttentionState
+from metastate.layers.common import KEY, OUTPUT, ZERO, RecurrentState
+from metastate.layers.time_mix import TimeMix
+from metastate.model.io import weights_hash
+from metastate.model.lm import LanguageModel
+from metastate.model.regions import Region, Regions, regions
+from metastate.model.state import ModelState
+
+AXES = ("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size")
+RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
+Init = Literal["zero", "random"]
+
+
+def grown_config(config: ModelConfig, **sizes: int | None) -> ModelConfig:
+    """Return the configuration of a model grown to `sizes`; None leaves an axis as it is.
+
+    Raises:
+        ConfigError: a size shrinks, does not fit the architecture, or cannot be reached exactly.
+    """
+    assert config.head_size is not None and config.head_segments is not None
+    if unknown := sorted(sizes.keys() - set(AXES)):
+        raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
+    before = {axis: getattr(config, axis) for axis in AXES}
+    before["ffn_size"] = config.ffn_size or 4 * config.hidden_size
+    wanted = {axis: n for axis, n in sizes.items() if n is not None and n != before[axis]}
+    if not wanted:
+        raise ConfigError(
+            f"nothing grows: give at least one of {', '.join(AXES)} above its present size "
+            f"({', '.join(f'{k} {v}' for k, v in before.items())})"
+        )
+    for axis, n in wanted.items():
+        if n < before[axis]:
+            raise ConfigError(f"{axis} {n} is below the present {before[axis]}; growth never drops")
+    kind, meta = config.architecture, config.meta_state
+    allowed = {
+        "metastate": {"head_size", "num_heads", "parameter_tokens", "num_layers"},
+        "rwkv7": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
+        "transformer": {"num_layers", "ffn_size"},
+    }[kind]
+    if refused := sorted(wanted.keys() - allowed):
+        raise ConfigError(
+            f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
+            f"{', '.join(sorted(allowed))}"
+        )
+    reads_back = meta.update == "self" and meta.query == "encoding" and meta.readout != "encoding"
+    if kind == "metastate" and "head_size" in wanted and reads_back:
+        raise ConfigError(
+            "head_size cannot grow exactly with meta_state.update='self' and query='encoding': the "
+            "new channels of e would be read back through the old ones; grow num_heads instead"
+        )
+    changes: dict[str, Any] = dict(wanted)
+    if kind != "transformer":
+        # What follows from D, N and the like in a fresh config stays what it is in this model.
+        changes |= ranks_of(config)
+        changes |= {"input_slices": config.input_slices, "head_size": config.head_size}
+        changes["head_segments"] = config.head_segments
+        if "head_size" in wanted:
+            added = wanted["head_size"] - config.head_size
+            changes["head_size"] = wanted["head_size"]
+            changes["head_segments"] = (*config.head_segments, added)
+        if kind == "metastate" and meta.encoder == "cross":
+            latent = meta.latent_size or max(1, config.head_size // 2)
+            changes["meta_state"] = dataclasses.replace(meta, latent_size=latent)
+    return config.replace(**changes)
+
+
+def ranks_of(config: ModelConfig) -> dict[str, int]:
+    """Return the sizes of the low-rank maps of a recurrent model, as given or by D and N."""
+    with torch.device("meta"):
+        mix = TimeMix(config, 1)  # layer 0 has no value residual
+    assert mix.value_mix is not None
+    return {
+        "decay_rank": mix.decay.A.shape[1],
+        "icl_rate_rank": mix.icl_rate.A.shape[1],
+        "value_rank": mix.value_mix.A.shape[1],
+        "gate_rank": mix.gate.A.shape[1],
+    }
+
+
+@torch.no_grad()
+def grow(
+    model: LanguageModel,
+    *,
+    head_size: int | None = None,
+    num_heads: int | None = None,
+    parameter_tokens: int | None = None,
+    num_layers: int | None = None,
+    ffn_size: int | None = None,
+    init: Init = "zero",
+    seed: int = 0,
+) -> LanguageModel:
+    """Return a larger model; `model` is not changed. The width D stays.
+
+    Args:
+        model: the parent, of any architecture.
+        head_size: N, channels of a head and of its states; new ones form a growth segment.
+        num_heads: H; new heads read the slices of x of old ones in turn.
+        parameter_tokens: P, pairs (k_p, v_p) that make up the state before the first token.
+        num_layers: L; new blocks go on top.
+        ffn_size: F, hidden channels of a feed-forward layer (RWKV-7, Transformer).
+        init: "zero", and the grown model computes what the parent does; or "random", the paper's
+            other choice: the entries that would be zero are normal with std 0.02.
+        seed: of the new entries.
+
+    Returns:
+        The grown model on the parent's device and in its dtype; its lineage has one more step.
+
+    Raises:
+        ConfigError: an axis shrinks, does not divide, is unknown to the architecture or cannot
+            grow exactly.
+
+    Source: arXiv:2504.08247, section 3.4; the choice of new entries is ours (docs/architecture.md).
+    """
+    if init not in ("zero", "random"):
+        raise ConfigError(f"init is {init!r}; allowed: 'zero', 'random'")
+    sizes = {
+        "head_size": head_size,
+        "num_heads": num_heads,
+        "parameter_tokens": parameter_tokens,
+        "num_layers": num_layers,
+        "ffn_size": ffn_size,
+    }
+    parent = model.config
+    config = grown_config(parent, **sizes)
+    like = model.embedding.weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        grown = LanguageModel(config).to(like.dtype)
+        before, axes = dict(model.named_parameters()), grown.growth_axes()
+        parts = regions(grown, parent)
+        for name, part in parts.items():
+            if part.old is not None:
+                part.old.of(grown.get_parameter(name)).copy_(_parents(part, before[name]))
+        _copy_top(grown, parent.num_layers)
+        for name, (_, rule) in axes.items():
+            p, part = grown.get_parameter(name), parts[name]
+            is_above = name.startswith("blocks.") and int(name.split(".")[1]) >= parent.num_layers
+            for region in _closed(part, rule, is_above):
+                if init == "zero":
+                    region.of(p).zero_()
+                else:
+                    region.of(p).normal_(std=RANDOM_STD)
+            if is_above and rule == ZERO and not p.any():
+                p.normal_(std=RANDOM_STD)  # behind a closed output zero would only delay it
+    step: dict[str, Any] = {
+        axis: [getattr(parent, axis), getattr(config, axis)]
+        for axis in AXES
+        if getattr(parent, axis) != getattr(config, axis)
+    }
+    step |= {"init": init, "seed": seed, "parent": weights_hash(model), "before": to_dict(parent)}
+    grown.lineage = [*model.lineage, step]
+    grown.tokenizer_info = model.tokenizer_info
+    grown.backend = model.backend
+    grown.activation_checkpointing = model.activation_checkpointing
+    return grown.to(like.device).train(model.training)
+
+
+def _copy_top(grown: LanguageModel, num_old: int) -> None:
+    """Start each new block as a copy of the parent's top one, whose features are useful already."""
+    top = dict(grown.blocks[num_old - 1].named_parameters())
+    for block in grown.blocks[num_old:]:
+        for name, p in block.named_parameters():
+            if name in top:  # block 0 has no value residual
+                p.copy_(top[name])
+
+
+def _closed(part: Regions, rule: str, is_above: bool) -> list[Region]:
+    """Return the regions that must be zero for the function to stay; `is_above`: a new block's."""
+    if rule == OUTPUT or (rule == ZERO and not is_above):
+        return list(part.new.values())
+    return [part.new["N"]] if rule == KEY and "N" in part.new else []
+
+
+def _parents(part: Regions, x: Tensor) -> Tensor:
+    """Return the parent's tensor with its axes taken apart as in `part.old`."""
+    assert part.old is not None
+    return x.reshape([last for _, last in part.old.box])
+
+
+def grow_moments(
+    moments: dict[str, Tensor], grown: LanguageModel, parent: ModelConfig
+) -> dict[str, Tensor]:
+    """Return an optimizer's moments for a grown model: the old entries' own, zero for new ones.
+
+    Args:
+        moments: `kind:name` -> a tensor laid out like the parameter `name` of the parent, or a
+            scalar (the count of steps).
+        grown: from `grow`.
+        parent: configuration of the model that the moments are of.
+
+    Returns:
+        The same keys with the shapes of `grown`; parameters that the parent did not have are left
+        out, so that an optimizer starts them from nothing.
+    """
+    out, parts = {}, regions(grown, parent)
+    for key, value in moments.items():
+        name = key.partition(":")[2]
+        old = parts[name].old
+        assert old is not None
+        if value.dim():
+            whole = value.new_zeros(grown.get_parameter(name).shape)
+            old.of(whole).copy_(_parents(parts[name], value))
+            value = whole
+        out[key] = value
+    return out
+
+
+def grow_in_training(
+    model: LanguageModel,
+    growth: GrowthStep,
+    moments: dict[str, Tensor],
+    carried: ModelState | None,
+    seed: int,
+) -> tuple[LanguageModel, dict[str, Tensor], ModelState | None]:
+    """Make one step of a growth schedule: model, whole moments and carried state together."""
+    grown = grow(model, **growth.sizes(), init=growth.init, seed=seed)
+    grown.lineage[-1]["step"] = growth.step
+    state = None if carried is None else grow_state(carried, grown)
+    return grown, grow_moments(moments, grown, model.config), state
+
+
+@torch.no_grad()
+def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
+    """Return a parent's carried state for a grown model, which then goes on as the parent would.
+
+    New rows, columns and heads of S and M are zero; new blocks have seen nothing.
+
+    Args:
+        state: of the model that `grown` came from, at any point of a sequence.
+        grown: from `grow`.
+
+    Raises:
+        StateError: the state is larger than the grown model's, or of another architecture.
+    """
+    batch = state.batch_size
+    fresh = grown.init_state(batch).layers
+    layers: list[Any] = []
+    for i, new in enumerate(fresh):
+        old = state.layers[i] if i < len(state.layers) else None
+        if old is None and isinstance(new, AttentionState):
+            first = state.layers[0]  # the new block writes nothing, whatever its cache holds
+            assert isinstance(first, AttentionState)
+            old = first.map(lambda t: t if t.dtype == torch.int64 else torch.zeros_like(t))
+        if old is not None and type(old) is not type(new):
+            raise StateError(f"the state's layer {i} is a {type(old).__name__}; of another model")
+        if isinstance(old, RecurrentState) and isinstance(new, RecurrentState):
+            fields = [
+                None if a is None or b is None else _padded(a, b)
+                for a, b in zip(_tensors(old), _tensors(new), strict=True)
+            ]
+            layers.append(RecurrentState(*fields))  # type: ignore[arg-type]
+        else:
+            layers.append(new if old is None else old)
+    out = dataclasses.replace(state, layers=tuple(layers))
+    out.check(grown)
+    return out
+
+
+def _tensors(layer: RecurrentState) -> list[Tensor | None]:
+    return [getattr(layer, f.name) for f in dataclasses.fields(layer)]
+
+
+def _padded(old: Tensor, new: Tensor) -> Tensor:
+    """Return `old` with zeros up to the shape of `new`."""
+    added = [n - m for n, m in zip(new.shape, old.shape, strict=True)]
+    if min(added) < 0:
+        raise StateError(
+            f"the state is {list(old.shape)}, the grown model's {list(new.shape)}: it is of "
+            "another model"
+        )
+    pads = [n for extra in reversed(added) for n in (0, extra)]
+    return F.pad(old, pads)

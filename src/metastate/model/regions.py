@@ -1,0 +1,92 @@
+"""Which entries of each parameter a grown model has from its parent, and which are new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from metastate.config import ModelConfig
+from metastate.model.lm import LanguageModel
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a parameter's entries.
+
+    Attributes:
+        shape: the parameter's axes taken apart, as [H, N, D] for a projection [H N, D].
+        box: first and last + 1 index of each axis.
+    """
+
+    shape: tuple[int, ...]
+    box: tuple[tuple[int, int], ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the region's entries of x, a parameter or what is laid out like one, as a view."""
+        return x.view(self.shape)[tuple(slice(*ends) for ends in self.box)]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The entries of one parameter, in disjoint regions that cover it.
+
+    Attributes:
+        old: what the parent had too, in the parent's order; None where it had no such parameter.
+        new: what was added, by the axis it was added along ("" for a whole new parameter). A box
+            covers only old entries of the axes before its own.
+    """
+
+    old: Region | None
+    new: dict[str, Region] = field(default_factory=dict)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the length of each axis that can grow: H, N, P and F of docs/notation.md."""
+    assert config.head_size is not None
+    return {
+        "H": config.num_heads,
+        "N": config.head_size,
+        "P": config.parameter_tokens,
+        "F": config.ffn_size or 4 * config.hidden_size,
+    }
+
+
+def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
+    """Split the parameters of a grown `model` into what a model of the config `parent` had and not.
+
+    Returns:
+        Regions by parameter name. Without growth between the two, everything is old.
+    """
+    with torch.device("meta"):
+        before = dict(LanguageModel(parent).named_parameters())
+    sizes, old_sizes = axis_sizes(model.config), axis_sizes(parent)
+    axes, out = model.growth_axes(), {}
+    for name, p in model.named_parameters():
+        whole = Region(tuple(p.shape), tuple((0, n) for n in p.shape))
+        if name not in before:
+            out[name] = Regions(None, {"": whole})
+        elif p.shape == before[name].shape:
+            out[name] = Regions(whole)
+        else:
+            letters = axes[name][0].split()
+            shape = _apart(p, letters, sizes)
+            old = _apart(before[name], letters, old_sizes)
+            box = tuple((0, n) for n in old)
+            new = {
+                letter: Region(shape, (*box[:i], (old[i], n), *((0, m) for m in shape[i + 1 :])))
+                for i, (letter, n) in enumerate(zip(letters, shape, strict=True))
+                if old[i] < n
+            }
+            out[name] = Regions(Region(shape, box), new)
+    return out
+
+
+def _apart(p: Tensor, letters: list[str], sizes: dict[str, int]) -> tuple[int, ...]:
+    """Return the shape of p with one axis a letter; at most one letter is of unknown length."""
+    known = [int(a) if a.isdigit() else sizes.get(a, -1) for a in letters]
+    rest = p.numel()
+    for n in known:
+        rest = rest // n if n > 0 else rest
+    return tuple(rest if n < 0 else n for n in known)

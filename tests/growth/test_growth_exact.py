@@ -1,0 +1,264 @@
+"""Growth changes the shape, never the function: every axis, every reading, mixed and repeated."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import metastate
+from metastate.config import MetaStateConfig, ModelConfig
+from metastate.errors import ConfigError, StateError
+from metastate.growth import grow, grow_state, logits_change
+from metastate.model.lm import LanguageModel
+from metastate.model.regions import regions
+
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+SIZES = {
+    "vocab_size": 19,
+    "hidden_size": 12,
+    "num_layers": 2,
+    "num_heads": 2,
+    "ffn_size": 10,
+    "decay_rank": 3,
+    "icl_rate_rank": 3,
+    "value_rank": 2,
+    "gate_rank": 4,
+}
+AXES = {
+    "head_size": {"head_size": 9},
+    "num_heads": {"num_heads": 5},
+    "parameter_tokens": {"parameter_tokens": 3},
+    "num_layers": {"num_layers": 4},
+    "all": {"head_size": 11, "num_heads": 3, "parameter_tokens": 2, "num_layers": 3},
+}
+READINGS = {
+    "default": {},
+    "paper": vars(MetaStateConfig.paper()),
+    "cross": {"encoder": "cross", "gate": True, "token_shift": True},
+    "variational": {"encoder": "cross", "latent_size": 2, "variational": True},
+    "by value": {"read": "value", "update": "input"},
+    "own query": {"query": "encoding", "encoding_norm": "rms"},
+    "part of the state": {"encoder_size": 4, "activation": "relu2"},
+    "no meta state": {"readout": "encoding"},
+}
+
+
+def disturb(model, seed=1):
+    """Move every weight, as training does: nothing stays at the value that it was made with."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+    return model
+
+
+def build(dtype=torch.float64, **fields):
+    meta = fields.pop("meta_state", {})
+    config = ModelConfig(**SIZES | {"meta_state": MetaStateConfig(**meta)} | fields)
+    return disturb(LanguageModel(config).to(dtype)).eval()
+
+
+def text(batch=2, length=37):
+    tokens = torch.randint(19, (batch, length))
+    resets = torch.rand(batch, length) < 0.1
+    return tokens, resets
+
+
+def change(a, b):
+    return float(((b - a).abs().max() / a.abs().max()).detach())
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("reading", READINGS)
+def test_every_axis_of_every_reading(reading, axis, dtype):
+    model = build(dtype, meta_state=READINGS[reading])
+    grown = grow(model, **AXES[axis])
+    tokens, resets = text()
+    before, _ = model(tokens, resets=resets)
+    after, _ = grown(tokens, resets=resets)
+    assert change(before, after) <= EXACT[dtype]
+    assert grown.count_parameters()["total"] > model.count_parameters()["total"]
+
+
+@pytest.mark.parametrize("architecture", ["metastate", "rwkv7", "transformer"])
+def test_a_carried_state_goes_on(architecture):
+    model = build(architecture=architecture)
+    sizes = {"num_layers": 3}
+    if architecture != "transformer":
+        sizes |= {"head_size": 8, "num_heads": 3, "parameter_tokens": 2}
+    grown = grow(model, **sizes)
+    tokens, resets = text()
+    _, state = model(tokens[:, :20], resets=resets[:, :20])
+    whole, last = model(tokens[:, 20:], state, resets=resets[:, 20:])
+    carried = grow_state(state, grown)
+    assert carried.tokens_seen == 20
+    after, larger = grown(tokens[:, 20:], carried, resets=resets[:, 20:])
+    assert change(whole, after) <= 1e-12
+    # The state after the end holds the parent's as its corner.
+    if architecture != "transformer":
+        S = larger.layers[1].S[:, :2, :6, :6]
+        assert change(last.layers[1].S, S) <= 1e-12
+
+
+@pytest.mark.parametrize("architecture", ["rwkv7", "transformer"])
+def test_baselines_grow_their_feed_forward_layer_and_depth(architecture):
+    model = build(architecture=architecture)
+    grown = grow(model, ffn_size=17, num_layers=3)
+    tokens, resets = text()
+    before, after = model(tokens, resets=resets)[0], grown(tokens, resets=resets)[0]
+    assert change(before, after) <= 1e-12
+    assert grown.config.ffn_size == 17
+
+
+def test_several_steps_with_training_between():
+    model = build(parameter_tokens=1)
+    tokens, resets = text()
+    steps = [{"head_size": 8}, {"num_heads": 3, "head_size": 9}, {"num_layers": 3}, AXES["all"]]
+    for i, sizes in enumerate(steps):
+        grown = grow(model, **sizes, seed=i)
+        before, after = model(tokens, resets=resets)[0], grown(tokens, resets=resets)[0]
+        assert change(before, after) <= 1e-12, sizes
+        model = disturb(grown, seed=i)
+    assert [step["parent"] == "" for step in model.lineage] == [False] * 4
+    assert model.config.head_segments == (6, 2, 1, 2)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 10**6))
+def test_any_config_any_mixture(seed):
+    draw = random.Random(seed)
+    meta = {
+        "readout": draw.choice(["both", "meta", "encoding"]),
+        "modulation": draw.choice(["input", "none"]),
+        "update": draw.choice(["delta", "input", "self"]),
+        "encoding_norm": draw.choice(["l2", "rms", "none"]),
+        "output_norm": draw.choice(["group", "none"]),
+        "read": draw.choice(["key", "value"]),
+        "activation": draw.choice(["none", "relu2", "silu"]),
+        "gate": draw.random() < 0.5,
+        "token_shift": draw.random() < 0.5,
+    }
+    heads = draw.choice([1, 2, 3])
+    meta["query"] = "input" if meta["readout"] == "encoding" else draw.choice(["input", "encoding"])
+    model = build(
+        hidden_size=12,
+        num_heads=heads,
+        num_layers=draw.choice([1, 2]),
+        parameter_tokens=draw.choice([0, 2]),
+        meta_state=meta,
+    )
+    size = model.config.head_size
+    refused = meta["update"] == "self" and meta["query"] == "encoding"
+    sizes = {
+        "head_size": None if refused else size + draw.choice([0, 1, size]),
+        "num_heads": heads + draw.choice([0, 1, 3]),
+        "parameter_tokens": model.config.parameter_tokens + draw.choice([0, 2]),
+        "num_layers": model.config.num_layers + draw.choice([0, 1]),
+    }
+    if all(n in (None, getattr(model.config, axis)) for axis, n in sizes.items()):
+        return
+    torch.manual_seed(seed)
+    grown = grow(model, **sizes, seed=seed)
+    tokens, resets = text(batch=2, length=21)
+    before, state = model(tokens, resets=resets)
+    after, _ = grown(tokens, resets=resets)
+    # Without norms the readout grows like a cube; its own size, not the logits', sets the rounding.
+    assert change(before, after) <= 1e-12
+    more, _ = text(length=9)
+    assert change(model(more, state)[0], grown(more, grow_state(state, grown))[0]) <= 1e-12
+
+
+@pytest.mark.parametrize("architecture", ["metastate", "rwkv7", "transformer"])
+def test_nothing_is_born_dead(architecture):
+    model = build(architecture=architecture, parameter_tokens=0)
+    sizes = {"num_layers": 3}
+    if architecture != "transformer":
+        sizes |= {"head_size": 9, "num_heads": 3, "parameter_tokens": 2}
+    if architecture != "metastate":
+        sizes |= {"ffn_size": 12}
+    grown = grow(model, **sizes)
+    new = regions(grown, model.config)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-2)
+    alive = set()
+    for _ in range(2):
+        tokens, resets = text()
+        grown(tokens, resets=resets)[0].square().mean().backward()
+        for name, part in new.items():
+            for axis, region in part.new.items():
+                grad = grown.get_parameter(name).grad
+                if grad is not None and region.of(grad).abs().max() > 0:
+                    alive.add((name, axis))
+        optimizer.step()
+        optimizer.zero_grad()
+    born = {(name, axis) for name, part in new.items() for axis in part.new}
+    assert born and born - alive == set()
+
+
+def test_random_values_do_change_the_function():
+    model = build()
+    tokens, _ = text()
+    grown = grow(model, head_size=9, init="random")
+    assert logits_change(model, grown, tokens)["relative"] > 1e-4
+
+
+def test_the_parent_is_not_changed_and_the_seed_decides():
+    model = build()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    a, b, c = (grow(model, head_size=9, seed=s).state_dict() for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_grown_saved_loaded_and_grown_again(tmp_path):
+    model = build(torch.float32)
+    grown = disturb(grow(model, head_size=9, num_heads=3))
+    metastate.save(grown, tmp_path / "m")
+    loaded = metastate.load(tmp_path / "m").eval()
+    tokens, _ = text()
+    assert torch.equal(loaded(tokens)[0], grown(tokens)[0])
+    assert loaded.lineage == grown.lineage and loaded.lineage[0]["head_size"] == [6, 9]
+    again = metastate.grow(loaded, head_size=12)
+    assert change(loaded(tokens)[0], again(tokens)[0]) <= 1e-5
+    assert again.lineage[1]["parent"] != again.lineage[0]["parent"]
+    # Whole = split, as in a model that was born that size.
+    _, state = again(tokens[:, :11])
+    split = torch.cat([again(tokens[:, :11])[0], again(tokens[:, 11:], state)[0]], 1)
+    assert change(again(tokens)[0], split) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "word"),
+    [
+        ({}, "nothing grows"),
+        ({"head_size": 6}, "nothing grows"),
+        ({"head_size": 4}, "below the present"),
+        ({"num_layers": 1}, "below the present"),
+        ({"ffn_size": 99}, "cannot grow exactly"),
+        ({"num_heads": 3, "init": "one"}, "allowed"),
+    ],
+)
+def test_refused(sizes, word):
+    with pytest.raises(ConfigError, match=word):
+        grow(build(), **sizes)
+
+
+def test_refused_where_it_cannot_be_exact():
+    with pytest.raises(ConfigError, match="read back"):
+        grow(build(meta_state={"update": "self", "query": "encoding"}), head_size=9)
+    with pytest.raises(ConfigError, match="transformer cannot grow"):
+        grow(build(architecture="transformer"), num_heads=4)
+
+
+def test_a_state_of_another_model_is_refused():
+    model, other = build(), build(architecture="transformer")
+    grown = grow(model, head_size=9)
+    with pytest.raises(StateError):
+        grow_state(other(text()[0])[1], grown)
+    with pytest.raises(StateError):
+        grow_state(grow(model, head_size=20).init_state(1), grown)

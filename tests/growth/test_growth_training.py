@@ -1,0 +1,236 @@
+"""Training a grown model: frozen, slowed or free; growth inside a run; resume."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import metastate
+from metastate.config import GrowthStep, ModelConfig, TrainConfig
+from metastate.data.prepare import prepare
+from metastate.errors import ConfigError
+from metastate.growth import grow, grow_in_training, grow_moments
+from metastate.model.io import read_tensors
+from metastate.model.lm import LanguageModel
+from metastate.model.loss import lm_loss
+from metastate.model.regions import regions
+from metastate.train.optim import (
+    adopt_moments,
+    learning_rate,
+    make_optimizer,
+    moments,
+    whole_moments,
+)
+from metastate.train.trainer import WALL_CLOCK, train
+
+SIZES = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "parameter_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    words = ["the", "state", "reads", "and", "writes", "what", "it", "reads"]
+    for i in range(30):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(5, 40)))
+        (folder / f"{i}.txt").write_text(text)
+    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0), progress=False)
+    return folder / "data"
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    def make(out="run", **changes):
+        settings = {
+            "data": str(data),
+            "out": str(tmp_path / out),
+            "model": SIZES,
+            "steps": 10,
+            "batch_size": 2,
+            "context": 16,
+            "warmup": 2,
+            "lr": 1e-2,
+            "weight_decay": 0.5,
+            "backend": "chunked",
+            "log_every": 2,
+            "valid_every": 4,
+            "checkpoint_every": 4,
+        }
+        return TrainConfig(**settings | changes)
+
+    return make
+
+
+def evaluate(model):
+    tokens = torch.tensor([list(b"the state reads the state")])
+    return {"nats_per_token": float(lm_loss(model, tokens[:, :-1], tokens[:, 1:]).nll)}
+
+
+def fresh(**changes):
+    torch.manual_seed(0)
+    return LanguageModel(ModelConfig(vocab_size=256, **SIZES | changes))
+
+
+def grown_checkpoint(config, tmp_path, **sizes):
+    """Train a little, grow, save with moments; return the folder, the parent's and its weights."""
+    train(config("first"))
+    folder = tmp_path / "first" / "last"
+    model = metastate.load(folder)
+    grown = grow(model, **sizes)
+    metastate.save(grown, tmp_path / "big")
+    return model, grown
+
+
+ALL = {"head_size": 7, "num_heads": 3, "parameter_tokens": 3, "num_layers": 3}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_entries_stay_bit_by_bit(config, tmp_path, dtype, checkpointing):
+    model, grown = grown_checkpoint(config, tmp_path, **ALL)
+    settings = {
+        "from_checkpoint": str(tmp_path / "big"),
+        "old_lr_scale": 0.0,
+        "model": {},
+        "dtype": dtype,
+        "activation_checkpointing": checkpointing,
+    }
+    train(config("second", **settings))
+    after = metastate.load(tmp_path / "second")
+    moved = 0
+    for name, part in regions(grown, model.config).items():
+        old, new = grown.get_parameter(name), after.get_parameter(name)
+        if part.old is not None:
+            assert torch.equal(part.old.of(old), part.old.of(new)), name
+        moved += sum(not torch.equal(r.of(old), r.of(new)) for r in part.new.values())
+    assert moved > 20
+
+
+def test_frozen_entries_have_no_moments_and_whole_parameters_no_gradient(config, tmp_path):
+    model, grown = grown_checkpoint(config, tmp_path, **ALL)
+    optimizer = make_optimizer(grown, config(), old_lr_scale=0.0)
+    count = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+    old = model.count_parameters()["total"]
+    assert count == grown.count_parameters()["total"] - old
+    assert (
+        not grown.embedding.weight.requires_grad
+        and grown.get_parameter("blocks.0.time_mix.key.weight").requires_grad
+    )
+
+
+def test_slowed_entries_move_less():
+    grown = grow(fresh(), head_size=7)
+    start = {n: p.detach().clone() for n, p in grown.named_parameters()}
+    steps = {}
+    for scale in (1.0, 0.1):
+        grown.load_state_dict(start)
+        settings = TrainConfig(weight_decay=0.0, lr=1e-3)
+        optimizer = make_optimizer(grown, settings, old_lr_scale=scale)
+        tokens = torch.arange(40).view(2, 20)
+        lm_loss(grown, tokens, tokens).loss.backward()
+        optimizer.gather()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * group["scale"]
+        optimizer.step()
+        steps[scale] = {n: (p.detach() - start[n]) for n, p in grown.named_parameters()}
+    part = regions(grown, fresh().config)["blocks.0.time_mix.output.weight"]
+    name = "blocks.0.time_mix.output.weight"
+    full, slow = part.old.of(steps[1.0][name]), part.old.of(steps[0.1][name])
+    assert full.abs().max() > 0
+    torch.testing.assert_close(slow, 0.1 * full, rtol=1e-3, atol=1e-8)
+    new = part.new["N"]
+    torch.testing.assert_close(new.of(steps[0.1][name]), new.of(steps[1.0][name]))
+    embedding = steps[0.1]["head.weight"], 0.1 * steps[1.0]["head.weight"]
+    torch.testing.assert_close(*embedding, rtol=1e-3, atol=1e-8)
+
+
+def test_old_lr_scale_needs_growth(config):
+    with pytest.raises(ConfigError, match="never grew"):
+        train(config(old_lr_scale=0.5))
+
+
+def test_moments_grow_with_the_model(config, tmp_path):
+    model, grown = grown_checkpoint(config, tmp_path, **ALL)
+    found = read_tensors(tmp_path / "first" / "last" / "optimizer.safetensors")
+    larger = grow_moments(whole_moments(found, model), grown, model.config)
+    for name, part in regions(grown, model.config).items():
+        key = f"exp_avg_sq:{name}"
+        assert (key in larger) == (part.old is not None)
+        if part.old is not None:
+            assert larger[key].shape == grown.get_parameter(name).shape
+            box = part.old.of(larger[key])
+            assert torch.equal(box.flatten(), found[key].flatten())
+            assert larger[key].sum() == pytest.approx(float(found[key].sum()), rel=1e-5)
+    # From the moments of regions back to those of whole parameters.
+    optimizer = make_optimizer(grown, config(), old_lr_scale=0.5)
+    adopt_moments(optimizer, larger)
+    again = whole_moments(moments(optimizer), grown)
+    assert again.keys() == larger.keys()
+    assert all(torch.equal(again[k], larger[k]) for k in larger)
+
+
+SCHEDULE = (
+    GrowthStep(3, head_size=6, parameter_tokens=2, warmup=2),
+    GrowthStep(6, num_layers=3, num_heads=3, old_lr_scale=0.1),
+)
+
+
+def log_of(out):
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(r).items() if k not in WALL_CLOCK} for r in lines]
+
+
+def test_growth_inside_a_run(config):
+    result = train(config(growth=SCHEDULE), evaluate=evaluate, grow=grow_in_training)
+    model = metastate.load(result.out)
+    assert (model.config.head_size, model.config.num_heads, model.config.num_layers) == (6, 3, 3)
+    assert [step["step"] for step in model.lineage] == [3, 6]
+    rows = [row for row in log_of(result.out) if row["kind"] == "growth"]
+    assert [row["step"] for row in rows] == [3, 6]
+    for row in rows:
+        before, after = row["nats_per_token"]
+        assert after == pytest.approx(before, rel=1e-5)
+        assert row["parameters"][1] > row["parameters"][0]
+        assert row["flops_per_token"][1] > row["flops_per_token"][0]
+    assert rows[0]["sizes"] == {"head_size": 6, "parameter_tokens": 2}
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize("carry", [False, True])
+def test_resume_around_growth_is_exact(config, stop, carry):
+    settings = {"growth": SCHEDULE, "carry_state": carry, "checkpoint_every": 1}
+    whole = train(config("whole", **settings), evaluate=evaluate, grow=grow_in_training)
+    part = config("part", **settings)
+
+    def interrupt(step, *_, **__):
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first = train(part, evaluate=evaluate, grow=grow_in_training, progress=interrupt)
+    assert (first.step, first.interrupted) == (stop, signal.SIGINT)
+    again = train(part, evaluate=evaluate, grow=grow_in_training, resume=True)
+    assert log_of(whole.out) == log_of(again.out)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (read_tensors(r.out / "last" / name) for r in (whole, again))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_the_rate_rises_again_after_growth():
+    config = TrainConfig(
+        lr=1.0, warmup=0, schedule="constant", growth=(GrowthStep(4, head_size=6, warmup=4),)
+    )
+    rates = [learning_rate(step, config) for step in range(3, 10)]
+    assert rates == [1.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_growth_settings_are_checked(config):
+    with pytest.raises(ConfigError, match="after the one before"):
+        config(growth=(GrowthStep(5, head_size=6), GrowthStep(5, head_size=7)))
+    with pytest.raises(ConfigError, match="frozen"):
+        GrowthStep(5, head_size=6, old_lr_scale=2.0)
+    with pytest.raises(ConfigError, match="grow_in_training"):
+        train(config(growth=SCHEDULE))
