@@ -39,7 +39,7 @@ SETTINGS = TrainConfig(
 )
 PROBE_STEPS, PROBE_WARM = 10, 4  # steps that measure the speed; the first ones compile kernels
 SCORED_TOKENS = 65536
-PROMPT = "def "
+PROMPT = "The "
 SAMPLE_TOKENS = 400
 PLAN = "demo.json"
 
@@ -67,7 +67,7 @@ def run_demo(args: argparse.Namespace) -> int:
     model = load(run / "best").eval()
     after = score(model, data)
     log(f"4. Held-out text: {after:.3f} bits per byte, {plan['before']:.3f} before training.")
-    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=config.seed)
+    sampling = SamplingConfig(temperature=0.8, top_p=0.95, seed=config.seed)
     text = generate(model, data.tokenizer, PROMPT, sampling=sampling, max_tokens=SAMPLE_TOKENS)
     log(f"5. A sample, from {PROMPT!r} on:")
     pieces = [PROMPT]
