@@ -19,6 +19,7 @@ from metastate.errors import ConfigError
 T = TypeVar("T")
 
 CONFIG_VERSION = 1
+ATTENTION = ("transformer", "tokenformer")  # architectures with a cache of keys and values
 
 
 def unknown_key_message(key: str, known: list[str], where: str) -> str:
@@ -110,7 +111,7 @@ def _fraction(where: str, value: float) -> None:
 
 _MODEL_SIZES = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "input_slices", "head_size"),
-    "ffn_size",
+    *("ffn_size", "attention_slots"),
     *("decay_rank", "icl_rate_rank", "value_rank", "gate_rank", "rope_theta"),
 )
 _TRAIN_SIZES = (
@@ -170,11 +171,13 @@ class ModelConfig:
 
     Sizes: D = hidden_size, L = num_layers, H = num_heads, N = head_size (D/H unless given),
     V = vocab_size. The low-rank sizes of RWKV-7 follow its training code where they are None.
-    Growth sets input_slices (how many slices the Meta-State heads cut x into, H unless given; head
-    h reads slice h mod input_slices) and head_segments (the head's channels by growth step).
+    A TokenFormer's layers have attention_slots and ffn_size learned slots, 0.75 D and 3 D unless
+    given. Growth sets input_slices (how many slices the Meta-State heads cut x into, H unless
+    given; head h reads slice h mod input_slices), head_segments (a head's channels by growth step),
+    and first_slots (attention_slots and ffn_size that a TokenFormer began with).
     """
 
-    architecture: Literal["metastate", "rwkv7", "transformer"] = "metastate"
+    architecture: Literal["metastate", "rwkv7", "transformer", "tokenformer"] = "metastate"
     vocab_size: int = 50304
     hidden_size: int = 128
     num_layers: int = 4
@@ -183,6 +186,8 @@ class ModelConfig:
     head_size: int | None = None
     head_segments: tuple[int, ...] | None = None
     ffn_size: int | None = None
+    attention_slots: int | None = None
+    first_slots: tuple[int, ...] | None = None
     decay_rank: int | None = None
     icl_rate_rank: int | None = None
     value_rank: int | None = None
@@ -221,15 +226,29 @@ class ModelConfig:
                 f"{self.head_size}"
             )
         object.__setattr__(self, "head_segments", tuple(segments))
-        if self.architecture == "transformer":
+        if self.architecture == "tokenformer":
+            slots = (
+                self.attention_slots or max(1, 3 * self.hidden_size // 4),
+                self.ffn_size or 3 * self.hidden_size,
+            )
+            object.__setattr__(self, "attention_slots", slots[0])
+            object.__setattr__(self, "ffn_size", slots[1])
+            first = self.first_slots or slots
+            if len(first) != 2 or first[0] > slots[0] or first[1] > slots[1] or min(first) < 1:
+                raise ConfigError(
+                    f"model.first_slots {list(first)} must be two numbers from 1 to "
+                    f"attention_slots and ffn_size, {list(slots)}"
+                )
+            object.__setattr__(self, "first_slots", tuple(first))
+        if self.architecture in ATTENTION:
             if self.attention_size != self.hidden_size or self.head_size % 2:
                 raise ConfigError(
-                    "a transformer needs an even head_size equal to hidden_size / num_heads "
-                    f"(rotary positions turn pairs); head_size is {self.head_size}"
+                    f"a {self.architecture} needs an even head_size equal to hidden_size / "
+                    f"num_heads (rotary positions turn pairs); head_size is {self.head_size}"
                 )
             if self.parameter_tokens:
                 raise ConfigError(
-                    "model.parameter_tokens needs a WKV state; a transformer has none"
+                    f"model.parameter_tokens needs a WKV state; a {self.architecture} has none"
                 )
         elif self.head_size < self.hidden_size // slices:
             raise ConfigError(
@@ -255,6 +274,8 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a copy with `changes`; derived fields follow unless they are given."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if {"hidden_size", "attention_slots", "ffn_size"} & changes.keys():
+            data["first_slots"] = None
         if {"hidden_size", "num_heads", "head_size"} & changes.keys():
             data["head_segments"] = None
             if self.input_slices == self.num_heads:
@@ -278,7 +299,8 @@ class GrowthStep:
     parameter_tokens: int | None = None
     num_layers: int | None = None
     ffn_size: int | None = None
-    init: Literal["zero", "random"] = "zero"
+    attention_slots: int | None = None
+    init: Literal["zero", "random", "released"] = "zero"
     warmup: int = 0
     old_lr_scale: float = 1.0
 

@@ -83,12 +83,19 @@ def test_every_axis_of_every_reading(reading, axis, dtype):
     assert grown.count_parameters()["total"] > model.count_parameters()["total"]
 
 
-@pytest.mark.parametrize("architecture", ["metastate", "rwkv7", "transformer"])
+RECURRENT = {"num_layers": 3, "head_size": 9, "num_heads": 3, "parameter_tokens": 2}
+LARGER = {
+    "metastate": RECURRENT,
+    "rwkv7": RECURRENT | {"ffn_size": 17},
+    "transformer": {"num_layers": 3, "ffn_size": 17},
+    "tokenformer": {"attention_slots": 13, "ffn_size": 17},
+}
+
+
+@pytest.mark.parametrize("architecture", LARGER)
 def test_a_carried_state_goes_on(architecture):
     model = build(architecture=architecture)
-    sizes = {"num_layers": 3}
-    if architecture != "transformer":
-        sizes |= {"head_size": 8, "num_heads": 3, "parameter_tokens": 2}
+    sizes = LARGER[architecture]
     grown = grow(model, **sizes)
     tokens, resets = text()
     _, state = model(tokens[:, :20], resets=resets[:, :20])
@@ -98,19 +105,33 @@ def test_a_carried_state_goes_on(architecture):
     after, larger = grown(tokens[:, 20:], carried, resets=resets[:, 20:])
     assert change(whole, after) <= 1e-12
     # The state after the end holds the parent's as its corner.
-    if architecture != "transformer":
+    if sizes.get("head_size"):
         S = larger.layers[1].S[:, :2, :6, :6]
         assert change(last.layers[1].S, S) <= 1e-12
 
 
-@pytest.mark.parametrize("architecture", ["rwkv7", "transformer"])
-def test_baselines_grow_their_feed_forward_layer_and_depth(architecture):
-    model = build(architecture=architecture)
-    grown = grow(model, ffn_size=17, num_layers=3)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("architecture", ["rwkv7", "transformer", "tokenformer"])
+def test_baselines_grow_as_well(architecture, dtype):
+    model = build(dtype, architecture=architecture)
     tokens, resets = text()
-    before, after = model(tokens, resets=resets)[0], grown(tokens, resets=resets)[0]
-    assert change(before, after) <= 1e-12
-    assert grown.config.ffn_size == 17
+    for axis, n in LARGER[architecture].items():
+        grown = grow(model, **{axis: n})
+        before, after = model(tokens, resets=resets)[0], grown(tokens, resets=resets)[0]
+        assert change(before, after) <= EXACT[dtype], axis
+        assert getattr(grown.config, axis) == n
+        model = disturb(grown)
+
+
+def test_a_tokenformer_grown_as_released_jumps():
+    model = build(architecture="tokenformer")
+    tokens, _ = text()
+    right, released = (grow(model, ffn_size=17, init=i) for i in ("zero", "released"))
+    assert right.config.first_slots == (9, 10) and released.config.first_slots == (9, 17)
+    assert logits_change(model, right, tokens)["relative"] < 1e-12
+    assert logits_change(model, released, tokens)["relative"] > 1e-2
+    with pytest.raises(ConfigError, match="TokenFormer"):
+        grow(build(), head_size=9, init="released")
 
 
 def test_several_steps_with_training_between():
@@ -171,15 +192,10 @@ def test_any_config_any_mixture(seed):
     assert change(model(more, state)[0], grown(more, grow_state(state, grown))[0]) <= 1e-12
 
 
-@pytest.mark.parametrize("architecture", ["metastate", "rwkv7", "transformer"])
+@pytest.mark.parametrize("architecture", LARGER)
 def test_nothing_is_born_dead(architecture):
     model = build(architecture=architecture, parameter_tokens=0)
-    sizes = {"num_layers": 3}
-    if architecture != "transformer":
-        sizes |= {"head_size": 9, "num_heads": 3, "parameter_tokens": 2}
-    if architecture != "metastate":
-        sizes |= {"ffn_size": 12}
-    grown = grow(model, **sizes)
+    grown = grow(model, **LARGER[architecture])
     new = regions(grown, model.config)
     optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-2)
     alive = set()

@@ -26,8 +26,9 @@ MODELS = {
     "rwkv7": {"architecture": "rwkv7"},
     "rwkv7-grown": {"architecture": "rwkv7"} | GROWN,
     "transformer": {"architecture": "transformer"},
+    "tokenformer": {"architecture": "tokenformer"},
 }
-RECURRENT = [name for name in MODELS if name != "transformer"]
+RECURRENT = [name for name in MODELS if "former" not in name]
 
 
 NATIVE = ["metastate", "grown", "input", "encoding", "rwkv7"]

@@ -217,15 +217,16 @@ def _add_grow(parser: Parser) -> None:
         ("--heads", "heads H"),
         ("--layers", "blocks L"),
         ("--parameter-tokens", "pairs P that make up the first state"),
-        ("--ffn-size", "hidden channels of a feed-forward layer (RWKV-7, Transformer)"),
+        ("--ffn-size", "hidden channels F of a feed-forward layer (not Meta-State)"),
+        ("--attention-slots", "slots A of a TokenFormer's projections"),
     ):
         parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
     parser.add_argument(
         "--init",
-        choices=("zero", "random"),
+        choices=("zero", "random", "released"),
         default="zero",
-        help="zero keeps the function exactly; random, the paper's other choice, does not "
-        "(default: zero)",
+        help="zero keeps the function exactly; random, the paper's other choice, and released, "
+        "what TokenFormer's code does, do not (default: zero)",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the grown checkpoint")
     parser.add_argument(

@@ -43,6 +43,7 @@ def run_grow(args: argparse.Namespace) -> None:
         parameter_tokens=args.parameter_tokens,
         num_layers=args.layers,
         ffn_size=args.ffn_size,
+        attention_slots=args.attention_slots,
         init=args.init,
         seed=args.seed,
     )

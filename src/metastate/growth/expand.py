@@ -13,13 +13,13 @@ Source: arXiv:2504.08247, section 3.4, eqs 7-11, which leave the values of new e
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.config import GrowthStep, ModelConfig, to_dict
+from metastate.config import ATTENTION, GrowthStep, ModelConfig, to_dict
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import KEY, OUTPUT, ZERO, RecurrentState
@@ -29,9 +29,12 @@ from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
 from metastate.model.state import ModelState
 
-AXES = ("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size")
+AXES = (
+    *("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"),
+    "attention_slots",
+)
 RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
-Init = Literal["zero", "random"]
+Init = Literal["zero", "random", "released"]
 
 
 def grown_config(config: ModelConfig, **sizes: int | None) -> ModelConfig:
@@ -59,6 +62,7 @@ def grown_config(config: ModelConfig, **sizes: int | None) -> ModelConfig:
         "metastate": {"head_size", "num_heads", "parameter_tokens", "num_layers"},
         "rwkv7": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
         "transformer": {"num_layers", "ffn_size"},
+        "tokenformer": {"ffn_size", "attention_slots"},
     }[kind]
     if refused := sorted(wanted.keys() - allowed):
         raise ConfigError(
@@ -72,7 +76,9 @@ def grown_config(config: ModelConfig, **sizes: int | None) -> ModelConfig:
             "new channels of e would be read back through the old ones; grow num_heads instead"
         )
     changes: dict[str, Any] = dict(wanted)
-    if kind != "transformer":
+    if kind == "tokenformer":
+        changes["first_slots"] = config.first_slots
+    if kind not in ATTENTION:
         # What follows from D, N and the like in a fresh config stays what it is in this model.
         changes |= ranks_of(config)
         changes |= {"input_slices": config.input_slices, "head_size": config.head_size}
@@ -109,6 +115,7 @@ def grow(
     parameter_tokens: int | None = None,
     num_layers: int | None = None,
     ffn_size: int | None = None,
+    attention_slots: int | None = None,
     init: Init = "zero",
     seed: int = 0,
 ) -> LanguageModel:
@@ -120,9 +127,12 @@ def grow(
         num_heads: H; new heads read the slices of x of old ones in turn.
         parameter_tokens: P, pairs (k_p, v_p) that make up the state before the first token.
         num_layers: L; new blocks go on top.
-        ffn_size: F, hidden channels of a feed-forward layer (RWKV-7, Transformer).
+        ffn_size: F, hidden channels of a feed-forward layer (RWKV-7, Transformer, TokenFormer).
+        attention_slots: A, slots of a TokenFormer's projections.
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
-            other choice: the entries that would be zero are normal with std 0.02.
+            other choice: the entries that would be zero are normal with std 0.02; or "released", of
+            a TokenFormer only: what its released code does, new keys random and the scale that of
+            the new number of slots.
         seed: of the new entries.
 
     Returns:
@@ -134,17 +144,22 @@ def grow(
 
     Source: arXiv:2504.08247, section 3.4; the choice of new entries is ours (docs/architecture.md).
     """
-    if init not in ("zero", "random"):
-        raise ConfigError(f"init is {init!r}; allowed: 'zero', 'random'")
+    if init not in get_args(Init):
+        raise ConfigError(f"init is {init!r}; allowed: {', '.join(map(repr, get_args(Init)))}")
+    if init == "released" and model.config.architecture != "tokenformer":
+        raise ConfigError("init='released' is what TokenFormer's code does; only that can grow so")
     sizes = {
         "head_size": head_size,
         "num_heads": num_heads,
         "parameter_tokens": parameter_tokens,
         "num_layers": num_layers,
         "ffn_size": ffn_size,
+        "attention_slots": attention_slots,
     }
     parent = model.config
     config = grown_config(parent, **sizes)
+    if init == "released":
+        config = config.replace(first_slots=None)
     like = model.embedding.weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -161,7 +176,7 @@ def grow(
             for region in _closed(part, rule, is_above):
                 if init == "zero":
                     region.of(p).zero_()
-                else:
+                elif init == "random":
                     region.of(p).normal_(std=RANDOM_STD)
             if is_above and rule == ZERO and not p.any():
                 p.normal_(std=RANDOM_STD)  # behind a closed output zero would only delay it

@@ -153,12 +153,14 @@ def rotary_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + N/2) of x [..., T, N] by the angles of `rotary_table`.
+    """Turn channel pairs (i, i + n/2) of x [..., T, N] by the angles of `rotary_table`, [T, n/2].
 
-    Source: RoFormer, arXiv:2104.09864, eq 34, with the half-split pairing of GPT-NeoX.
+    Channels from n on stay. Source: RoFormer, arXiv:2104.09864, eq 34, with the half-split pairing
+    of GPT-NeoX.
     """
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).to(x.dtype)
 
 
 def document_starts(
@@ -195,9 +197,21 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.head_size = config.attention_size // config.num_heads
         self.theta = config.rope_theta
+        self.rotary_size = self.head_size
+        self.build(config)
+
+    def build(self, config: ModelConfig) -> None:
+        """Make the projections."""
+        output = nn.Linear(config.attention_size, config.hidden_size, bias=False)
         self.qkv = nn.Linear(config.hidden_size, 3 * config.attention_size, bias=False)
-        self.output = nn.Linear(config.attention_size, config.hidden_size, bias=False)
-        init_gpt(self.qkv, self.output, config)
+        self.output: nn.Module = output
+        init_gpt(self.qkv, output, config)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v of x, [B, H, T, N] each."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_size))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of every parameter."""
@@ -232,10 +246,9 @@ class Attention(nn.Module):
                 f"{[*state.keys.shape[:2], state.keys.shape[3]]}, this call needs {list(heads)}"
             )
         past = 0 if state is None else state.length
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_size)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, N]
+        q, k, v = self.project(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        table = rotary_table(length, past, self.head_size, self.theta, dtype, x.device)
+        table = rotary_table(length, past, self.rotary_size, self.theta, dtype, x.device)
         q, k = rotate(q, *table), rotate(k, *table)
 
         if resets is not None and not resets[:, 1:].any():

@@ -19,8 +19,8 @@ VECTOR = "vector"  # no weight decay, learning rate x 1
 DECAY_BASE = "decay_base"  # no weight decay, learning rate x 2 (w0 of RWKV-7)
 
 # Growth. A layer's GROWS names the axes of each parameter that growth lengthens (H heads, N
-# channels of a head, P parameter tokens, F hidden channels; other letters stay) and what new
-# entries hold.
+# channels of a head, P parameter tokens, F hidden channels or slots, A attention slots; other
+# letters stay) and what new entries hold.
 Growth = tuple[str, str]
 RANDOM = "random"  # what a new layer starts from: nothing old reads these entries
 OUTPUT = "output"  # zero, in new blocks too: what reads new channels into the residual stream

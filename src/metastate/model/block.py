@@ -10,6 +10,7 @@ from metastate.layers.attention import Attention, AttentionState, Mlp
 from metastate.layers.channel_mix import ChannelMix
 from metastate.layers.common import VECTOR, Packing, RecurrentState
 from metastate.layers.meta_state import MetaState
+from metastate.layers.pattention import PattentionAttention, feed_forward
 from metastate.layers.time_mix import TimeMix
 
 
@@ -71,18 +72,19 @@ class RecurrentBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward layer."""
+    """Pre-norm attention and feed-forward layer; a TokenFormer's norms have no parameters."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config)
-        self.ln2 = nn.LayerNorm(config.hidden_size)
-        self.mlp = Mlp(config)
+        slots = config.architecture == "tokenformer"
+        self.ln1 = nn.LayerNorm(config.hidden_size, elementwise_affine=not slots)
+        self.attention = PattentionAttention(config) if slots else Attention(config)
+        self.ln2 = nn.LayerNorm(config.hidden_size, elementwise_affine=not slots)
+        self.mlp = feed_forward(config) if slots else Mlp(config)
 
     def init_state(self, batch_size: int) -> AttentionState:
         """Return an empty key-value cache."""
-        weight, layer = self.ln1.weight, self.attention
+        weight, layer = next(self.parameters()), self.attention
         return AttentionState.empty(
             batch_size, layer.num_heads, layer.head_size, device=weight.device, dtype=weight.dtype
         )
@@ -105,6 +107,8 @@ def block_groups(module: nn.Module) -> dict[str, str]:
     groups: dict[str, str] = {}
     for name, child in module.named_children():
         if isinstance(child, nn.LayerNorm):
+            if not child.elementwise_affine:
+                continue
             groups |= {f"{name}.weight": VECTOR, f"{name}.bias": VECTOR}
         else:
             groups |= {f"{name}.{k}": g for k, g in child.optimizer_groups().items()}  # type: ignore[operator]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from metastate import ops
-from metastate.config import ModelConfig
+from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ShapeError, StateError
 from metastate.layers.common import MATRIX, Growth, Packing, linear
 from metastate.model.block import RecurrentBlock, TransformerBlock, block_groups
@@ -39,7 +39,7 @@ class LanguageModel(nn.Module):
         self.lineage: list[dict[str, Any]] = []
         self.tokenizer_info: dict[str, Any] | None = None
         D, V = config.hidden_size, config.vocab_size
-        self.recurrent = config.architecture != "transformer"
+        self.recurrent = config.architecture not in ATTENTION
         device = torch.get_default_device()
         self.embedding = nn.utils.skip_init(nn.Embedding, V, D, device=device)
         if self.recurrent:

@@ -24,7 +24,7 @@ SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int]]] = {
     "900m": (2304, 12, 21, (10, 8832), (11, 8704)),
     "1.5b": (3072, 12, 21, (10, 11936), (11, 11872)),
 }
-ARCHITECTURES = ("metastate", "paper", "rwkv7", "transformer")
+ARCHITECTURES = ("metastate", "paper", "rwkv7", "transformer", "tokenformer")
 NAMES = [f"{architecture}-{size}" for architecture in ARCHITECTURES for size in SIZES]
 
 
@@ -41,13 +41,19 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         raise ConfigError(f"unknown preset {name!r}; {nearest(name)}")
     architecture, size = re.fullmatch(r"(\w+)-(.+)", name).groups()  # type: ignore[union-attr]
     D, H, depth, rwkv7, transformer = SIZES[size]
-    layers, ffn = {"rwkv7": rwkv7, "transformer": transformer}.get(architecture, (depth, None))
+    layers, ffn = {
+        "rwkv7": rwkv7,
+        "transformer": transformer,
+        # As deep as the Transformer; 8 D attention_slots + 2 D ffn_size = 4 D^2 + 2 D F, 1 to 4.
+        "tokenformer": (transformer[0], (4 * D + 2 * transformer[1]) // 16 * 4),
+    }.get(architecture, (depth, None))
     fields = {
         "architecture": "metastate" if architecture == "paper" else architecture,
         "hidden_size": D,
         "num_heads": H,
         "num_layers": layers,
         "ffn_size": ffn,
+        "attention_slots": ffn // 4 if architecture == "tokenformer" and ffn else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }
     return override(ModelConfig(**fields), overrides)  # type: ignore[arg-type]

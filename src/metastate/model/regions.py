@@ -43,13 +43,14 @@ class Regions:
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the length of each axis that can grow: H, N, P and F of docs/notation.md."""
+    """Return the length of each axis that can grow: H, N, P, F and A of docs/notation.md."""
     assert config.head_size is not None
     return {
         "H": config.num_heads,
         "N": config.head_size,
         "P": config.parameter_tokens,
         "F": config.ffn_size or 4 * config.hidden_size,
+        "A": config.attention_slots or 0,
     }
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from metastate.config import ModelConfig
+from metastate.config import ATTENTION, ModelConfig
 from metastate.data.files import atomic_write
 from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
@@ -139,7 +139,7 @@ class ModelState:
             raise StateError(f"{path} has version {version}; install a newer metastate")
         if made_by != config_hash(model.config):
             raise StateError(f"{path} was made by a model of another configuration; use that model")
-        kind = AttentionState if model.config.architecture == "transformer" else RecurrentState
+        kind = AttentionState if model.config.architecture in ATTENTION else RecurrentState
         layers = []
         for i in range(model.config.num_layers):
             prefix = f"layers.{i}."

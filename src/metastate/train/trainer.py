@@ -197,7 +197,7 @@ class _Run:
         """Train `model` from now on, the optimizer starting from the whole moments `known`."""
         config = self.config
         self.data.check_vocab(model.config.vocab_size, model.tokenizer_info)
-        if config.carry_state and model.config.architecture == "transformer":
+        if config.carry_state and not model.recurrent:
             raise ConfigError(
                 "carry_state needs a recurrent model; a transformer's cache would grow for ever"
             )
