@@ -59,7 +59,7 @@ def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     if result.best_loss is not None:
         log(f"best held-out loss {result.best_loss:.4f} nats/token at step {result.best_step:,}")
     try:
-        loss_curve(result.out / LOG, result.out / CURVE)
+        loss_curve(result.out / LOG, result.out / CURVE, str(result.out))
         log(f"loss curve {result.out / CURVE}")
     except (ConfigError, DataError) as error:  # a missing figure must not fail a finished run
         log(f"no loss curve: {error}")
