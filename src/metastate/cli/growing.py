@@ -19,7 +19,7 @@ from metastate.data.loader import PreparedData
 from metastate.data.tokenizer import load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
-from metastate.model.io import load, read_tensors, save
+from metastate.model.io import checkpoint_folder, load, read_tensors, save
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 from metastate.train.checkpoint import CARRIED, MOMENTS, read_trainer
@@ -34,8 +34,7 @@ def run_grow(args: argparse.Namespace) -> None:
     folder, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out")
-    model = load(folder).eval()
-    folder = folder if (folder / "config.json").exists() else folder / "last"
+    model, folder = load(folder).eval(), checkpoint_folder(folder)
     grown = grow(
         model,
         head_size=args.head_size,

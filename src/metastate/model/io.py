@@ -65,8 +65,7 @@ def load(
     path = Path(path_or_preset)
     if not path.exists() and str(path_or_preset) in presets.NAMES:
         return LanguageModel(presets.preset(str(path_or_preset))).to(device)
-    info = read_config(path)
-    path = path if (path / "config.json").exists() else path / "last"
+    info, path = read_config(path), checkpoint_folder(path)
     with torch.device("meta"):
         model = LanguageModel(info["model"])
     tensors = read_tensors(path / "model.safetensors")
@@ -76,6 +75,13 @@ def load(
     return model.to(device)
 
 
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that holds a checkpoint: `path`, or the last one of the run in `path`."""
+    path = Path(path)
+    is_run = not (path / "config.json").exists() and (path / "last" / "config.json").exists()
+    return path / "last" if is_run else path
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a checkpoint's config.json with `model` as a ModelConfig.
 
@@ -83,9 +89,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: as `load`.
     """
     path = Path(path)
-    file = path / "config.json"
-    if not file.exists() and (path / "last" / "config.json").exists():
-        file = path / "last" / "config.json"
+    file = checkpoint_folder(path) / "config.json"
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

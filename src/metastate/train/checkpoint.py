@@ -30,7 +30,7 @@ from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
-from metastate.train.optim import GroupedAdamW, moments
+from metastate.train.optim import GroupedAdamW, moments, step_count
 
 # What may differ between a run and its continuation: its end, where things are, what is reported.
 MAY_CHANGE = {
@@ -235,6 +235,8 @@ def _load_moments(optimizer: GroupedAdamW, file: Path) -> None:
                     )
                 # Into memory laid out as the optimizer's own, which a mapped file's is not.
                 state[key] = torch.empty_like(p, requires_grad=False).copy_(state[key])
+            if state:
+                state["step"] = step_count(state["step"], p, group)
             optimizer.state[p] = state
     if tensors:
         raise CheckpointError(f"{file} holds {min(tensors)!r}, which this model does not have")

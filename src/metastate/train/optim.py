@@ -223,13 +223,18 @@ def adopt_moments(optimizer: GroupedAdamW, whole: dict[str, Tensor]) -> None:
             if any(value is None for value in own.values()):
                 continue
             optimizer.state[p] = {
-                key: value.clone()  # type: ignore[union-attr]
+                key: step_count(value, p, group)  # type: ignore[arg-type]
                 if key == "step"
                 else torch.empty_like(p, requires_grad=False).copy_(
                     value if region is None else region.of(value)  # type: ignore[arg-type]
                 )
                 for key, value in own.items()
             }
+
+
+def step_count(value: Tensor, p: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a count of steps where the optimizer needs it: beside p if fused, else on the CPU."""
+    return value.to(p.device if group["fused"] else "cpu", torch.float32, copy=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -183,8 +183,8 @@ class _Run:
                 model = LanguageModel(info["model"])
             model.lineage, model.tokenizer_info = info["lineage"], info["tokenizer"]
         elif model is None and config.from_checkpoint:
-            folder = Path(config.from_checkpoint)
-            model = io.load(folder)
+            model = io.load(config.from_checkpoint)
+            folder = io.checkpoint_folder(config.from_checkpoint)
             if (folder / MOMENTS).exists():
                 return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
         elif model is None:

@@ -1,0 +1,118 @@
+"""`grow`, `train --from` and `train --growth`, as a person runs them."""
+
+import json
+import shutil
+
+import pytest
+
+import metastate
+from metastate.model.io import read_tensors
+
+SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
+
+
+@pytest.fixture
+def trained(tmp_path, data, run):
+    """The folder of a short run, with the carried state of a document."""
+    out = tmp_path / "run"
+    run(
+        *("train", "--data", data, "--out", out, "--steps", 3, "--batch-size", 2),
+        *("--context", 16, "--warmup", 1, "--carry-state", "--valid-tokens", 512),
+        *("--set", f"model={json.dumps(SMALL)}", "--json"),
+    )
+    return out
+
+
+def test_grow_reports_and_writes_a_whole_checkpoint(trained, tmp_path, data, run):
+    big = tmp_path / "big"
+    sizes = ("--head-size", 12, "--heads", 3, "--layers", 2, "--parameter-tokens", 2)
+    report = json.loads(run("grow", trained, *sizes, "--out", big, "--data", data, "--json"))
+    assert report["logits"]["relative"] <= 1e-5 and report["logits"]["tokens"] > 50
+    for key in ("parameters", "state_bytes", "flops_per_token"):
+        assert report[key][1] > report[key][0]
+    model = metastate.load(big)
+    assert (model.config.head_size, model.config.num_heads, model.config.num_layers) == (12, 3, 2)
+    assert model.lineage[0]["step"] == 3 and model.lineage[0]["num_heads"] == [2, 3]
+    # Moments and the carried state grew too, and the folder can write without its run.
+    assert len(read_tensors(big / "optimizer.safetensors")) > 50
+    assert (big / "state.safetensors").exists()
+    shutil.rmtree(trained)
+    assert "head_size" in run("info", big) and "lineage" in run("info", big)
+    assert run("generate", big, "--prompt", "the", "--max-tokens", 5)
+
+
+def test_a_table_for_people_and_the_paper_s_random_choice(trained, tmp_path, run):
+    exact = run("grow", trained, "--head-size", 12, "--out", tmp_path / "a")
+    assert "logits moved by at most" in exact and "Python's documentation" in exact
+    argv = ("grow", trained, "--head-size", 12, "--init", "random", "--json")
+    report = json.loads(run(*argv, "--out", tmp_path / "b"))
+    assert report["logits"]["relative"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["nothing grows", "head_size"]),
+        (["--head-size", "4"], ["below the present 8"]),
+        (["--ffn-size", "99"], ["cannot grow"]),
+        (["--hed-size", "9"], ["--head-size"]),
+        (["--head-size", "9", "--init", "released"], ["TokenFormer"]),
+    ],
+)
+def test_grow_refuses_and_writes_nothing(checkpoint, tmp_path, refused, argv, words):
+    message = refused("grow", checkpoint, *argv, "--out", tmp_path / "big")
+    assert all(word in message for word in words)
+    assert not (tmp_path / "big").exists() and not list(tmp_path.glob(".big*"))
+
+
+def test_grow_refuses_an_existing_folder_and_a_missing_checkpoint(checkpoint, tmp_path, refused):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "mine.txt").write_text("mine")
+    argv = ("--head-size", "9", "--out", tmp_path / "big")
+    assert "another --out" in refused("grow", checkpoint, *argv)
+    assert (tmp_path / "big" / "mine.txt").read_text() == "mine"
+    assert "no checkpoint" in refused("grow", tmp_path / "none", *argv)
+    assert "--out" in refused("grow", checkpoint, "--head-size", "9")
+
+
+def test_train_from_a_grown_checkpoint(trained, tmp_path, data, run, refused):
+    big, out = tmp_path / "big", tmp_path / "second"
+    run("grow", trained, "--head-size", 12, "--out", big)
+    argv = ("train", "--from", big, "--data", data, "--out", out, "--steps", 2)
+    argv += ("--batch-size", 2, "--context", 16, "--warmup", 0, "--valid-tokens", 512)
+    result = json.loads(run(*argv, "--old-lr-scale", 0, "--json"))
+    assert result["step"] == 2
+    before, after = metastate.load(big), metastate.load(out)
+    assert after.lineage == before.lineage
+    assert (after.embedding.weight == before.embedding.weight).all()
+    changed = [n for n, p in after.named_parameters() if (p != before.get_parameter(n)).any()]
+    assert "blocks.0.time_mix.key.weight" in changed
+    assert "--from" in refused(*argv[:7], "--preset", "metastate-mini")
+    message = refused(
+        "train", "--from", trained, "--old-lr-scale", 0.5, "--data", data, "--out", big
+    )
+    assert "never grew" in message or "already" in message
+
+
+def test_growth_inside_a_run_from_a_file(tmp_path, data, run, refused):
+    schedule = tmp_path / "growth.yaml"
+    schedule.write_text(
+        "growth:\n- {step: 2, head_size: 12, warmup: 2}\n- {step: 3, num_layers: 2}\n"
+    )
+    argv = ("train", "--data", data, "--out", tmp_path / "run", "--steps", 4, "--batch-size", 2)
+    argv += ("--context", 16, "--warmup", 1, "--valid-tokens", 512, "--valid-every", 1)
+    argv += ("--set", f"model={json.dumps(SMALL)}")
+    run(*argv, "--growth", schedule, "--json")
+    model = metastate.load(tmp_path / "run")
+    assert (model.config.head_size, model.config.num_layers) == (12, 2)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    jumps = [row["nats_per_token"] for row in log if row["kind"] == "growth"]
+    assert len(jumps) == 2 and all(abs(b - a) < 1e-4 for a, b in jumps)
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
+    again = json.loads(run("train", "--resume", "--out", tmp_path / "run", "--steps", 5, "--json"))
+    assert again["step"] == 5
+    schedule.write_text("growth:\n- {step: 2, hed_size: 12}\n")
+    other = (*argv[:3], "--out", tmp_path / "other", "--growth", schedule)
+    assert "'head_size'" in refused(*other)
+    schedule.write_text("steps: 3\n")
+    assert "named `growth`" in refused(*other)
