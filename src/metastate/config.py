@@ -68,7 +68,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     """Build the dataclass `cls` from a mapping; unknown keys and wrong types raise ConfigError."""
-    return cls(**coerce_fields(cls, data, where or cls.__name__))
+    where = where or cls.__name__
+    fields = coerce_fields(cls, data, where)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = f.default is f.default_factory is dataclasses.MISSING
+        if required and f.name not in fields:
+            raise ConfigError(f"{where} has no {f.name!r}, which it needs")
+    return cls(**fields)
 
 
 def coerce_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
@@ -290,7 +296,7 @@ class GrowthStep:
     """Growth inside a run: before update `step` the model grows to the sizes that are given.
 
     The learning rate rises again from zero over `warmup` steps, and entries that the model had
-    before learn at `old_lr_scale` times the rate until the next growth.
+    before learn at `old_lr_scale` times the rate until the next growth (None: as the run says).
     """
 
     step: int
@@ -302,13 +308,16 @@ class GrowthStep:
     attention_slots: int | None = None
     init: Literal["zero", "random", "released"] = "zero"
     warmup: int = 0
-    old_lr_scale: float = 1.0
+    old_lr_scale: float | None = None
 
     def __post_init__(self) -> None:
-        _positive("growth", step=self.step)
+        _positive("growth", step=self.step, **self.sizes())
+        if not any(self.sizes().values()):
+            raise ConfigError(f"growth at step {self.step} names no size to grow to")
         if self.warmup < 0:
             raise ConfigError(f"growth.warmup is {self.warmup}; 0 or more steps")
-        _fraction("growth.old_lr_scale", self.old_lr_scale)
+        if self.old_lr_scale is not None:
+            _fraction("growth.old_lr_scale", self.old_lr_scale)
 
     def sizes(self) -> dict[str, int | None]:
         """Return the sizes to grow to, None where an axis stays."""
@@ -374,5 +383,9 @@ class TrainConfig:
         steps = [g.step for g in self.growth]
         if steps != sorted(set(steps)):
             raise ConfigError(f"train.growth has steps {steps}; each must be after the one before")
+        if steps and steps[-1] >= self.steps:
+            raise ConfigError(
+                f"train.growth at step {steps[-1]} comes after the run's end, {self.steps} steps"
+            )
         if self.weight_decay < 0 or self.z_loss < 0:
             raise ConfigError("train.weight_decay and train.z_loss must not be negative")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 import metastate
-from metastate.config import GrowthStep, ModelConfig, TrainConfig
+from metastate.config import GrowthStep, ModelConfig, TrainConfig, from_dict
 from metastate.data.prepare import prepare
-from metastate.errors import ConfigError
+from metastate.errors import CheckpointError, ConfigError
 from metastate.growth import grow, grow_in_training, grow_moments
 from metastate.model.io import read_tensors
 from metastate.model.lm import LanguageModel
@@ -114,7 +115,7 @@ def test_frozen_entries_have_no_moments_and_whole_parameters_no_gradient(config,
     model, grown = grown_checkpoint(config, tmp_path, **ALL)
     optimizer = make_optimizer(grown, config(), old_lr_scale=0.0)
     count = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
-    old = model.count_parameters()["total"]
+    old = model.count_parameters()["total"] + 2 * 4 * 4  # and the identity that W_p begins with
     assert count == grown.count_parameters()["total"] - old
     assert (
         not grown.embedding.weight.requires_grad
@@ -159,12 +160,15 @@ def test_moments_grow_with_the_model(config, tmp_path):
     larger = grow_moments(whole_moments(found, model), grown, model.config)
     for name, part in regions(grown, model.config).items():
         key = f"exp_avg_sq:{name}"
-        assert (key in larger) == (part.old is not None)
-        if part.old is not None:
+        assert (key in larger) == (key in found)
+        if key in found:
             assert larger[key].shape == grown.get_parameter(name).shape
             box = part.old.of(larger[key])
             assert torch.equal(box.flatten(), found[key].flatten())
-            assert larger[key].sum() == pytest.approx(float(found[key].sum()), rel=1e-5)
+            for region in part.new.values():
+                mean = float(found[key].mean())
+                assert float(region.of(larger[key]).mean()) == pytest.approx(mean, rel=1e-4)
+                assert not region.of(larger[f"exp_avg:{name}"]).any()
     # From the moments of regions back to those of whole parameters.
     optimizer = make_optimizer(grown, config(), old_lr_scale=0.5)
     adopt_moments(optimizer, larger)
@@ -197,6 +201,43 @@ def test_growth_inside_a_run(config):
         assert row["parameters"][1] > row["parameters"][0]
         assert row["flops_per_token"][1] > row["flops_per_token"][0]
     assert rows[0]["sizes"] == {"head_size": 6, "parameter_tokens": 2}
+
+
+def test_frozen_entries_stay_when_the_run_is_resumed(config, tmp_path):
+    _, grown = grown_checkpoint(config, tmp_path, **ALL)
+    settings = {"from_checkpoint": str(tmp_path / "big"), "old_lr_scale": 0.0, "model": {}}
+    settings["schedule"] = "constant"
+    whole = train(config("whole", **settings))
+    train(config("part", **settings | {"steps": 4}))
+    shutil.rmtree(tmp_path / "big")  # a run that has a checkpoint needs its start no more
+    again = train(config("part", **settings), resume=True)
+    a, b = (metastate.load(r.out) for r in (whole, again))
+    assert all(torch.equal(p, b.get_parameter(n)) for n, p in a.named_parameters())
+    assert torch.equal(b.embedding.weight, grown.embedding.weight)
+
+
+def test_what_was_grown_twice_without_training_is_all_new(config, tmp_path):
+    model, _ = grown_checkpoint(config, tmp_path, **ALL)
+    twice = grow(grow(model, head_size=6), num_heads=3)
+    once = grow(model, head_size=6, num_heads=3)
+    counts = []
+    for grown in (twice, once):
+        optimizer = make_optimizer(grown, config(), old_lr_scale=0.0)
+        counts.append(sum(p.numel() for g in optimizer.param_groups for p in g["params"]))
+    assert counts[0] == counts[1]
+    assert model.step == twice.step == 10
+
+
+def test_a_run_and_its_last_checkpoint_are_the_same_start(config, tmp_path):
+    train(config("first"))
+    settings = {"model": {}, "steps": 2}
+    for name in ("first", "first/last"):
+        train(config(f"from-{len(name)}", from_checkpoint=str(tmp_path / name), **settings))
+    a, b = (metastate.load(tmp_path / f"from-{n}") for n in (5, 10))
+    assert all(torch.equal(p, b.get_parameter(n)) for n, p in a.named_parameters())
+    assert a.step == 12
+    found = read_tensors(tmp_path / "from-5" / "last" / "optimizer.safetensors")
+    assert found["step:embedding.weight"] == 12
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5, 6, 8])
@@ -232,5 +273,13 @@ def test_growth_settings_are_checked(config):
         config(growth=(GrowthStep(5, head_size=6), GrowthStep(5, head_size=7)))
     with pytest.raises(ConfigError, match="frozen"):
         GrowthStep(5, head_size=6, old_lr_scale=2.0)
+    with pytest.raises(ConfigError, match="no size"):
+        GrowthStep(5)
+    with pytest.raises(ConfigError, match="after the run's end"):
+        config(growth=(GrowthStep(10, head_size=6),))
+    with pytest.raises(ConfigError, match="has no 'step'"):
+        from_dict(GrowthStep, {"head_size": 6})
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(config(from_checkpoint="metastate-tiny"))
     with pytest.raises(ConfigError, match="grow_in_training"):
         train(config(growth=SCHEDULE))

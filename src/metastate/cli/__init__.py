@@ -46,8 +46,9 @@ GROW = """\
 Make a checkpoint larger without changing what it computes.
 
 Give the new size of any axes. The report shows parameters, state bytes, FLOPs, and how far the
-logits moved on real text. Moments of the optimizer and a carried state grow too. Then train what is
-new: `metastate train --from OUT --old-lr-scale 0.1 ...` (0 freezes what the model had before).
+logits moved on real text. The optimizer's moments in RUN/last grow too, and so does a carried
+state (OUT/state.safetensors). Then train what is new, with what the model had before slowed or, at
+0, frozen: `metastate train --from OUT --old-lr-scale 0.1 ...`
 """
 
 EVAL = """\

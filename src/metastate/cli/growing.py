@@ -19,10 +19,10 @@ from metastate.data.loader import PreparedData
 from metastate.data.tokenizer import load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
-from metastate.model.io import checkpoint_folder, load, read_tensors, save
+from metastate.model.io import checkpoint_folder, load, read_config, read_tensors, save
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
-from metastate.train.checkpoint import CARRIED, MOMENTS, read_trainer
+from metastate.train.checkpoint import CARRIED, MOMENTS
 from metastate.train.optim import whole_moments
 
 EXACT = 1e-5  # largest relative change of the logits in float32 that still counts as rounding
@@ -34,6 +34,7 @@ def run_grow(args: argparse.Namespace) -> None:
     folder, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out")
+    read_config(folder)  # a preset's name is no checkpoint
     model, folder = load(folder).eval(), checkpoint_folder(folder)
     grown = grow(
         model,
@@ -46,8 +47,6 @@ def run_grow(args: argparse.Namespace) -> None:
         init=args.init,
         seed=args.seed,
     )
-    if (folder / "trainer.json").exists():
-        grown.lineage[-1]["step"] = read_trainer(folder).step
     tokens, of_what = sample_tokens(model, folder, args.data)
     report = growth_report(model, grown, tokens)
     change = report["logits"]["relative"]
@@ -62,6 +61,10 @@ def run_grow(args: argparse.Namespace) -> None:
         print_json({"out": str(out), "checkpoint": str(folder), "init": args.init, **report})
     else:
         print(report_table(report, of_what))
+        if not (out / MOMENTS).exists():
+            log(
+                f"{folder} has no moments of the optimizer (RUN/last has): training starts new ones"
+            )
         log(f"written to {out}; train it with: metastate train --from {out} --data ... --out ...")
 
 

@@ -14,8 +14,10 @@ from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
 from metastate.eval.loss import evaluate
 from metastate.eval.plots import loss_curve
-from metastate.growth import grow_in_training
+from metastate.growth import grow_in_training, grown_config
+from metastate.model.io import read_config
 from metastate.model.lm import LanguageModel
+from metastate.model.presets import preset
 from metastate.train.checkpoint import saved_config
 from metastate.train.trainer import LOG, TrainResult, train
 
@@ -45,8 +47,19 @@ def run_train(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_schedule(config: TrainConfig) -> None:
+    """Refuse growth that is impossible before the run begins, not at its step."""
+    if config.from_checkpoint:
+        model = read_config(config.from_checkpoint)["model"]
+    else:
+        model = preset(config.preset, **config.model)
+    for growth in config.growth:
+        model = grown_config(model, init=growth.init, **growth.sizes())
+
+
 def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     """Run `train` with a progress bar and periodic validation; draw the curve at its end."""
+    check_schedule(config)
     with bar("train", "steps") as show:
         result = train(
             config,

@@ -22,7 +22,7 @@ from torch import Tensor
 from metastate.config import ATTENTION, GrowthStep, ModelConfig, to_dict
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
-from metastate.layers.common import KEY, OUTPUT, ZERO, RecurrentState
+from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
 from metastate.layers.time_mix import TimeMix
 from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
@@ -37,13 +37,17 @@ RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
 Init = Literal["zero", "random", "released"]
 
 
-def grown_config(config: ModelConfig, **sizes: int | None) -> ModelConfig:
+def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | None) -> ModelConfig:
     """Return the configuration of a model grown to `sizes`; None leaves an axis as it is.
 
     Raises:
         ConfigError: a size shrinks, does not fit the architecture, or cannot be reached exactly.
     """
     assert config.head_size is not None and config.head_segments is not None
+    if init not in get_args(Init):
+        raise ConfigError(f"init is {init!r}; allowed: {', '.join(map(repr, get_args(Init)))}")
+    if init == "released" and config.architecture != "tokenformer":
+        raise ConfigError("init='released' is what TokenFormer's code does; only that can grow so")
     if unknown := sorted(sizes.keys() - set(AXES)):
         raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
     before = {axis: getattr(config, axis) for axis in AXES}
@@ -76,8 +80,8 @@ def grown_config(config: ModelConfig, **sizes: int | None) -> ModelConfig:
             "new channels of e would be read back through the old ones; grow num_heads instead"
         )
     changes: dict[str, Any] = dict(wanted)
-    if kind == "tokenformer":
-        changes["first_slots"] = config.first_slots
+    if kind == "tokenformer":  # its released code forgets how many slots there were
+        changes["first_slots"] = None if init == "released" else config.first_slots
     if kind not in ATTENTION:
         # What follows from D, N and the like in a fresh config stays what it is in this model.
         changes |= ranks_of(config)
@@ -144,10 +148,6 @@ def grow(
 
     Source: arXiv:2504.08247, section 3.4; the choice of new entries is ours (docs/architecture.md).
     """
-    if init not in get_args(Init):
-        raise ConfigError(f"init is {init!r}; allowed: {', '.join(map(repr, get_args(Init)))}")
-    if init == "released" and model.config.architecture != "tokenformer":
-        raise ConfigError("init='released' is what TokenFormer's code does; only that can grow so")
     sizes = {
         "head_size": head_size,
         "num_heads": num_heads,
@@ -157,9 +157,7 @@ def grow(
         "attention_slots": attention_slots,
     }
     parent = model.config
-    config = grown_config(parent, **sizes)
-    if init == "released":
-        config = config.replace(first_slots=None)
+    config = grown_config(parent, init=init, **sizes)
     like = model.embedding.weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,7 +165,7 @@ def grow(
         before, axes = dict(model.named_parameters()), grown.growth_axes()
         parts = regions(grown, parent)
         for name, part in parts.items():
-            if part.old is not None:
+            if part.old is not None and name in before:
                 part.old.of(grown.get_parameter(name)).copy_(_parents(part, before[name]))
         _copy_top(grown, parent.num_layers)
         for name, (_, rule) in axes.items():
@@ -185,8 +183,9 @@ def grow(
         for axis in AXES
         if getattr(parent, axis) != getattr(config, axis)
     }
-    step |= {"init": init, "seed": seed, "parent": weights_hash(model), "before": to_dict(parent)}
-    grown.lineage = [*model.lineage, step]
+    step |= {"init": init, "seed": seed, "step": model.step, "parent": weights_hash(model)}
+    grown.lineage = [*model.lineage, step | {"before": to_dict(parent)}]
+    grown.step = model.step
     grown.tokenizer_info = model.tokenizer_info
     grown.backend = model.backend
     grown.activation_checkpointing = model.activation_checkpointing
@@ -206,7 +205,7 @@ def _closed(part: Regions, rule: str, is_above: bool) -> list[Region]:
     """Return the regions that must be zero for the function to stay; `is_above`: a new block's."""
     if rule == OUTPUT or (rule == ZERO and not is_above):
         return list(part.new.values())
-    return [part.new["N"]] if rule == KEY and "N" in part.new else []
+    return [part.new["N"]] if rule in (KEY, IDENTITY) and "N" in part.new else []
 
 
 def _parents(part: Regions, x: Tensor) -> Tensor:
@@ -218,7 +217,11 @@ def _parents(part: Regions, x: Tensor) -> Tensor:
 def grow_moments(
     moments: dict[str, Tensor], grown: LanguageModel, parent: ModelConfig
 ) -> dict[str, Tensor]:
-    """Return an optimizer's moments for a grown model: the old entries' own, zero for new ones.
+    """Return an optimizer's moments for a grown model.
+
+    Old entries keep theirs. New entries of an old parameter have no mean gradient, and the square
+    of a gradient that its old entries have on average: at zero, with the old count of steps, their
+    first updates would be twice as large as Adam's ever are.
 
     Args:
         moments: `kind:name` -> a tensor laid out like the parameter `name` of the parent, or a
@@ -236,7 +239,8 @@ def grow_moments(
         old = parts[name].old
         assert old is not None
         if value.dim():
-            whole = value.new_zeros(grown.get_parameter(name).shape)
+            start = float(value.mean()) if key.startswith("exp_avg_sq:") else 0.0
+            whole = value.new_full(grown.get_parameter(name).shape, start)
             old.of(whole).copy_(_parents(parts[name], value))
             value = whole
         out[key] = value
@@ -252,7 +256,6 @@ def grow_in_training(
 ) -> tuple[LanguageModel, dict[str, Tensor], ModelState | None]:
     """Make one step of a growth schedule: model, whole moments and carried state together."""
     grown = grow(model, **growth.sizes(), init=growth.init, seed=seed)
-    grown.lineage[-1]["step"] = growth.step
     state = None if carried is None else grow_state(carried, grown)
     return grown, grow_moments(moments, grown, model.config), state
 
@@ -272,6 +275,11 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
     """
     batch = state.batch_size
     fresh = grown.init_state(batch).layers
+    if len(state.layers) > len(fresh):
+        raise StateError(
+            f"the state has {len(state.layers)} layers, the grown model {len(fresh)}: it is of "
+            "another model"
+        )
     layers: list[Any] = []
     for i, new in enumerate(fresh):
         old = state.layers[i] if i < len(state.layers) else None
@@ -301,7 +309,7 @@ def _tensors(layer: RecurrentState) -> list[Tensor | None]:
 def _padded(old: Tensor, new: Tensor) -> Tensor:
     """Return `old` with zeros up to the shape of `new`."""
     added = [n - m for n, m in zip(new.shape, old.shape, strict=True)]
-    if min(added) < 0:
+    if min(added) < 0 or (old.dim() == 2 and any(added)):  # a token shift is D wide for ever
         raise StateError(
             f"the state is {list(old.shape)}, the grown model's {list(new.shape)}: it is of "
             "another model"

@@ -25,6 +25,7 @@ Growth = tuple[str, str]
 RANDOM = "random"  # what a new layer starts from: nothing old reads these entries
 OUTPUT = "output"  # zero, in new blocks too: what reads new channels into the residual stream
 ZERO = "zero"  # zero in old blocks: what adds to an old head's state
+IDENTITY = "identity"  # as KEY; where the parent has no such parameter it had the identity
 KEY = "key"  # zero where an old head gets a new channel: the old state must not be written there
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metastate import ops
 from metastate.config import ModelConfig
 from metastate.layers.common import (
+    IDENTITY,
     KEY,
     MATRIX,
     OUTPUT,
@@ -50,7 +51,7 @@ class MetaState(nn.Module):
 
     GROWS: ClassVar[dict[str, Growth]] = {
         "output.weight": ("D H N", OUTPUT),
-        "projection": ("D N", KEY),
+        "projection": ("D N", IDENTITY),
         "gate.B": ("R H N", RANDOM),
         "compress": ("H 2 N R", KEY),
         "expand": ("H R N", RANDOM),

@@ -37,6 +37,7 @@ def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "model": to_dict(model.config),
         "lineage": model.lineage,
+        "step": model.step,
         "tokenizer": model.tokenizer_info,
     }
     write_json(path / "config.json", config, error=CheckpointError)
@@ -71,8 +72,14 @@ def load(
     tensors = read_tensors(path / "model.safetensors")
     check_tensors(tensors, dict(model.state_dict()), path / "model.safetensors")
     model.load_state_dict(tensors, assign=True)
-    model.lineage, model.tokenizer_info = info.get("lineage") or [], info.get("tokenizer")
+    adopt_record(model, info)
     return model.to(device)
+
+
+def adopt_record(model: LanguageModel, info: dict[str, Any]) -> None:
+    """Give `model` what a checkpoint's config.json says of its weights."""
+    model.lineage, model.step = info.get("lineage") or [], info.get("step") or 0
+    model.tokenizer_info = info.get("tokenizer")
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:

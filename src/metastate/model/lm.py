@@ -28,6 +28,7 @@ class LanguageModel(nn.Module):
         backend: of metastate.ops, "auto" unless set.
         activation_checkpointing: recompute each block in the backward pass instead of keeping it.
         lineage: how this model grew, oldest step first.
+        step: optimizer updates that its weights have had, those of its parents included.
         tokenizer_info: what metastate.data.tokenizer needs to rebuild its tokenizer, or None.
     """
 
@@ -37,6 +38,7 @@ class LanguageModel(nn.Module):
         self.backend = "auto"
         self.activation_checkpointing = False
         self.lineage: list[dict[str, Any]] = []
+        self.step = 0
         self.tokenizer_info: dict[str, Any] | None = None
         D, V = config.hidden_size, config.vocab_size
         self.recurrent = config.architecture not in ATTENTION

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from metastate.config import ModelConfig
+from metastate.layers.common import IDENTITY
 from metastate.model.lm import LanguageModel
 
 
@@ -66,26 +68,37 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
     axes, out = model.growth_axes(), {}
     for name, p in model.named_parameters():
         whole = Region(tuple(p.shape), tuple((0, n) for n in p.shape))
-        if name not in before:
-            out[name] = Regions(None, {"": whole})
-        elif p.shape == before[name].shape:
-            out[name] = Regions(whole)
+        letters, rule = axes.get(name, ("", ""))
+        if name in before:
+            old = _apart(before[name], letters.split(), old_sizes)
+        elif rule == IDENTITY and _in_block_of(name, parent):
+            old = (p.shape[0], old_sizes["N"])
         else:
-            letters = axes[name][0].split()
-            shape = _apart(p, letters, sizes)
-            old = _apart(before[name], letters, old_sizes)
-            box = tuple((0, n) for n in old)
-            new = {
-                letter: Region(shape, (*box[:i], (old[i], n), *((0, m) for m in shape[i + 1 :])))
-                for i, (letter, n) in enumerate(zip(letters, shape, strict=True))
-                if old[i] < n
-            }
-            out[name] = Regions(Region(shape, box), new)
+            out[name] = Regions(None, {"": whole})
+            continue
+        if p.numel() == math.prod(old):
+            out[name] = Regions(whole)
+            continue
+        shape = _apart(p, letters.split(), sizes)
+        box = tuple((0, n) for n in old)
+        new = {
+            letter: Region(shape, (*box[:i], (old[i], n), *((0, m) for m in shape[i + 1 :])))
+            for i, (letter, n) in enumerate(zip(letters.split(), shape, strict=True))
+            if old[i] < n
+        }
+        out[name] = Regions(Region(shape, box), new)
     return out
+
+
+def _in_block_of(name: str, config: ModelConfig) -> bool:
+    """Say whether a parameter is in a block that a model of `config` has too."""
+    return int(name.split(".")[1]) < config.num_layers
 
 
 def _apart(p: Tensor, letters: list[str], sizes: dict[str, int]) -> tuple[int, ...]:
     """Return the shape of p with one axis a letter; at most one letter is of unknown length."""
+    if not letters:
+        return tuple(p.shape)
     known = [int(a) if a.isdigit() else sizes.get(a, -1) for a in letters]
     rest = p.numel()
     for n in known:

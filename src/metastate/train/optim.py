@@ -100,6 +100,8 @@ def make_optimizer(
             parent; config's if None. At 0 they are left out: no moments, no gradient where that can
             be avoided, and they stay as they are bit by bit.
 
+    Parameters that are frozen whole no longer require gradients afterwards.
+
     Raises:
         ConfigError: a parameter has no group, a group names no parameter or no rule, or
             old_lr_scale is not 1 and the model never grew.
@@ -152,7 +154,7 @@ def make_optimizer(
 
 
 def grown_regions(model: LanguageModel) -> dict[str, Regions]:
-    """Return which entries the model has from before its last growth.
+    """Return which entries the model has from before it last grew.
 
     Raises:
         ConfigError: it never grew.
@@ -162,7 +164,10 @@ def grown_regions(model: LanguageModel) -> dict[str, Regions]:
             "old_lr_scale is not 1, but this model never grew, so that nothing in it is old; grow "
             "it with `metastate grow`, or leave old_lr_scale out"
         )
-    return regions(model, from_dict(ModelConfig, model.lineage[-1]["before"], "lineage"))
+    first = len(model.lineage) - 1
+    while first > 0 and model.lineage[first - 1]["step"] == model.lineage[first]["step"]:
+        first -= 1  # grown twice without training in between: both are new
+    return regions(model, from_dict(ModelConfig, model.lineage[first]["before"], "lineage"))
 
 
 def _pieces(
@@ -195,7 +200,8 @@ def moments(optimizer: GroupedAdamW) -> dict[str, Tensor]:
 def whole_moments(found: dict[str, Tensor], model: LanguageModel) -> dict[str, Tensor]:
     """Put the moments of regions together, so that each is laid out like its parameter.
 
-    Regions that were frozen have zeros; of different counts of steps the largest is kept.
+    Regions that were frozen get what `grow_moments` gives new entries; of different counts of steps
+    the largest is kept.
     """
     parts = grown_regions(model) if any("[" in key for key in found) else {}
     out: dict[str, Tensor] = {}
@@ -209,7 +215,9 @@ def whole_moments(found: dict[str, Tensor], model: LanguageModel) -> dict[str, T
             name = base.partition(":")[2]
             region = parts[name].old if axis == "old" else parts[name].new[axis]
             assert region is not None
-            whole = out.setdefault(base, value.new_zeros(model.get_parameter(name).shape))
+            start = float(value.mean()) if base.startswith("exp_avg_sq:") else 0.0
+            shape = model.get_parameter(name).shape
+            whole = out.setdefault(base, value.new_full(shape, start))
             region.of(whole).copy_(value)
     return out
 

@@ -126,6 +126,8 @@ def train(
         )
     if resume and not has_run(config.out):
         raise ConfigError(f"there is no run in {config.out}; leave out --resume, or correct --out")
+    if (Path(config.out) / "config.json").exists():
+        raise ConfigError(f"{config.out} already holds a checkpoint; choose another --out")
     if config.growth and grow is None:
         raise ConfigError("config.growth needs train(..., grow=metastate.growth.grow_in_training)")
     keep_freed_memory()
@@ -175,15 +177,17 @@ class _Run:
         config, data = self.config, self.data
         found = find_checkpoint(self.out) if resume else None
         if found is not None:  # its weights come later; its shape may have grown since the start
-            info = io.read_config(found)
+            info, at = io.read_config(found), read_trainer(found)
+            check_same_run(at, config, self.at.data, config.out)
             # A checkpoint is written before the growth that is due at its step.
-            step = read_trainer(found).step
-            self.growths = sum(g.step < step for g in config.growth)
+            self.growths = sum(g.step < at.step for g in config.growth)
             if model is None or model.config != info["model"]:
                 model = LanguageModel(info["model"])
-            model.lineage, model.tokenizer_info = info["lineage"], info["tokenizer"]
+            io.adopt_record(model, info)
         elif model is None and config.from_checkpoint:
+            io.read_config(config.from_checkpoint)  # a preset's name is no checkpoint
             model = io.load(config.from_checkpoint)
+            model.tokenizer_info = model.tokenizer_info or data.record["tokenizer"]
             folder = io.checkpoint_folder(config.from_checkpoint)
             if (folder / MOMENTS).exists():
                 return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
@@ -207,15 +211,16 @@ class _Run:
         if config.compile:
             for block in self.model.blocks:
                 block.compile()
-        scales = [g.old_lr_scale for g in config.growth[: self.growths]]
-        self.optimizer = make_optimizer(self.model, config, scales[-1] if scales else None)
+        scale = config.growth[self.growths - 1].old_lr_scale if self.growths else None
+        if scale is None:  # before its first growth nothing of a model is old
+            scale = 1.0 if config.growth and not model.lineage else config.old_lr_scale
+        self.optimizer = make_optimizer(self.model, config, scale)
         adopt_moments(self.optimizer, known)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; to the very start where there is none yet."""
         if find_checkpoint(self.out) is not None:
             found, carried = load_checkpoint(self.out, self.model, self.optimizer)
-            check_same_run(found, self.config, self.at.data, self.config.out)
             self.at = replace(found, config=self.config)
             self.carried = None if carried is None else carried.to(self.device)
         _cut_log(self.out / LOG, self.at.step)  # growth due at this step is made and logged again
@@ -300,6 +305,7 @@ class _Run:
         set_learning_rate(self.optimizer, figures["lr"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.step += 1
         self.at = replace(
             self.at,
             step=step + 1,
