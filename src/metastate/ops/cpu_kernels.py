@@ -28,7 +28,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-C = 16  # tokens a checkpoint
+C = 32  # tokens a checkpoint
 LINE = 64  # bytes of a cache line: vectors that straddle two lines load at half speed
 OPTIONS: dict[str, Any] = {
     "nogil": True,
