@@ -1,9 +1,26 @@
 """Shared fixtures."""
 
+import random
+
 import pytest
 import torch
+
+from metastate.data.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def few_words(tmp_path_factory):
+    """Forty short texts of a few words, prepared as bytes, a fifth of them held out."""
+    folder = tmp_path_factory.mktemp("text")
+    words = ["the", "state", "reads", "the", "state", "and", "writes", "what", "it", "reads"]
+    draw = random.Random(0)
+    for i in range(40):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(3, 40)))
+        (folder / f"{i}.txt").write_text(text)
+    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0), progress=False)
+    return folder / "data"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 import metastate
 from metastate.config import GrowthStep, ModelConfig, TrainConfig, from_dict
-from metastate.data.prepare import prepare
 from metastate.errors import CheckpointError, ConfigError
 from metastate.growth import grow, grow_in_training, grow_moments
 from metastate.model.io import read_tensors
@@ -31,23 +29,11 @@ from metastate.train.trainer import WALL_CLOCK, train
 SIZES = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "parameter_tokens": 1}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    words = ["the", "state", "reads", "and", "writes", "what", "it", "reads"]
-    for i in range(30):
-        text = " ".join(draw.choice(words) for _ in range(draw.randint(5, 40)))
-        (folder / f"{i}.txt").write_text(text)
-    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0), progress=False)
-    return folder / "data"
-
-
 @pytest.fixture
-def config(data, tmp_path):
+def config(few_words, tmp_path):
     def make(out="run", **changes):
         settings = {
-            "data": str(data),
+            "data": str(few_words),
             "out": str(tmp_path / out),
             "model": SIZES,
             "steps": 10,

@@ -30,23 +30,11 @@ from metastate.train.trainer import WALL_CLOCK, train
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = ["the", "state", "reads", "the", "state", "and", "writes", "what", "it", "reads"]
-    draw = random.Random(0)
-    for i in range(40):
-        text = " ".join(draw.choice(words) for _ in range(draw.randint(3, 40)))
-        (folder / f"{i}.txt").write_text(text)
-    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0), progress=False)
-    return folder / "data"
-
-
 @pytest.fixture
-def config(data, tmp_path):
+def config(few_words, tmp_path):
     def make(out="run", **changes):
         settings = {
-            "data": str(data),
+            "data": str(few_words),
             "out": str(tmp_path / out),
             "model": MODEL,
             "steps": 12,
@@ -148,10 +136,10 @@ def test_the_log_tells_the_run(config):
         assert record["kind"] == "valid" or record["tokens_per_s"] > 0
 
 
-def test_the_checkpoint_writes_text(config, data):
+def test_the_checkpoint_writes_text(config, few_words):
     train(config())
     model = metastate.load(Path(config().out, "last"))
-    assert model.tokenizer_info == PreparedData.open(data).record["tokenizer"]
+    assert model.tokenizer_info == PreparedData.open(few_words).record["tokenizer"]
     assert model.config.vocab_size == 256
     assert not Path(config().out, "best").exists()  # nothing was validated
 
@@ -258,7 +246,7 @@ def test_accumulation_equals_a_big_batch(config):
         assert torch.allclose(weights[1][name], x, rtol=1e-6, atol=1e-9), name
 
 
-def test_the_first_steps_are_those_of_a_plain_loop(config, data):
+def test_the_first_steps_are_those_of_a_plain_loop(config, few_words):
     """The trainer against a loop that shares neither its loss nor its accumulation."""
     asked = config(dtype="float64", steps=3, z_loss=0.0, clip=0.5, warmup=0, schedule="constant")
     torch.manual_seed(asked.seed)
@@ -266,7 +254,7 @@ def test_the_first_steps_are_those_of_a_plain_loop(config, data):
         metastate.model.presets.preset(asked.preset, vocab_size=256, **MODEL)
     ).double()
     model.backend = "chunked"
-    source = BatchSource(PreparedData.open(data).split("train"), 2, 16, asked.seed)
+    source = BatchSource(PreparedData.open(few_words).split("train"), 2, 16, asked.seed)
     optimizer = trainer.make_optimizer(model, asked)
     for i in range(3):
         batch = source.batch(i)
