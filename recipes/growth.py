@@ -149,7 +149,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 statistics.mean(p["nats"] for p in points) for points in zip(*runs, strict=True)
             ]
             xs = [point[key] for point in runs[0]]
-            axes.plot(xs, nats, "o-", ms=3, lw=1.5, label=f"{name} ({len(runs)} seeds)")
+            axes.plot(xs, nats, "o-", ms=3, lw=1.5, label=f"{name} (seeds: {len(runs)})")
         axes.set_xlabel({"tokens": "training tokens", "flops": "training FLOPs"}[key])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
