@@ -91,7 +91,8 @@ def run(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace
     found = find_checkpoint(out)
     if found is None or not found.name.endswith(f"{config.steps:08d}"):
         print(f"== {name}, seed {seed}")
-        train_with_bar(config, resume=has_run(out))
+        if train_with_bar(config, resume=has_run(out)).interrupted is not None:
+            raise SystemExit("stopped; the same command goes on")
     model = load(out)
     flops = sum(model.flops_per_token(CONTEXT))
     jumps = [row for row in read_log(out / LOG) if row["kind"] == "growth"]
