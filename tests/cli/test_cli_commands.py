@@ -198,9 +198,14 @@ def test_generate_needs_a_tokenizer(tmp_path, refused):
 
 
 def start(*argv, **settings):
-    command = [sys.executable, "-m", "metastate", *map(str, argv)]
+    """Start a command line; it heeds Ctrl-C even if these tests run in a shell's background."""
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **settings
+        [sys.executable, "-m", "metastate", *map(str, argv)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **settings,
     )
 
 
