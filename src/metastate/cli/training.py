@@ -59,7 +59,8 @@ def check_schedule(config: TrainConfig) -> None:
 
 def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     """Run `train` with a progress bar and periodic validation; draw the curve at its end."""
-    check_schedule(config)
+    if config.growth and not resume:  # what a resumed run began from may be gone
+        check_schedule(config)
     with bar("train", "steps") as show:
         result = train(
             config,
