@@ -1,0 +1,336 @@
+"""State tracking and recall: made-up tasks that say what a recurrent state can hold and compute.
+
+Both are made as they are needed, from a seed, and learned from nothing by small models. A problem
+is a `WordProblem` or a `Recall`; a cell is one architecture of one size trained on one problem.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metastate.config import MetaStateConfig, ModelConfig, TrainConfig
+from metastate.errors import ConfigError
+from metastate.model.lm import LanguageModel
+from metastate.model.loss import IGNORE, lm_loss
+from metastate.model.presets import ARCHITECTURES
+from metastate.train.optim import learning_rate, make_optimizer, set_learning_rate
+
+GROUPS = ("S5", "A5", "A4xZ5", "Z60")
+LEVELS = ("64x4", "128x8", "256x16", "512x64", "1024x128", "2048x256")
+LARGEST_GROUP = 1000  # elements: the table is their square
+BEYOND = 4  # word problems are also scored up to so many times the length learned
+GAP_POWER = 0.01  # queries come a gap of g slots later with probability ~ g^(GAP_POWER - 1)
+ANSWERS, PROBE = 2048, 256  # answers that a score, and a look during training, rest on
+TOKENS = 16384  # tokens of one forward while scoring
+TRAIN, WATCH, TEST = range(3)  # parts of the seeds' space: no sequence is shared but by chance
+
+Seed = int | Sequence[int]
+
+
+@cache
+def group_table(name: str) -> np.ndarray:
+    """Return the multiplication table of a finite group.
+
+    Args:
+        name: S, A (permutations and even permutations) or Z (cyclic) with a number, or several
+            joined by x (the direct product): S5, A4xZ5, Z60.
+
+    Returns:
+        [n, n] int64, entry i, j the number of g_i o g_j, where (p o q)(x) = p(q(x)). Element 0 is
+        the identity.
+
+    Raises:
+        ConfigError: the name is none, or the group has fewer than 2 or more than LARGEST_GROUP
+            elements.
+    """
+    tables = []
+    for factor in name.split("x"):
+        match = re.fullmatch(r"([SAZ])([1-9]\d{0,3})", factor)
+        if not match:
+            raise ConfigError(
+                f"unknown group {name!r}; {', '.join(GROUPS)}, or others written so: S, A or Z "
+                "with a number, products with x between"
+            )
+        kind, n = match[1], int(match[2])
+        order = n if kind == "Z" else math.factorial(min(n, 9)) // (2 if kind == "A" and n > 1 else 1)
+        tables.append((kind, n, order))
+    total = math.prod(order for _, _, order in tables)
+    if not 2 <= total <= LARGEST_GROUP:
+        raise ConfigError(f"the group {name} has {total} elements or more; 2 to {LARGEST_GROUP}")
+    out = np.zeros((1, 1), np.int64)
+    for kind, n, order in tables:
+        own = _cyclic(n) if kind == "Z" else _permutations(n, even=kind == "A")
+        both = out[:, None, :, None] * order + own[None, :, None, :]
+        out = both.reshape(len(out) * order, -1)
+    out.flags.writeable = False  # shared by all who ask
+    return out
+
+
+def _cyclic(n: int) -> np.ndarray:
+    i = np.arange(n)
+    return (i[:, None] + i) % n
+
+
+def _permutations(n: int, even: bool) -> np.ndarray:
+    all_of_them = np.array(list(itertools.permutations(range(n))))  # sorted, the identity first
+    earlier, later = np.triu_indices(n, 1)
+    swaps = (all_of_them[:, earlier] > all_of_them[:, later]).sum(1)
+    p = all_of_them[swaps % 2 == 0] if even else all_of_them
+    digits = n ** np.arange(n)[::-1]
+    return np.searchsorted(p @ digits, p[:, p] @ digits)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """Read g_1 g_2 ... of a group, say the product so far after each: label_t = g_1 o ... o g_t.
+
+    Attention and diagonal recurrences of fixed depth are believed unable to follow a group that is
+    not solvable (S5, A5) at any length; A4xZ5 and Z60 are the solvable ones of A5's size.
+
+    Attributes:
+        name: of the group, as `group_table` reads it.
+        length: elements of a sequence in training.
+
+    Source: Merrill, Petty and Sabharwal, arXiv:2404.08819.
+    """
+
+    name: str
+    length: int = 20
+    level: ClassVar[float] = 0.9  # accuracy above which it counts as solved
+    task: ClassVar[str] = "state-tracking"
+
+    def __post_init__(self) -> None:
+        group_table(self.name)
+        if self.length < 1:
+            raise ConfigError(f"length is {self.length}; 1 or more")
+
+    @property
+    def vocab_size(self) -> int:
+        """Elements of the group; a token is the number of one."""
+        return len(group_table(self.name))
+
+    def batch(self, batch_size: int, seed: Seed, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return tokens and labels, [B, T] int64, T = length (self.length unless given)."""
+        table = group_table(self.name)
+        T = length or self.length
+        tokens = np.random.default_rng(seed).integers(len(table), size=(batch_size, T))
+        labels = tokens.copy()
+        for t in range(1, T):
+            labels[:, t] = table[labels[:, t - 1], tokens[:, t]]
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    def score(self, model: LanguageModel, answers: int, seed: Sequence[int], far: bool) -> Score:
+        """Return the accuracy of the product of `length` elements, and of 1, 2, ... elements.
+
+        A model reads from left to right, so its answer at position n is its answer to the sequence
+        of length n: one forward scores every length, with `far` up to BEYOND times `length`.
+        """
+        length = self.length * (BEYOND if far else 1)
+        right, asked = _count(model, self, answers, seed, length)
+        by_length = (right / asked).tolist()
+        return by_length[self.length - 1], by_length
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Multi-query associative recall: key-value pairs, then each key once more: what was its value?
+
+        k_1 v_1 k_2 v_2 ... k_P v_P  0 0 k_7 0 0 0 k_2 0 ...
+
+    The label stands at the repeated key, IGNORE everywhere else; 0 fills the rest. Queries stand at
+    every second place at most, near ones likelier: a gap of g places has probability ~ g^-0.99.
+    Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, each drawn without repetition.
+
+    Attributes:
+        length: tokens of a sequence.
+        pairs: P.
+        vocab_size: V.
+
+    Source: Arora et al., "Zoology", arXiv:2312.04927.
+    """
+
+    length: int
+    pairs: int
+    vocab_size: int = 8192
+    level: ClassVar[float] = 0.99
+    task: ClassVar[str] = "recall"
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.length < 4 * self.pairs:
+            raise ConfigError(
+                f"recall of {self.pairs} pairs in {self.length} tokens is impossible; at least 1 "
+                "pair, and 4 tokens a pair"
+            )
+        if self.vocab_size // 2 - 1 < self.pairs:
+            raise ConfigError(
+                f"recall of {self.pairs} pairs needs a vocabulary of {2 * self.pairs + 2} or more "
+                f"(half of it keys, half values); vocab_size is {self.vocab_size}"
+            )
+
+    @classmethod
+    def parse(cls, text: str, vocab_size: int = 8192) -> Recall:
+        """Return the problem named LENGTHxPAIRS, as in 64x4; else ConfigError."""
+        match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", text)
+        if not match:
+            raise ConfigError(f"{text!r} is not LENGTHxPAIRS, as in {', '.join(LEVELS)}")
+        return cls(int(match[1]), int(match[2]), vocab_size)
+
+    @property
+    def name(self) -> str:
+        """LENGTHxPAIRS."""
+        return f"{self.length}x{self.pairs}"
+
+    def batch(self, batch_size: int, seed: Seed) -> tuple[Tensor, Tensor]:
+        """Return tokens and labels, [B, length] int64."""
+        rng, P, half = np.random.default_rng(seed), self.pairs, self.vocab_size // 2
+        keys = 1 + _draw(rng, batch_size, np.zeros(half - 1), P)
+        values = half + _draw(rng, batch_size, np.zeros(self.vocab_size - half), P)
+        gaps = np.arange(1, (self.length - 2 * P) // 2 + 1)
+        places = 2 * P + 2 * _draw(rng, batch_size, (GAP_POWER - 1) * np.log(gaps), P)
+        tokens = np.zeros((batch_size, self.length), np.int64)
+        tokens[:, 0 : 2 * P : 2], tokens[:, 1 : 2 * P : 2] = keys, values
+        np.put_along_axis(tokens, places, keys, 1)
+        labels = np.full_like(tokens, IGNORE)
+        np.put_along_axis(labels, places, values, 1)
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    def score(self, model: LanguageModel, answers: int, seed: Sequence[int], far: bool) -> Score:
+        """Return the share of queries that are answered with the right value, and nothing else."""
+        right, asked = _count(model, self, -(-answers // self.pairs), seed, None)
+        return float(right.sum() / asked.sum()), None
+
+
+Problem = WordProblem | Recall
+Score = tuple[float, list[float] | None]
+
+
+def _draw(rng: np.random.Generator, rows: int, log_weights: np.ndarray, count: int) -> np.ndarray:
+    """Draw `count` of n without repetition by their weights, in random order: [rows, count].
+
+    The largest of log_weights + Gumbel noise are such a draw.
+    """
+    noisy = log_weights + rng.gumbel(size=(rows, len(log_weights)))
+    chosen = np.argpartition(-noisy, count - 1, axis=1)[:, :count]
+    return rng.permuted(chosen, axis=1)
+
+
+@torch.no_grad()
+def _count(
+    model: LanguageModel, problem: Problem, sequences: int, seed: Sequence[int], length: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many answers were right and how many asked for at each position, [T] each."""
+    device = next(model.parameters()).device
+    rows = max(1, TOKENS // (length or problem.length))
+    right = asked = np.zeros(1)
+    for i, first in enumerate(range(0, sequences, rows)):
+        extra = {} if length is None else {"length": length}
+        tokens, labels = problem.batch(min(rows, sequences - first), [*seed, i], **extra)
+        x, _, _ = model.features(tokens.to(device))
+        scored = labels != IGNORE
+        hit = torch.zeros_like(scored)
+        hit[scored] = model.head(x[scored.to(device)]).argmax(-1).cpu() == labels[scored]
+        right, asked = right + hit.sum(0).numpy(), asked + scored.sum(0).numpy()
+    return right, asked
+
+
+def task_model(
+    architecture: str, layers: int, width: int, heads: int, vocab_size: int
+) -> ModelConfig:
+    """Return the small model of an architecture, one of presets.ARCHITECTURES.
+
+    Raises:
+        ConfigError: no such architecture, or sizes that do not fit together.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"unknown architecture {architecture!r}; there are: {', '.join(ARCHITECTURES)}"
+        )
+    paper = architecture == "paper"
+    return ModelConfig(
+        architecture="metastate" if paper else architecture,  # type: ignore[arg-type]
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
+    )
+
+
+def train_and_score(
+    problem: Problem,
+    model: ModelConfig,
+    train: TrainConfig,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Train a fresh model on a problem until it is solved, or to the end, and score it.
+
+    Every `valid_every` steps new sequences are tried; training stops where less than half of the
+    errors are left that `problem.level` allows. The score rests on others again.
+
+    Args:
+        problem: makes the sequences.
+        model: the model; its vocabulary is the problem's.
+        train: steps, batch_size, seed, device, valid_every, z_loss, and what `make_optimizer` and
+            `learning_rate` read.
+        progress: called with (steps done, steps in all, loss=, accuracy=) after each step.
+
+    Returns:
+        parameters, non_embedding; steps (made); loss (of the last step, nats an answer); accuracy
+        (at the problem's length); by_length (accuracy at lengths 1, 2, ...; word problems only);
+        passed; diverged (the loss was not finite, and training stopped before it did harm);
+        seconds.
+    """
+    torch.manual_seed(train.seed)
+    network = LanguageModel(model).to(torch.device(train.device))
+    optimizer = make_optimizer(network, train)
+    begun, enough = time.monotonic(), 1 - (1 - problem.level) / 2
+    step, loss, watched, diverged = 0, math.nan, "", False
+    while step < train.steps:
+        batch = problem.batch(train.batch_size, [train.seed, TRAIN, step])
+        tokens, labels = (part.to(train.device) for part in batch)
+        out = lm_loss(network, tokens, labels, z_loss=train.z_loss)
+        out.loss.backward()
+        parameters = optimizer.gather()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        diverged = not (math.isfinite(float(out.loss.detach())) and math.isfinite(float(norm)))
+        if diverged:
+            break
+        nn.utils.clip_grads_with_norm_(parameters, train.clip, norm)
+        set_learning_rate(optimizer, learning_rate(step, train))
+        optimizer.step()
+        optimizer.zero_grad()
+        step, loss = step + 1, float(out.nll)
+        accuracy = 0.0
+        if step % train.valid_every == 0:
+            seed = (train.seed, WATCH, step)
+            accuracy, _ = problem.score(network.eval(), PROBE, seed, far=False)
+            network.train()
+            watched = f"{accuracy:.1%}"
+        if progress is not None:
+            progress(step, train.steps, loss=f"{loss:.3f}", accuracy=watched or "?")
+        if accuracy > enough:
+            break
+    accuracy, by_length = problem.score(network.eval(), ANSWERS, (train.seed, TEST), far=True)
+    counts = network.count_parameters()
+    return {
+        "parameters": counts["total"],
+        "non_embedding": counts["non_embedding"],
+        "steps": step,
+        "loss": loss if math.isfinite(loss) else None,
+        "accuracy": accuracy,
+        "by_length": by_length,
+        "passed": accuracy > problem.level,
+        "diverged": diverged,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
