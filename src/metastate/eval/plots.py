@@ -136,6 +136,70 @@ def position_curve(
     _write(figure, out)
 
 
+def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> None:
+    """Draw the accuracy of small models on state tracking or recall as a PNG.
+
+    Word problems get a panel each, accuracy by length; recall gets one, accuracy by problem. A
+    colour is an architecture, a line style a depth.
+
+    Args:
+        cells: of one task: problem, length, architecture, model, and what
+            `metastate.eval.tasks.train_and_score` returned.
+        out: path of the PNG.
+
+    Raises:
+        DataError: there are no cells. ConfigError: matplotlib is missing.
+    """
+    if not cells:
+        raise DataError("there are no results to draw; finish a cell first")
+    problems = list(dict.fromkeys(cell["problem"] for cell in cells))
+    names = list(dict.fromkeys(cell["architecture"] for cell in cells))
+    depths = sorted({cell["model"]["num_layers"] for cell in cells})
+    words = cells[0]["by_length"] is not None
+    panels = problems if words else [""]
+    figure, first = _figure()
+    first.remove()
+    figure.set_size_inches(7 if len(panels) == 1 else 4.4 * len(panels), 4.2)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name in names:
+            for depth in depths:
+                own = [
+                    cell
+                    for cell in cells
+                    if (cell["architecture"], cell["model"]["num_layers"]) == (name, depth)
+                    and panel in ("", cell["problem"])
+                ]
+                if not own:
+                    continue
+                if words:
+                    ys = own[0]["by_length"]
+                    xs = list(range(1, len(ys) + 1))
+                else:
+                    xs = [problems.index(cell["problem"]) for cell in own]
+                    ys = [cell["accuracy"] for cell in own]
+                axes.plot(
+                    xs,
+                    [100 * y for y in ys],
+                    ("-", "--", ":", "-.")[depths.index(depth) % 4] + ("" if words else "o"),
+                    color=f"C{names.index(name)}",
+                    lw=1.6,
+                    label=f"{name}, {depth} layer{'s' * (depth > 1)}",
+                )
+        if words:
+            axes.axvline(cells[0]["length"], color="#999", lw=1)
+            axes.text(cells[0]["length"], 103, " longest learned", color="#777", fontsize=8)
+            axes.set_xlabel("elements multiplied")
+        else:
+            axes.set_xticks(range(len(problems)), problems)
+            axes.set_xlabel("tokens x pairs")
+        axes.set_ylim(0, 102)
+        axes.set_ylabel("accuracy (%)")
+        axes.set_title(panel, pad=16)
+        _plain(axes)
+        axes.legend(frameon=False, fontsize=8)
+    _write(figure, out)
+
+
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Return the mean of each value and its neighbours, `share` of all values wide."""
     half = max(1, int(len(values) * share / 2))
@@ -164,9 +228,13 @@ def _figure() -> tuple[Any, Any]:
     figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _write(figure: Any, out: str | os.PathLike[str]) -> None:
