@@ -65,6 +65,18 @@ The prompt is --prompt, or else what comes on standard input. --state-out keeps 
 model remembers, in a file of constant size; --state-in goes on from there later.
 """
 
+TASKS = """\
+Train small models on made-up tasks and score them: what can a state compute, what can it hold?
+
+state-tracking: read elements of a finite group, say their product so far after each; the score is
+the fewest layers with more than 90 % accuracy at the longest length learned. recall: read pairs of
+key and value, say the value when the key comes again; passed above 99 %.
+
+Each cell (problem, architecture, depth, learning rate) is written to OUT/results.json when it is
+finished, so Ctrl-C loses one cell at most and the same command goes on. More layers, and further
+learning rates, are left out where fewer passed already.
+"""
+
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser and the parsers of its commands by name."""
@@ -84,6 +96,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("eval", "measure the held-out loss of a model", EVAL),
             ("generate", "continue a text", GENERATE),
             ("grow", "make a model larger, its function unchanged", GROW),
+            ("tasks", "train and score small models on state tracking or recall", TASKS),
             ("info", "parameters, FLOPs and state bytes of a model", None),
         )
     }
@@ -94,6 +107,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         ("eval", _add_eval),
         ("generate", _add_generate),
         ("grow", _add_grow),
+        ("tasks", _add_tasks),
         ("info", _add_info),
     ):
         add(commands[name])
@@ -234,6 +248,40 @@ def _add_grow(parser: Parser) -> None:
         "--data", metavar="DIR", help="prepared data whose held-out text the logits are compared on"
     )
     add_flags(parser, "seed")
+    add_json(parser)
+
+
+def _add_tasks(parser: Parser) -> None:
+    parser.add_argument("task", choices=("state-tracking", "recall"), help="see above")
+    for flag, name, of_what, default in (
+        ("--group", "groups", "S5, A5, A4xZ5, Z60 or others (S3, Z2xZ2)", "S5"),
+        ("--level", "levels", "recall: TOKENSxPAIRS, to 2048x256", "64x4 128x8"),
+        ("--architectures", "architectures", "metastate, paper, rwkv7 ...", "all"),
+    ):
+        help = f"{of_what} (default: {default})"
+        parser.add_argument(flag, dest=name, nargs="+", metavar="NAME", help=help)
+    for flag, default, what in (
+        ("--layers", None, "depths (default: 1 2 for state tracking, 2 for recall)"),
+        ("--lr", [3e-3], "peak learning rates, the best one counts (default: 0.003)"),
+    ):
+        number, metavar = (int, "N") if default is None else (float, "X")
+        parser.add_argument(
+            flag, type=number, nargs="+", default=default, metavar=metavar, help=what
+        )
+    for flag, default, what in (
+        ("--width", 64, "channels D (default: 64)"),
+        ("--heads", 1, "heads H (default: 1)"),
+        ("--length", None, "state tracking: elements of the longest sequence (default: 20)"),
+        ("--vocab-size", None, "recall: half of it keys, half values (default: 8192)"),
+        ("--steps", 2000, "optimizer steps of a cell at most (default: 2000)"),
+        ("--batch-size", None, "sequences a step (default: 128; recall: 32)"),
+        ("--warmup", None, "steps over which the rate rises (default: a tenth, 100 at most)"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=what)
+    add_flags(parser, "weight_decay", "seed", "device")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for results, table and figure (default: runs/TASK)"
+    )
     add_json(parser)
 
 
