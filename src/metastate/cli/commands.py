@@ -14,6 +14,7 @@ import torch
 from metastate.cli.demo import run_demo
 from metastate.cli.growing import run_grow, tokenizer_of
 from metastate.cli.progress import bar, print_json
+from metastate.cli.tasks import run_tasks
 from metastate.cli.training import run_train
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
@@ -197,5 +198,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eval": run_eval,
     "generate": run_generate,
     "grow": run_grow,
+    "tasks": run_tasks,
     "info": run_info,
 }
