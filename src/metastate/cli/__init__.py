@@ -260,15 +260,22 @@ def _add_tasks(parser: Parser) -> None:
     ):
         help = f"{of_what} (default: {default})"
         parser.add_argument(flag, dest=name, nargs="+", metavar="NAME", help=help)
-    for flag, default, what in (
-        ("--layers", None, "depths (default: 1 2 for state tracking, 2 for recall)"),
-        ("--lr", [3e-3], "peak learning rates, the best one counts (default: 0.003)"),
-    ):
-        number, metavar = (int, "N") if default is None else (float, "X")
-        parser.add_argument(
-            flag, type=number, nargs="+", default=default, metavar=metavar, help=what
-        )
-    for flag, default, what in (
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="depths (default: 1 2 for state tracking, 2 for recall)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        default=[3e-3],
+        metavar="X",
+        help="peak learning rates, the best one counts (default: 0.003)",
+    )
+    numbers: tuple[tuple[str, int | None, str], ...] = (
         ("--width", 64, "channels D (default: 64)"),
         ("--heads", 1, "heads H (default: 1)"),
         ("--length", None, "state tracking: elements of the longest sequence (default: 20)"),
@@ -276,8 +283,9 @@ def _add_tasks(parser: Parser) -> None:
         ("--steps", 2000, "optimizer steps of a cell at most (default: 2000)"),
         ("--batch-size", None, "sequences a step (default: 128; recall: 32)"),
         ("--warmup", None, "steps over which the rate rises (default: a tenth, 100 at most)"),
-    ):
-        parser.add_argument(flag, type=int, default=default, metavar="N", help=what)
+    )
+    for flag, number, what in numbers:
+        parser.add_argument(flag, type=int, default=number, metavar="N", help=what)
     add_flags(parser, "weight_decay", "seed", "device")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for results, table and figure (default: runs/TASK)"
