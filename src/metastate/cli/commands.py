@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metastate.cli.demo import run_demo
-from metastate.cli.growing import run_grow, tokenizer_of
+from metastate.cli.growing import run_grow
+from metastate.cli.models import arithmetic, load_model
 from metastate.cli.progress import bar, print_json
 from metastate.cli.tasks import run_tasks
 from metastate.cli.training import run_train
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
-from metastate.errors import CheckpointError, ConfigError
 from metastate.eval.describe import describe, describe_table
 from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model import presets
-from metastate.model.io import load
-from metastate.model.lm import LanguageModel
-
-
-def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
-    """Load the checkpoint `path` as `--device` and `--dtype` say."""
-    model = load(path)
-    try:
-        model = model.to(torch.device(getattr(args, "device", "cpu")))
-    except RuntimeError as error:
-        raise ConfigError(f"device {args.device!r} cannot be used: {error}") from error
-    if getattr(args, "dtype", "float32") == "float64":
-        model = model.double()
-    return model.eval()
-
-
-@contextlib.contextmanager
-def arithmetic(args: argparse.Namespace) -> Iterator[None]:
-    """Run the matrix products in bfloat16 where `--dtype bfloat16` asks for it."""
-    if getattr(args, "dtype", "float32") == "bfloat16":
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            yield
-    else:
-        yield
+from metastate.model.io import load, tokenizer_of
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -148,12 +122,7 @@ def run_generate(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     model = load_model(args.checkpoint, args)
-    if model.tokenizer_info is None:
-        raise CheckpointError(
-            f"{args.checkpoint} does not say which tokenizer it was trained with; only a model "
-            "that `metastate train` made can write"
-        )
-    tokenizer = tokenizer_of(model, Path(args.checkpoint))
+    tokenizer = tokenizer_of(model, args.checkpoint)
     state = Continuation.load(args.state_in, model) if args.state_in else None
     prompt = args.prompt
     if prompt is None:

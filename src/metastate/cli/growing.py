@@ -16,10 +16,16 @@ from torch import Tensor
 from metastate.cli.progress import log, print_json
 from metastate.data.files import atomic_write
 from metastate.data.loader import PreparedData
-from metastate.data.tokenizer import load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
-from metastate.model.io import checkpoint_folder, load, read_config, read_tensors, save
+from metastate.model.io import (
+    checkpoint_folder,
+    load,
+    read_config,
+    read_tensors,
+    save,
+    tokenizer_of,
+)
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 from metastate.train.checkpoint import CARRIED, MOMENTS
@@ -89,13 +95,6 @@ def write(out: Path, folder: Path, model: LanguageModel, grown: LanguageModel) -
         raise CheckpointError(f"{out} cannot be written: {cause}") from cause
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def tokenizer_of(model: LanguageModel, folder: Path) -> Any:
-    """Return the tokenizer of a checkpoint, whose vocabulary may lie in the run's folder."""
-    folder = folder.absolute().resolve()
-    assert model.tokenizer_info is not None
-    return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
 
 
 def sample_tokens(model: LanguageModel, folder: Path, data: str | None) -> tuple[Tensor, str]:

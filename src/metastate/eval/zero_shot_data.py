@@ -85,9 +85,9 @@ def _read_choices(prompt: Callable[[str], str]) -> Callable[[bytes, str], Iterat
 def _read_winogrande(content: bytes, where: str) -> Iterator[Item]:
     """Partial scoring: the same end of the sentence, behind either name."""
     for row, at in _json_lines(content, where):
-        end, contexts = _text(row, "continuation", at), row.get("context_options")
-        gold = _gold(contexts, row.get("gold"), at)
-        yield Item(tuple((context, " " + end) for context in contexts), gold)
+        end = " " + _text(row, "continuation", at)
+        contexts, gold = _checked(row.get("context_options"), row.get("gold"), at)
+        yield Item(tuple((context, end) for context in contexts), gold)
 
 
 def _read_blimp(content: bytes, where: str) -> Iterator[Item]:
@@ -213,8 +213,8 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
     return value
 
 
-def _gold(choices: Any, gold: Any, at: str) -> int:
-    """Check alternatives and the index of the right one; return the index."""
+def _checked(choices: Any, gold: Any, at: str) -> tuple[list[str], int]:
+    """Return alternatives and the index of the right one, or say what is wrong with them."""
     if (
         not isinstance(choices, list)
         or len(choices) < 2
@@ -223,9 +223,9 @@ def _gold(choices: Any, gold: Any, at: str) -> int:
         raise DataError(f"{at}: the choices must be two or more texts; they are {choices!r}")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise DataError(f"{at}: `gold` must be 0 to {len(choices) - 1}; it is {gold!r}")
-    return gold
+    return choices, gold
 
 
 def _choice_item(context: str, choices: Any, gold: Any, at: str) -> Item:
-    gold = _gold(choices, gold, at)
+    choices, gold = _checked(choices, gold, at)
     return Item(tuple((context, " " + choice) for choice in choices), gold)

@@ -14,6 +14,7 @@ import torch
 
 from metastate.config import ModelConfig, from_dict, to_dict
 from metastate.data.files import atomic_write, write_json
+from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model import presets
 from metastate.model.lm import LanguageModel
@@ -80,6 +81,21 @@ def adopt_record(model: LanguageModel, info: dict[str, Any]) -> None:
     """Give `model` what a checkpoint's config.json says of its weights."""
     model.lineage, model.step = info.get("lineage") or [], info.get("step") or 0
     model.tokenizer_info = info.get("tokenizer")
+
+
+def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenizer:
+    """Return the tokenizer of a checkpoint at `path`; its vocabulary may lie in the run's folder.
+
+    Raises:
+        CheckpointError: the checkpoint names none. DataError: its file is gone, or another one.
+    """
+    if model.tokenizer_info is None:
+        raise CheckpointError(
+            f"{path} does not say which tokenizer it was trained with; only a model that "
+            "`metastate train` made can read and write text"
+        )
+    folder = Path(path).absolute().resolve()
+    return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:

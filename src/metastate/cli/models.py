@@ -1,0 +1,35 @@
+"""Models as the options `--device` and `--dtype` want them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from metastate.errors import ConfigError
+from metastate.model.io import load
+from metastate.model.lm import LanguageModel
+
+
+def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
+    """Load the checkpoint `path` as `--device` and `--dtype` say."""
+    model = load(path)
+    try:
+        model = model.to(torch.device(getattr(args, "device", "cpu")))
+    except RuntimeError as error:
+        raise ConfigError(f"device {args.device!r} cannot be used: {error}") from error
+    if getattr(args, "dtype", "float32") == "float64":
+        model = model.double()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def arithmetic(args: argparse.Namespace) -> Iterator[None]:
+    """Run the matrix products in bfloat16 where `--dtype bfloat16` asks for it."""
+    if getattr(args, "dtype", "float32") == "bfloat16":
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            yield
+    else:
+        yield
