@@ -35,11 +35,13 @@ ROOT_NAMES = {"__version__"}  # what the package root itself holds; its other na
 
 CORE = {"torch", "numpy", "safetensors"}
 # Everything else belongs to an extra: it is imported inside the function that uses it, and only in
-# the files named here. numba alone may stand at the top of its files, which load it when they run.
+# the files named here. Two stand at the top of their files, which are imported when they are
+# needed: numba's kernels, and lm_eval's model type, a subclass.
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
     "matplotlib": ("metastate.eval.plots",),
+    "lm_eval": ("metastate.eval.lm_eval_adapter",),
     "tokenizers": ("metastate.data.tokenizer",),
     "huggingface_hub": ("metastate.data.tokenizer",),
     "pyrwkv_tokenizer": ("metastate.data.tokenizer",),
@@ -48,7 +50,7 @@ EXTRAS = {
     "tensorboard": ("metastate.train",),
     "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
 }
-AT_TOP = {"numba"}
+AT_TOP = {"numba", "lm_eval"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

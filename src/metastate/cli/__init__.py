@@ -58,6 +58,21 @@ stateful: each document is read once, the state carried from its first token to 
 windowed: each document is cut into windows of --context tokens that start from an empty state.
 """
 
+EVAL_TASKS = """\
+Score zero-shot tasks from local files: accuracy, length-normalised accuracy, LAMBADA's perplexity.
+
+DIR holds lambada/lambada_test.jsonl, hellaswag/hellaswag_val_full.txt.bz2, blimp/BLiMP.zip, and in
+mc_eval/ piqa, arc_easy, arc_challenge, winogrande, openbook_qa, copa and boolq (.jsonl); only the
+files of the chosen tasks are needed. Prompts and metrics are lm-evaluation-harness's. Beside each
+figure: its standard error, and what guessing would give.
+"""
+
+LM_EVAL = """\
+Score tasks of lm-evaluation-harness (pip install 'metastate[lm-eval]'), which fetches their data.
+
+--tasks takes its tasks, tags and groups; --include-path adds a folder of your own in its YAML.
+"""
+
 GENERATE = """\
 Continue a text, token by token as it is written.
 
@@ -94,6 +109,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("prepare", "turn text into token files", PREPARE),
             ("train", "train a model", TRAIN),
             ("eval", "measure the held-out loss of a model", EVAL),
+            ("eval-tasks", "zero-shot tasks from local files", EVAL_TASKS),
+            ("lm-eval", "zero-shot tasks of lm-evaluation-harness", LM_EVAL),
             ("generate", "continue a text", GENERATE),
             ("grow", "make a model larger, its function unchanged", GROW),
             ("tasks", "train and score small models on state tracking or recall", TASKS),
@@ -105,6 +122,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         ("prepare", _add_prepare),
         ("train", _add_train),
         ("eval", _add_eval),
+        ("eval-tasks", _add_eval_tasks),
+        ("lm-eval", _add_lm_eval),
         ("generate", _add_generate),
         ("grow", _add_grow),
         ("tasks", _add_tasks),
@@ -182,6 +201,35 @@ def _add_eval(parser: Parser) -> None:
     parser.add_argument(
         "--limit-tokens", type=int, metavar="N", help="score about so many tokens (default: all)"
     )
+    add_json(parser)
+
+
+def _add_eval_tasks(parser: Parser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="lambada, hellaswag, piqa, arc_easy, arc_challenge, winogrande, openbookqa, copa, "
+        "boolq, blimp (default: all)",
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder with the files named above")
+    _add_scoring(parser, "score N items of each task (of BLiMP's paradigms), drawn at random once")
+
+
+def _add_lm_eval(parser: Parser) -> None:
+    _add_model(parser)
+    parser.add_argument("--tasks", metavar="A,B", help="names of lm-evaluation-harness")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with further tasks in YAML")
+    _add_scoring(parser, "score the first N items of each task")
+
+
+def _add_scoring(parser: Parser, limit: str) -> None:
+    parser.add_argument("--limit", type=int, metavar="N", help=f"{limit} (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="texts at once (default: 16)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="also write the results there, as JSON")
+    add_flags(parser, "device", "dtype")
     add_json(parser)
 
 
@@ -339,7 +387,13 @@ def _run(argv: list[str]) -> int:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse what is missing here, after unknown flags: those are the likelier mistake."""
-    needed = {"prepare": ("out",), "eval": ("data",), "grow": ("out",)}.get(args.command, ())
+    needed = {
+        "prepare": ("out",),
+        "eval": ("data",),
+        "eval-tasks": ("data",),
+        "lm-eval": ("tasks",),
+        "grow": ("out",),
+    }.get(args.command, ())
     for name in needed:
         if not getattr(args, name, None):
             raise ConfigError(f"--{name} is missing; see `metastate {args.command} --help`")

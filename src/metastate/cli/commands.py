@@ -14,6 +14,7 @@ from metastate.cli.models import arithmetic, load_model
 from metastate.cli.progress import bar, print_json
 from metastate.cli.tasks import run_tasks
 from metastate.cli.training import run_train
+from metastate.cli.zero_shot import run_eval_tasks, run_lm_eval
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.eval.describe import describe, describe_table
@@ -165,6 +166,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "prepare": run_prepare,
     "train": run_train,
     "eval": run_eval,
+    "eval-tasks": run_eval_tasks,
+    "lm-eval": run_lm_eval,
     "generate": run_generate,
     "grow": run_grow,
     "tasks": run_tasks,
