@@ -25,7 +25,7 @@ Cell = dict[str, Any]
 # What belongs to one task alone, and the defaults of what does not.
 OWN = {"state-tracking": ("groups", "length"), "recall": ("levels", "vocab_size")}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "state-tracking": {"groups": ["S5"], "length": 20, "layers": [1, 2], "batch_size": 128},
+    "state-tracking": {"groups": ["S3"], "length": 20, "layers": [1, 2], "batch_size": 64},
     "recall": {
         "levels": ["64x4", "128x8"],
         "vocab_size": 8192,
