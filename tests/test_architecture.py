@@ -41,6 +41,7 @@ EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
     "matplotlib": ("metastate.eval.plots",),
+    "scipy": ("metastate.eval.report",),
     "lm_eval": ("metastate.eval.lm_eval_adapter",),
     "tokenizers": ("metastate.data.tokenizer",),
     "huggingface_hub": ("metastate.data.tokenizer",),

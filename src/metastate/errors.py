@@ -14,6 +14,10 @@ class ConfigError(MetaStateError):
     """A setting is unknown, of the wrong type, out of range, or impossible on this machine."""
 
 
+class BusyError(ConfigError):
+    """Another process is at work in the same folder."""
+
+
 class ShapeError(MetaStateError, ValueError):
     """A tensor has the wrong shape or dtype."""
 

@@ -58,6 +58,15 @@ stateful: each document is read once, the state carried from its first token to 
 windowed: each document is cut into windows of --context tokens that start from an empty state.
 """
 
+COMPARE = """\
+Compare models of equal size, trained on the same text in the same order.
+
+SUITE.yaml names models (a preset's architecture, and changes to it), sizes and seeds; recipes/ has
+some. Every cell is a training run in OUT, so Ctrl-C loses nothing: the same command goes on, and a
+second process with the same --out takes cells that are free. OUT gets results.json, table.md,
+figures and report.html, one page that needs nothing else.
+"""
+
 EVAL_TASKS = """\
 Score zero-shot tasks from local files: accuracy, length-normalised accuracy, LAMBADA's perplexity.
 
@@ -114,6 +123,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             ("lm-eval", "zero-shot tasks of lm-evaluation-harness", LM_EVAL),
             ("generate", "continue a text", GENERATE),
             ("grow", "make a model larger, its function unchanged", GROW),
+            ("compare", "train a matrix of models, sizes and seeds; table and report", COMPARE),
             ("tasks", "train and score small models on state tracking or recall", TASKS),
             ("info", "parameters, FLOPs and state bytes of a model", None),
         )
@@ -127,6 +137,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         ("lm-eval", _add_lm_eval),
         ("generate", _add_generate),
         ("grow", _add_grow),
+        ("compare", _add_compare),
         ("tasks", _add_tasks),
         ("info", _add_info),
     ):
@@ -300,6 +311,24 @@ def _add_grow(parser: Parser) -> None:
     add_json(parser)
 
 
+def _add_compare(parser: Parser) -> None:
+    parser.add_argument("suite", metavar="SUITE.yaml", help="what to compare")
+    parser.add_argument("--out", metavar="DIR", help="folder for runs, tables, figures and page")
+    parser.add_argument("--data", metavar="DIR", help="prepared data (default: the suite's own)")
+    parser.add_argument(
+        "--match-params",
+        action="store_true",
+        help="fit depth and hidden width of every model to the size's parameters within 1%%",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be run, and for how long"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="report on the cells that are finished"
+    )
+    add_json(parser)
+
+
 def _add_tasks(parser: Parser) -> None:
     parser.add_argument("task", choices=("state-tracking", "recall"), help="see above")
     for flag, name, of_what, default in (
@@ -394,6 +423,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         "eval-tasks": ("data",),
         "lm-eval": ("tasks",),
         "grow": ("out",),
+        "compare": ("out",),
     }.get(args.command, ())
     for name in needed:
         if not getattr(args, name, None):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from metastate.cli.comparing import run_compare
 from metastate.cli.demo import run_demo
 from metastate.cli.growing import run_grow
 from metastate.cli.models import arithmetic, load_model
@@ -170,6 +171,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "lm-eval": run_lm_eval,
     "generate": run_generate,
     "grow": run_grow,
+    "compare": run_compare,
     "tasks": run_tasks,
     "info": run_info,
 }

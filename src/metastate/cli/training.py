@@ -12,7 +12,7 @@ from metastate.cli.progress import bar, log, print_json
 from metastate.config import TrainConfig, from_dict, merge, to_dict
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
-from metastate.eval.loss import evaluate
+from metastate.eval.loss import held_out
 from metastate.eval.plots import loss_curve
 from metastate.growth import grow_in_training, grown_config
 from metastate.model.io import read_config
@@ -86,20 +86,4 @@ def validation(config: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]]
     if not data.record["splits"].get("valid", {}).get("tokens"):
         log(f"{config.data} has no valid split: training goes on without validation")
         return None
-
-    split = data.split("valid")
-
-    def score(model: LanguageModel) -> dict[str, Any]:
-        scores = evaluate(
-            model,
-            split,
-            mode="windowed",
-            context=config.context,
-            by_domain=len(data.domain_names) > 1,
-            limit_tokens=config.valid_tokens,
-        ).to_json()
-        domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
-        kept = ("nats_per_token", "perplexity", "bits_per_byte")
-        return {key: scores[key] for key in kept} | {"domains": domains}
-
-    return score
+    return held_out(data, config)

@@ -89,16 +89,17 @@ def run_lm_eval(args: argparse.Namespace) -> None:
 
 def score_table(rows: Iterable[Row]) -> str:
     """Return (task, metric, value, standard error, chance, items) as a table for people."""
+    rows, before = list(rows), ""
+    width = max([4, *(len(row[0]) for row in rows)])
     lines = [
-        f"{'task':<16} {'metric':<14} {'value':>11} {'+-':^2} {'error':<11} {'chance':>11} "
+        f"{'task':<{width}} {'metric':<14} {'value':>11} {'+-':^2} {'error':<11} {'chance':>11} "
         f"{'items':>8}"
     ]
-    before = ""
     for task, metric, value, error, chance, items in rows:
         name, before = ("" if task == before else task), task
         count = "-" if items is None else f"{items:,}"
         lines.append(
-            f"{name:<16} {metric:<14} {_number(value):>11} +- {_number(error):<11} "
+            f"{name:<{width}} {metric:<14} {_number(value):>11} +- {_number(error):<11} "
             f"{_number(chance):>11} {count:>8}"
         )
     return "\n".join(lines)

@@ -7,11 +7,13 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metastate.errors import MetaStateError, TrainingError
+from metastate.errors import BusyError, MetaStateError, TrainingError
+
+LOCK = ".lock"
 
 
 def atomic_write(
@@ -92,3 +94,30 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the system lets go of it however the process ends.
+
+    Raises:
+        BusyError: another process holds it. TrainingError: the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "wb")  # noqa: SIM115
+    except OSError as cause:
+        raise TrainingError(f"cannot write {folder / LOCK}: {cause.strerror}") from cause
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BusyError(
+                f"another process is training in {folder}; wait for it, or choose another --out"
+            ) from None
+        yield

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.data.loader import Split, permute
+from metastate.config import TrainConfig
+from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel
 
@@ -188,6 +189,29 @@ def evaluate(
         if by_position
     ]
     return EvalResult(mode, context, tally(scored), domains, positions)
+
+
+def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]]:
+    """Return what scores a model of `run` on the valid split of its data, as `train` wants it.
+
+    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides.
+    """
+    split = data.split("valid")
+
+    def score(model: LanguageModel) -> dict[str, Any]:
+        scores = evaluate(
+            model,
+            split,
+            mode="windowed",
+            context=run.context,
+            by_domain=len(data.domain_names) > 1,
+            limit_tokens=run.valid_tokens,
+        ).to_json()
+        domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
+        kept = ("nats_per_token", "perplexity", "bits_per_byte")
+        return {key: scores[key] for key in kept} | {"domains": domains}
+
+    return score
 
 
 def _pieces(

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,92 @@ def position_curve(
     _write(figure, out)
 
 
+AXIS = {
+    "parameters": "parameters without embedding and head",
+    "tokens": "training tokens",
+    "flops": "training FLOPs",
+    "seconds": "training seconds on this machine",
+}
+
+
+def comparison_figure(
+    results: Mapping[str, Any], key: str, laws: Mapping[str, Any], title: str, kind: str = "png"
+) -> bytes:
+    """Draw a comparison's losses against `key`, a colour a model, means over seeds.
+
+    Args:
+        results: from `metastate.eval.compare.collect`.
+        key: "parameters", where a point is a size's final loss; or "tokens", "flops", "seconds",
+            where a line is a run's held-out curve and a dot its end.
+        laws: model -> fitted PowerLaw: a line with its band, dashed where it extrapolates.
+        title: of the figure.
+        kind: "png" or "svg".
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure, axes = _figure()
+    models, sizes = list(results["suite"]["models"]), list(results["suite"]["sizes"])
+    ends: list[float] = []
+    for i, model in enumerate(models):
+        colour, label = f"C{i % 10}", model
+        by_size = [
+            [r for r in results["rows"] if (r["model"], r["size"]) == (model, size) and r["curve"]]
+            for size in sizes
+        ]
+        if key == "parameters":
+            points = [(rows[0][key], [r["loss"] for r in rows]) for rows in by_size if rows]
+            if points:
+                means = [statistics.fmean(losses) for _, losses in points]
+                spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
+                line = "" if model in laws else "-"
+                xs = [x for x, _ in points]
+                axes.errorbar(xs, means, spread, fmt=f"o{line}", color=colour, ms=5, label=label)
+                ends += means
+        else:
+            for j, rows in enumerate(by_size):
+                if not rows:
+                    continue
+                shortest = min(len(r["curve"]) for r in rows)
+                xs, ys = (
+                    [statistics.fmean(r["curve"][k][what] for r in rows) for k in range(shortest)]
+                    for what in (key, "loss")
+                )
+                style = ("-", "--", ":", "-.")[j % 4]
+                axes.plot(xs, ys, style, color=colour, lw=1.5, label=label)
+                axes.plot(xs[-1:], ys[-1:], "o", color=colour, ms=4)
+                ends += [*ys[len(ys) // 4 :]]
+                label = None  # one entry a model
+        if model in laws:
+            _draw_law(axes, laws[model], colour)
+    axes.set_xscale("log")
+    if key != "flops":
+        axes.xaxis.set_major_formatter(_short)
+        axes.xaxis.set_minor_formatter(
+            lambda x, _: _short(x) if f"{x:e}"[0] in "25" and key == "parameters" else ""
+        )
+    if ends:
+        margin = 0.06 * (max(ends) - min(ends)) or 0.05
+        low = min([min(ends), *(law.loss[-1] for law in laws.values())])
+        axes.set_ylim(low - margin, max(ends) + margin)
+    axes.set_xlabel(AXIS[key])
+    axes.set_ylabel("held-out loss (nats a token)")
+    axes.set_title(title)
+    if key != "parameters" and len(sizes) > 1:
+        for size, style in zip(sizes, ("-", "--", ":", "-."), strict=False):
+            axes.plot([], [], style, color="#555", label=size)
+    axes.legend(frameon=False)
+    return _bytes(figure, kind)
+
+
+def _draw_law(axes: Any, law: Any, colour: str) -> None:
+    """Draw a fit: solid where it was measured, dashed beyond, its band lightly."""
+    measured = sum(x <= law.fitted * 1.001 for x in law.x)
+    axes.plot(law.x[:measured], law.loss[:measured], "-", color=colour, lw=1.3)
+    axes.plot(law.x[measured - 1 :], law.loss[measured - 1 :], "--", color=colour, lw=1.1)
+    axes.fill_between(law.x, law.low, law.high, color=colour, alpha=0.1, lw=0)
+
+
 def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> None:
     """Draw the accuracy of small models on state tracking or recall as a PNG.
 
@@ -238,6 +325,10 @@ def _plain(axes: Any) -> None:
 
 
 def _write(figure: Any, out: str | os.PathLike[str]) -> None:
+    atomic_write(out, _bytes(figure, "png"), error=DataError)
+
+
+def _bytes(figure: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write(out, buffer.getvalue(), error=DataError)
+    figure.savefig(buffer, format=kind)
+    return buffer.getvalue()

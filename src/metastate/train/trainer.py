@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metastate.config import GrowthStep, TrainConfig, to_dict
-from metastate.data.files import atomic_write, write_json
+from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.data.loader import Batch, BatchSource, PreparedData
 from metastate.errors import ConfigError, TrainingError
 from metastate.model import io
@@ -113,6 +113,7 @@ def train(
         ConfigError: a setting is impossible, or config.out does not fit `resume`.
         DataError: the data is missing, broken, too short or of another vocabulary.
         CheckpointError: the checkpoint to resume from is damaged.
+        BusyError: another process trains in config.out.
         TrainingError: the loss or a gradient is not finite, or the disk is full; the last
             checkpoint is whole and the weights of this step were not written to it.
     """
@@ -133,11 +134,12 @@ def train(
     keep_freed_memory()
     run = _Run(config, evaluate, progress, grow)
     run.use(*run.first_model(model, resume))
-    if resume:
-        run.restore()
-    run.start()
-    with _signals(run.interrupt):
-        return run.loop()
+    with alone_in(run.out):
+        if resume:
+            run.restore()
+        run.start()
+        with _signals(run.interrupt):
+            return run.loop()
 
 
 class _Run:

@@ -1,0 +1,72 @@
+"""`metastate compare`: a suite of equal comparisons, run cell by cell."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from metastate.cli.options import read_yaml
+from metastate.cli.progress import bar, log, print_json
+from metastate.config import from_dict
+from metastate.errors import ConfigError
+from metastate.eval.compare import collect, compare, estimate
+from metastate.eval.report import main_table, markdown, write_report
+from metastate.eval.suite import Cell, Suite, plan, uneven
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Plan, then (unless told to plan or report only) run, then report."""
+    settings = read_yaml(args.suite)
+    if args.data:
+        settings["data"] = args.data
+    if not settings.get("data"):
+        raise ConfigError("--data is missing, and the suite names none either")
+    suite, out = from_dict(Suite, settings, "suite"), Path(args.out)
+    cells = plan(suite, out, match_params=args.match_params)
+    log(plan_text(cells))
+    for warning in uneven(cells):
+        log(f"warning: {warning}")
+    if args.dry_run:
+        seconds = estimate(cells)
+        for title, each in seconds.items():
+            log(f"{title}: about {duration(each)}")
+        log(f"together about {duration(sum(seconds.values()))} on this machine")
+        if args.json:
+            print_json({"cells": len(cells), "seconds": seconds})
+        return
+    if args.report_only:
+        results = collect(suite, cells, out)
+    else:
+        with bar("compare", "GFLOP") as show:
+            results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
+    paths = write_report(results, out)
+    if args.json:
+        print_json(results)
+    else:
+        print(markdown(main_table(results)))
+    log("written: " + ", ".join(map(str, paths)))
+
+
+def plan_text(cells: list[Cell]) -> str:
+    """Return what will be run, a line for each model and size."""
+    lines = []
+    for key in dict.fromkeys((c.size, c.model) for c in cells):
+        own = [c for c in cells if (c.size, c.model) == key]
+        main, config = [c for c in own if c.rate is None], own[0].config
+        shape = f"D {config.hidden_size}, L {config.num_layers}, H {config.num_heads}"
+        if config.ffn_size:
+            shape += f", F {config.ffn_size}"
+        rates = len(own) - len(main)
+        more = f", {rates} learning rates" if rates else ""
+        lines.append(
+            f"{key[0]}, {key[1]}: {own[0].parameters:,} parameters ({shape}), "
+            f"{main[0].tokens:,} tokens, {len(main)} seeds{more}"
+        )
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

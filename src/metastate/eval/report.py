@@ -1,0 +1,328 @@
+"""What a comparison says: tables, power-law fits, figures, and one self-contained page."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metastate.data.files import atomic_write
+from metastate.errors import ConfigError, DataError
+from metastate.eval.plots import comparison_figure
+
+LN2 = math.log(2)
+FIGURES = {  # x of a figure: (title, file)
+    "parameters": ("Loss against parameters", "loss-by-parameters"),
+    "tokens": ("Loss against training tokens", "loss-by-tokens"),
+    "flops": ("Loss against training FLOPs", "loss-by-flops"),
+    "seconds": ("Loss against training time", "loss-by-seconds"),
+}
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """loss = scale * x^-exponent, by least squares of log loss on log x.
+
+    Attributes:
+        x: where the curve is evaluated.
+        loss: the fit there.
+        low, high: ends of the 95 % confidence band of the fitted line, by Student's t with n - 2
+            degrees of freedom.
+        fitted: the largest x that was measured; beyond it is extrapolation.
+    """
+
+    scale: float
+    exponent: float
+    x: list[float]
+    loss: list[float]
+    low: list[float]
+    high: list[float]
+    fitted: float
+
+
+def power_law(x: Sequence[float], loss: Sequence[float], reach: float = 10.0) -> PowerLaw | None:
+    """Fit a power law to measured losses, drawn up to `reach` times the largest x.
+
+    Returns None for fewer than three different x: two points give a line and no doubt of it.
+
+    Raises:
+        ConfigError: scipy is missing.
+    """
+    if len(set(x)) < 3:
+        return None
+    try:
+        from scipy import stats
+    except ImportError as cause:
+        raise ConfigError("power-law fits need scipy: pip install 'metastate[cli]'") from cause
+    logs, ys = [math.log(v) for v in x], [math.log(v) for v in loss]
+    line, n = stats.linregress(logs, ys), len(logs)
+    mean = statistics.fmean(logs)
+    spread = sum((v - mean) ** 2 for v in logs)
+    rest = sum((y - line.intercept - line.slope * v) ** 2 for v, y in zip(logs, ys, strict=True))
+    error = math.sqrt(rest / (n - 2))
+    t = float(stats.t.ppf(0.975, n - 2))
+    first, last = min(logs), max(logs) + math.log(reach)
+    at = [first + (last - first) * i / 80 for i in range(81)]
+    middle = [line.intercept + line.slope * v for v in at]
+    half = [t * error * math.sqrt(1 / n + (v - mean) ** 2 / spread) for v in at]
+    return PowerLaw(
+        math.exp(line.intercept),
+        -float(line.slope),
+        [math.exp(v) for v in at],
+        [math.exp(m) for m in middle],
+        [math.exp(m - h) for m, h in zip(middle, half, strict=True)],
+        [math.exp(min(m + h, 50)) for m, h in zip(middle, half, strict=True)],
+        max(x),
+    )
+
+
+def fits(results: dict[str, Any], key: str) -> dict[str, PowerLaw]:
+    """Return the power law of each model over its cells.
+
+    By `parameters` it is one of the final test losses, by `flops` of the last points of the curves;
+    by anything else there is none.
+    """
+    found: dict[str, PowerLaw] = {}
+    if key not in ("parameters", "flops"):
+        return found
+    for name in results["suite"]["models"]:
+        rows = [r for r in results["rows"] if r["model"] == name and r["loss"] is not None]
+        ends = [r["loss"] if key == "parameters" else r["curve"][-1]["loss"] for r in rows]
+        fit = power_law([r[key] for r in rows], ends)
+        if fit is not None:
+            found[name] = fit
+    return found
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
+    """Return `mean ± standard deviation`, the deviation only where there are two or more."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def _of(results: dict[str, Any], size: str, model: str) -> list[dict[str, Any]]:
+    rows = [r for r in results["rows"] if (r["size"], r["model"]) == (size, model)]
+    return [r for r in rows if r["loss"] is not None]
+
+
+def gains(results: dict[str, Any], size: str, model: str) -> tuple[list[float], list[float]]:
+    """Return absolute and relative (in %) gains over the baseline, paired by seed."""
+    base = {r["seed"]: r["loss"] for r in _of(results, size, results["suite"]["baseline"])}
+    own = [(r["loss"], base[r["seed"]]) for r in _of(results, size, model) if r["seed"] in base]
+    return [b - a for a, b in own], [100 * (b - a) / b for a, b in own]
+
+
+Table = list[list[str]]
+
+
+def main_table(results: dict[str, Any]) -> Table:
+    """Return the layout of the paper's table 1: loss, absolute and relative gain."""
+    baseline = results["suite"]["baseline"]
+    head = ["size", "model", "parameters", "tokens", "seeds", "loss (nats a token)"]
+    out = [[*head, "bits a byte", f"gain over {baseline}", "relative"]]
+    for size in results["suite"]["sizes"]:
+        for model in results["suite"]["models"]:
+            rows = _of(results, size, model)
+            if not rows:
+                continue
+            absolute, relative = gains(results, size, model)
+            is_base = model == baseline
+            bits = [r["bits_per_byte"] for r in rows if r["bits_per_byte"]]
+            out.append(
+                [
+                    *(size, model, f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}"),
+                    *(str(len(rows)), mean_and_spread([r["loss"] for r in rows])),
+                    mean_and_spread(bits),
+                    "" if is_base else mean_and_spread(absolute),
+                    "" if is_base else mean_and_spread(relative, 2) + " %" * bool(relative),
+                ]
+            )
+    return out
+
+
+def cost_table(results: dict[str, Any]) -> Table:
+    """Return what each model costs: FLOPs, speed here, state, and the learning rate it got."""
+    out = [["size", "model", "lr", "training FLOPs", "tokens/s here", "state bytes (one row)"]]
+    for size in results["suite"]["sizes"]:
+        for model in results["suite"]["models"]:
+            rows = _of(results, size, model)
+            if rows:
+                speed = statistics.fmean(r["tokens_per_s"] for r in rows)
+                figures = f"{rows[0]['lr']:.3g}", f"{rows[0]['flops']:.3g}", f"{speed:,.0f}"
+                out.append([size, model, *figures, f"{rows[0]['state_bytes']:,}"])
+    return out
+
+
+def domain_table(results: dict[str, Any], size: str) -> Table:
+    """Return the mean loss of each domain at one size."""
+    models = [m for m in results["suite"]["models"] if _of(results, size, m)]
+    names = sorted({n for m in models for r in _of(results, size, m) for n in r["domains"]})
+    out = [["domain", *models]]
+    for name in names:
+        cells = [
+            [r["domains"][name] for r in _of(results, size, m) if name in r["domains"]]
+            for m in models
+        ]
+        out.append([name, *(mean_and_spread(c) for c in cells)])
+    return out
+
+
+def sweep_table(results: dict[str, Any]) -> Table:
+    """Return the held-out loss of every learning rate that was tried."""
+    rates = sorted({s["lr"] for s in results["sweep"]})
+    losses = {(s["model"], s["lr"]): s["loss"] for s in results["sweep"]}
+
+    def shown(model: str, rate: float) -> str:
+        loss = losses.get((model, rate), "")
+        return "diverged" if loss is None else f"{loss:.4f}" if loss != "" else ""
+
+    models = dict.fromkeys(s["model"] for s in results["sweep"])
+    body = [[model, *(shown(model, rate) for rate in rates)] for model in models]
+    return [["model", *(f"lr {rate:g}" for rate in rates)], *body]
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Return a sentence for each cell that diverged, and one for cells that are not run yet."""
+    said = [
+        f"{r['model']}, {r['size']}, seed {r['seed']}: {r['failed']}"
+        for r in results["rows"]
+        if r["failed"]
+    ]
+    missing = results["cells"] - len(results["rows"])
+    return [*said, f"{missing} of {results['cells']} cells are not run yet"] if missing else said
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def budget(results: dict[str, Any]) -> str:
+    """Return what all finished cells took together."""
+    rows = [r for r in results["rows"] if r["curve"]]
+    hours = sum(r["curve"][-1]["seconds"] for r in rows) / 3600
+    tokens, flops = sum(r["tokens"] for r in rows), sum(r["flops"] for r in rows)
+    return (
+        f"{len(rows)} of {results['cells']} cells; {tokens:,} training tokens, {flops:.3g} FLOPs, "
+        f"{hours:.2f} hours of training (the sweep of learning rates not counted)"
+    )
+
+
+def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[Path]:
+    """Write table.md, the figures (PNG) and report.html into `out`; return their paths.
+
+    Raises:
+        DataError: no cell is finished, or a file cannot be written. ConfigError: matplotlib or
+            scipy is missing.
+    """
+    out = Path(out)
+    if not any(r["curve"] for r in results["rows"]):
+        raise DataError("no cell is finished yet, so there is nothing to report")
+    tables = [("", main_table(results)), ("What it costs", cost_table(results))]
+    if results["sweep"]:
+        tables.append(("Learning rates tried (held-out loss)", sweep_table(results)))
+    tables += [
+        (f"Domains, {size} (nats a token)", domain_table(results, size))
+        for size in results["suite"]["sizes"]
+        if any(_of(results, size, m) and len(_of(results, size, m)[0]["domains"]) > 1
+               for m in results["suite"]["models"])
+    ]  # fmt: skip
+    notes = [budget(results), *failures(results)]
+    text = [f"### {title}\n\n{markdown(t)}" if title else markdown(t) for title, t in tables]
+    paths = [out / "table.md"]
+    atomic_write(paths[0], "\n\n".join([*text, *notes, ""]).encode("utf-8"), error=DataError)
+    pictures = []
+    for key, (title, file) in FIGURES.items():
+        laws = fits(results, key)
+        for kind in ("png", "svg"):
+            image = comparison_figure(results, key, laws, title, kind)
+            if kind == "png":
+                paths.append(out / f"{file}.png")
+                atomic_write(paths[-1], image, error=DataError)
+            else:
+                pictures.append((title, image.decode("utf-8"), laws))
+    paths.append(out / "report.html")
+    page = _page(results, tables, notes, pictures)
+    atomic_write(paths[-1], page.encode("utf-8"), error=DataError)
+    return paths
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 60rem;
+       padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
+         white-space: nowrap; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
+figcaption, .note { color: #555; font-size: .9rem; }
+pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; }
+summary { cursor: pointer; }
+"""
+
+
+def _page(
+    results: dict[str, Any],
+    tables: list[tuple[str, Table]],
+    notes: list[str],
+    pictures: list[tuple[str, str, dict[str, PowerLaw]]],
+) -> str:
+    suite = results["suite"]
+    title = " against ".join(suite["models"])
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
+    parts.append(_table(tables[0][1]))
+    parts.append(
+        '<p class="note">Loss: held-out test text, windows of the training length. Mean ± '
+        "standard deviation over seeds; gains are paired by seed.</p>"
+    )
+    for name, image, laws in pictures:
+        parts.append(f"<h2>{html.escape(name)}</h2><figure>{_inline(image)}")
+        for model, law in laws.items():
+            parts.append(
+                f"<figcaption>{html.escape(model)}: loss = {law.scale:.3g} x^-{law.exponent:.4f}; "
+                "band: 95 % confidence; dashed: extrapolation, not measured</figcaption>"
+            )
+        parts.append("</figure>")
+    for name, table in tables[1:]:
+        parts.append(f"<h2>{html.escape(name)}</h2>{_table(table)}")
+    parts.append("<h2>Settings</h2>")
+    configs = {f"{r['model']}, {r['size']}": r["config"] for r in results["rows"]}
+    blocks = {"suite": suite, "environment": results["environment"], **configs}
+    for name, value in blocks.items():
+        body = html.escape(json.dumps(value, indent=1, ensure_ascii=False))
+        parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{body}</pre></details>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        + "".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def _inline(svg: str) -> str:
+    """Return an SVG without the XML prologue, which HTML does not know."""
+    return re.sub(r"^.*?(?=<svg)", "", svg, flags=re.DOTALL)
+
+
+def _table(table: Table) -> str:
+    head, *body = (
+        "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+        for tag, row in [("th", table[0]), *(("td", row) for row in table[1:])]
+    )
+    rows = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="wide"><table>{rows}</table></div>'

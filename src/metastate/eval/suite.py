@@ -1,0 +1,294 @@
+"""What a comparison is: models x sizes x seeds, and the runs that they come to.
+
+A suite names models (a preset's architecture and changes to it), sizes and seeds. `plan` turns it
+into cells, each an ordinary training run; `fit_parameters` makes their sizes equal.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metastate.config import ModelConfig, TrainConfig, from_dict, merge, to_dict
+from metastate.data.loader import PreparedData
+from metastate.errors import ConfigError, DataError
+from metastate.model.lm import LanguageModel
+from metastate.model.presets import preset
+
+TOLERANCE = 0.01  # of the non-embedding parameters, under which two counts are called equal
+MOST_BLOCKS = 200
+NATURAL_FFN = {"tokenformer": 3.0}  # hidden width in units of D that a fit prefers, else 4
+
+
+@dataclass(frozen=True)
+class SuiteModel:
+    """One side of the comparison: a preset's architecture, and what differs from it."""
+
+    preset: str = "metastate"
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SuiteSize:
+    """One size: a preset's (`preset`, else the size's own name), and changes for every model.
+
+    `parameters`, without embedding and head, is what `match_params` fits every model to; the first
+    model's own count unless given. `seeds` and `tokens_per_parameter` replace the suite's.
+    """
+
+    preset: str | None = None
+    parameters: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+    tokens_per_parameter: float | None = None
+
+
+@dataclass(frozen=True)
+class RateSweep:
+    """How learning rates are found; no values: as `train.lr` says."""
+
+    values: tuple[float, ...] = ()
+    share: float = 0.25
+    exponent: float = 0.5
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A whole comparison; docs/results.md shows some.
+
+    Attributes:
+        data: folder of prepared data; cells are scored on its test split.
+        models: name -> SuiteModel, in the order of the tables.
+        sizes: name -> SuiteSize, smallest first.
+        baseline: model that gains are relative to; the last one unless given.
+        seeds: of every cell.
+        tokens_per_parameter: training tokens a non-embedding parameter.
+        points: held-out scores along a run.
+        test_tokens: text of the test split that the finished cell is scored on.
+        train: settings of every run.
+        lr: sweep of learning rates.
+    """
+
+    models: dict[str, Any]
+    sizes: dict[str, Any]
+    data: str = ""
+    baseline: str = ""
+    seeds: tuple[int, ...] = (0,)
+    tokens_per_parameter: float = 10.0
+    points: int = 20
+    test_tokens: int = 262144
+    train: dict[str, Any] = field(default_factory=dict)
+    lr: RateSweep = field(default_factory=RateSweep)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("models", SuiteModel), ("sizes", SuiteSize)):
+            given = getattr(self, name)
+            if not given:
+                raise ConfigError(f"suite.{name} is empty; name at least one")
+            typed = {
+                str(key): value
+                if isinstance(value, kind)
+                else from_dict(kind, value or {}, f"suite.{name}.{key}")
+                for key, value in given.items()
+            }
+            object.__setattr__(self, name, typed)
+            slugs = [slug(key) for key in typed]
+            if len(set(slugs)) < len(slugs):
+                raise ConfigError(f"suite.{name} has names that share one folder: {sorted(slugs)}")
+        object.__setattr__(self, "baseline", self.baseline or list(self.models)[-1])
+        if self.baseline not in self.models:
+            raise ConfigError(
+                f"suite.baseline is {self.baseline!r}; the models are {', '.join(self.models)}"
+            )
+        if not self.seeds or self.tokens_per_parameter <= 0 or self.points < 1:
+            raise ConfigError("suite needs seeds, tokens_per_parameter above 0 and points")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix.
+
+    Attributes:
+        model, size, seed: its place; `rate` is the learning rate of a sweep's run, else None.
+        config: of the model.
+        train: settings of the run.
+        parameters: of the model, without embedding and head.
+    """
+
+    model: str
+    size: str
+    seed: int
+    rate: float | None
+    config: ModelConfig
+    train: TrainConfig
+    parameters: int
+
+    @property
+    def title(self) -> str:
+        """The cell's name for people."""
+        rate = "" if self.rate is None else f", lr {self.rate:g}"
+        return f"{self.model}, {self.size}, seed {self.seed}{rate}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is."""
+        return Path(self.train.out)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.train.steps * self.train.batch_size * self.train.context * self.train.accumulate
+
+    @property
+    def flops(self) -> int:
+        """Training FLOPs of the run."""
+        return self.tokens * sum(sketch(self.config).flops_per_token(self.train.context))
+
+
+def slug(name: str) -> str:
+    """Return `name` as part of a folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def sketch(config: ModelConfig) -> LanguageModel:
+    """Return the model without memory for its values."""
+    with torch.device("meta"):
+        return LanguageModel(config)
+
+
+def count(config: ModelConfig) -> int:
+    """Return the parameters of a model without embedding and head."""
+    return sketch(config).count_parameters()["non_embedding"]
+
+
+def fit_parameters(config: ModelConfig, target: int) -> ModelConfig:
+    """Return `config` with the depth and hidden width whose count comes to `target` within 1 %.
+
+    Of the depths that can meet it, the one whose hidden width is nearest to the architecture's
+    usual multiple of D (4, TokenFormer 3; a Meta-State layer's own `ffn_size` where it has one);
+    D, H and N stay. A layer without a hidden part is fitted by depth alone.
+
+    Raises:
+        ConfigError: no depth meets the target.
+    """
+    D, kind = config.hidden_size, config.architecture
+    has_hidden = kind != "metastate" or config.ffn_size is not None
+    usual = NATURAL_FFN.get(kind, 4.0)
+    if kind == "metastate" and config.ffn_size:
+        usual = config.ffn_size / D
+    step = config.num_heads if kind == "metastate" else 4
+    # The count is linear in the width, and in the depth from one block on.
+    widths = (1, 2) if has_hidden else (1, 1)
+    (one, wider), (two, two_wider) = (
+        [count(_shape(config, depth, n * step if has_hidden else None)) for n in widths]
+        for depth in (1, 2)
+    )
+    found: list[tuple[float, int, int]] = []
+    for depth in range(1, MOST_BLOCKS):
+        base, slope = one + (depth - 1) * (two - one), wider - one
+        slope += (depth - 1) * (two_wider - two - slope)
+        n = 1 + round((target - base) / slope) if slope else 1
+        if n < 1 or base > target * (1 + TOLERANCE):
+            break
+        if abs(base + (n - 1) * slope - target) <= TOLERANCE * target:
+            found.append((abs(math.log(n * step / (usual * D))), depth, n * step))
+    if not found:
+        raise ConfigError(
+            f"no depth of this {kind} (D {D}) has {target:,} parameters within 1 %: one block "
+            f"makes {one:,}, each further one {two - one:,}; choose another target or hidden_size"
+            + ("" if has_hidden else ", or give it an ffn_size, which can be fitted")
+        )
+    _, depth, width = min(found)
+    return _shape(config, depth, width if has_hidden else None)
+
+
+def _shape(config: ModelConfig, depth: int, width: int | None) -> ModelConfig:
+    changes: dict[str, Any] = {"num_layers": depth}
+    if width is not None:
+        changes["ffn_size"] = width
+        if config.architecture == "tokenformer":
+            changes["attention_slots"] = width // 4
+    return config.replace(**changes)
+
+
+def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = False) -> list[Cell]:
+    """Return all runs of a suite in the order they are made: sweeps first, then size by size.
+
+    Raises:
+        ConfigError: a model or size is impossible, or cannot be fitted. DataError: no such data.
+    """
+    data = PreparedData.open(suite.data)
+    if not data.record["splits"].get("valid", {}).get("tokens"):
+        raise DataError(f"{suite.data} has no valid split, by which the comparison is made")
+    cells: list[Cell] = []
+    for size_name, size in suite.sizes.items():
+        target = size.parameters
+        for name, side in suite.models.items():
+            changes = merge(merge({"vocab_size": data.vocab_size}, size.model), side.model)
+            config = preset(f"{side.preset}-{size.preset or size_name}", **changes)
+            target = target or count(config)
+            if match_params:
+                config = fit_parameters(config, target)
+            settings = merge(merge(suite.train, size.train), side.train)
+            for reserved in ("data", "out", "seed", "steps", "preset", "model", "growth"):
+                if reserved in settings:
+                    raise ConfigError(f"train.{reserved} of a suite's run is the harness's to set")
+            base = from_dict(TrainConfig, settings, "suite.train")
+            a_step = base.batch_size * base.context * base.accumulate
+            tokens = (size.tokens_per_parameter or suite.tokens_per_parameter) * target
+            steps = max(1, round(tokens / a_step))
+            base = replace(
+                base,
+                preset=f"{side.preset}-{size.preset or size_name}",
+                model={k: v for k, v in to_dict(config).items() if k != "version"},
+                data=suite.data,
+                steps=steps,
+                valid_every=max(1, steps // suite.points),
+                checkpoint_every=max(1, steps // suite.points),
+            )
+
+            def cell(
+                seed: int,
+                rate: float | None,
+                run: TrainConfig,
+                name: str = name,
+                size_name: str = size_name,
+                config: ModelConfig = config,
+            ) -> Cell:
+                parts = [slug(name), slug(size_name), f"seed{seed}"]
+                parts += [] if rate is None else [f"lr{rate:g}"]
+                folder = Path(out) / ("cells" if rate is None else "sweep") / "-".join(parts)
+                run = replace(run, out=str(folder), seed=seed)
+                return Cell(name, size_name, seed, rate, config, run, count(config))
+
+            if size_name == next(iter(suite.sizes)):
+                for rate in suite.lr.values:
+                    short = replace(
+                        base,
+                        steps=max(1, round(steps * suite.lr.share)),
+                        lr=rate,
+                        min_lr=rate * base.min_lr / base.lr,
+                    )
+                    cells.append(cell(suite.seeds[0], rate, short))
+            cells += [cell(seed, None, base) for seed in size.seeds or suite.seeds]
+    return sorted(cells, key=lambda c: c.rate is None)
+
+
+def uneven(cells: list[Cell]) -> list[str]:
+    """Return, for each size whose counts differ by more than 1 %, a sentence that says so."""
+    said = []
+    for size in dict.fromkeys(c.size for c in cells):
+        counts = {c.model: c.parameters for c in cells if c.size == size}
+        low, high = min(counts.values()), max(counts.values())
+        if high > low * (1 + 2 * TOLERANCE):
+            each = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+            said.append(f"size {size}: parameters are not equal ({each}); --match-params fits them")
+    return said

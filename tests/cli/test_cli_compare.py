@@ -1,0 +1,71 @@
+"""`compare`, as a person runs it."""
+
+import json
+
+import pytest
+
+SUITE = """
+models:
+  Meta-State: {preset: metastate}
+  RWKV-7: {preset: rwkv7}
+sizes:
+  tiny: {model: {hidden_size: 16, num_heads: 2, num_layers: 2}}
+tokens_per_parameter: 0.02
+points: 2
+test_tokens: 256
+train: {batch_size: 2, context: 32, warmup: 1, valid_tokens: 256, log_every: 1}
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE)
+    return path
+
+
+def test_a_suite_is_planned_run_and_reported(suite, tmp_path, data, run, capsys):
+    argv = ("compare", suite, "--data", data, "--out", tmp_path / "out", "--match-params")
+    planned = json.loads(run(*argv, "--dry-run", "--json"))
+    assert planned["cells"] == 2 and not (tmp_path / "out").exists()
+    table = run(*argv)
+    assert "| tiny | Meta-State |" in table and "gain over RWKV-7" in table
+    for name in ("results.json", "table.md", "report.html", "loss-by-flops.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    again = json.loads(run(*argv, "--report-only", "--json"))
+    assert again == json.loads((tmp_path / "out/results.json").read_text())
+    assert len(again["rows"]) == 2
+
+
+def test_unequal_counts_are_said_before_the_run(suite, tmp_path, data, capsys):
+    from metastate.cli import main
+
+    argv = ["compare", suite, "--data", data, "--out", tmp_path / "out", "--dry-run"]
+    assert main([str(a) for a in argv]) == 0
+    said = capsys.readouterr().err
+    assert "parameters are not equal" in said and "--match-params" in said
+    assert "together about" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "models"),
+        ("models: {a: {}}", "sizes"),
+        (SUITE + "sedes: [1]", "did you mean 'seeds'"),
+        (SUITE.replace("context: 32", "contxt: 32"), "did you mean 'context'"),
+        ("- 1", "key: value"),
+    ],
+)
+def test_a_bad_suite_is_refused_in_words(text, words, tmp_path, data, refused):
+    (tmp_path / "bad.yaml").write_text(text)
+    message = refused("compare", tmp_path / "bad.yaml", "--data", data, "--out", tmp_path / "o")
+    assert words in message
+
+
+def test_missing_data_out_and_cells_are_refused(suite, tmp_path, data, refused):
+    assert "--out" in refused("compare", suite, "--data", data)
+    assert "--data" in refused("compare", suite, "--out", tmp_path / "o")
+    assert "no cell is finished" in refused(
+        "compare", suite, "--data", data, "--out", tmp_path / "o", "--report-only"
+    )

@@ -1,0 +1,129 @@
+"""Tables, fits and the page, against figures worked out by hand."""
+
+import math
+import re
+
+import pytest
+
+from metastate.errors import DataError
+from metastate.eval.plots import comparison_figure
+from metastate.eval.report import (
+    FIGURES,
+    failures,
+    fits,
+    gains,
+    main_table,
+    markdown,
+    power_law,
+    sweep_table,
+    write_report,
+)
+
+
+def row(model, size, seed, loss, parameters=1000, failed=None):
+    curve = [
+        {"tokens": 500, "flops": 5e8, "seconds": 1.0, "loss": loss and loss + 1},
+        {"tokens": 1000, "flops": 1e9, "seconds": 2.0, "loss": loss},
+    ]
+    return {
+        "model": model, "size": size, "seed": seed, "lr": 1e-3, "parameters": parameters,
+        "tokens": 1000, "flops": 1e6 * parameters, "loss": loss, "failed": failed,
+        "bits_per_byte": loss and loss / math.log(2), "domains": {"law": loss, "web": loss},
+        "state_bytes": 64, "tokens_per_s": 500.0, "config": {"hidden_size": 8},
+        "curve": [] if failed else curve,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    rows = [row("new <1>", "small", s, x) for s, x in ((0, 1.8), (1, 2.0))]
+    rows += [row("old", "small", s, x) for s, x in ((0, 2.0), (1, 2.5))]
+    rows += [row("new <1>", "large", 0, 1.5, 4000), row("old", "large", 0, None, 4000, "step 7")]
+    rows += [row("new <1>", "huge", 0, 1.2, 16000)]
+    return {
+        "suite": {
+            "models": {"new <1>": {}, "old": {}},
+            "sizes": {"small": {}, "large": {}, "huge": {}},
+            "baseline": "old",
+        },
+        "environment": {"torch": "x"},
+        "cells": 8,
+        "sweep": [
+            {"model": "old", "lr": 0.001, "loss": 2.25},
+            {"model": "old", "lr": 0.01, "loss": None},
+        ],
+        "rows": rows,
+    }
+
+
+def test_gains_are_paired_by_seed(results):
+    absolute, relative = gains(results, "small", "new <1>")
+    assert absolute == pytest.approx([0.2, 0.5]) and relative == pytest.approx([10.0, 20.0])
+    table = main_table(results)
+    assert table[1][:2] == ["small", "new <1>"] and table[1][4] == "2"
+    assert table[1][5] == "1.9000 ± 0.1414" and table[1][7] == "0.3500 ± 0.2121"
+    assert table[1][8] == "15.00 ± 7.07 %"
+    assert table[2][7:] == ["", ""]  # the baseline has no gain over itself
+    # Where the baseline diverged there is nothing to gain over.
+    assert table[3][:2] == ["large", "new <1>"] and table[3][7] == "-"
+    assert markdown(table).splitlines()[1] == "|" + "---|" * 9
+
+
+def test_what_diverged_or_is_missing_is_said(results):
+    said = failures(results)
+    assert "old, large, seed 0: step 7" in said[0] and "1 of 8 cells" in said[1]
+    assert sweep_table(results) == [["model", "lr 0.001", "lr 0.01"], ["old", "2.2500", "diverged"]]
+
+
+def test_a_power_law_is_found_again_and_its_band_covers_it():
+    x = [1e5, 4e5, 1e6, 8e6]
+    law = power_law(x, [3.0 * v**-0.08 for v in x])
+    assert law.exponent == pytest.approx(0.08) and law.scale == pytest.approx(3.0)
+    assert law.fitted == 8e6 and law.x[-1] == pytest.approx(8e7)
+    assert law.high[-1] - law.low[-1] < 1e-6
+    noisy = power_law(
+        x, [3.0 * v**-0.08 * f for v, f in zip(x, (1.01, 0.99, 1.0, 1.01), strict=True)]
+    )
+    widths = [h - low for h, low in zip(noisy.high, noisy.low, strict=True)]
+    assert all(lo < m < h for lo, m, h in zip(noisy.low, noisy.loss, noisy.high, strict=True))
+    assert widths[-1] > 2 * min(widths)  # doubt grows where nothing was measured
+    assert power_law([1e5, 4e5], [2.0, 1.9]) is None
+
+
+def test_the_band_is_the_textbook_one():
+    """Against the closed form at the mean of log x, where it is t * s / sqrt(n)."""
+    x, losses = [1.0, math.e, math.e**2], [math.e**0.1, 1.0, math.e**-0.05]
+    law = power_law(x, losses, reach=1.0)
+    # Residuals of (0.1, 0, -0.05) from their line: 0.0083, -0.0167, 0.0083; one degree of freedom.
+    s, t = math.sqrt(0.1**2 / 6 * 0.25), 12.7062
+    middle = law.x.index(min(law.x, key=lambda v: abs(v - math.e)))
+    half = math.log(law.high[middle] / law.low[middle]) / 2
+    assert half == pytest.approx(t * s / math.sqrt(3), rel=1e-3)
+
+
+def test_fits_need_three_sizes(results):
+    assert set(fits(results, "parameters")) == {"new <1>"}
+
+
+@pytest.mark.parametrize("key", FIGURES)
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_every_figure_is_drawn(results, key, kind):
+    image = comparison_figure(results, key, fits(results, key), "a title", kind)
+    assert image.startswith(b"\x89PNG") if kind == "png" else b"<svg" in image
+
+
+def test_the_page_stands_alone_and_is_escaped(results, tmp_path):
+    paths = write_report(results, tmp_path)
+    assert all(p.stat().st_size for p in paths) and len(paths) == 6
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 4 and "new &lt;1&gt;" in page and "new <1>" not in page
+    assert 'name="viewport"' in page
+    # Nothing is loaded from elsewhere.
+    assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#', "", page))
+    assert "extrapolation, not measured" in page and "1 of 8 cells" in page
+    assert "10.00" not in page and "15.00 ± 7.07 %" in page
+
+
+def test_without_a_finished_cell_there_is_no_report(results, tmp_path):
+    with pytest.raises(DataError, match="no cell is finished"):
+        write_report(results | {"rows": []}, tmp_path)
