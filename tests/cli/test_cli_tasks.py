@@ -1,0 +1,146 @@
+"""`metastate tasks`: cells, resuming, tables, mistakes."""
+
+import json
+
+import pytest
+
+from metastate.cli import main, tasks
+
+SMALL = ["--width", "8", "--steps", "3", "--batch-size", "4", "--out"]
+WORDS = ["tasks", "state-tracking", "--group", "Z3", "--length", "4"]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Count the cells that are trained."""
+    found, real = [], tasks.train_and_score
+
+    def train(problem, model, *rest):
+        found.append((problem.name, model.architecture, model.num_layers))
+        return real(problem, model, *rest)
+
+    monkeypatch.setattr(tasks, "train_and_score", train)
+    return found
+
+
+def test_state_tracking_end_to_end(tmp_path, run, trained):
+    argv = [*WORDS, "--architectures", "rwkv7", "paper", "--layers", "2", "1", *SMALL, tmp_path]
+    text = run(*argv)
+    assert len(trained) == 4 and trained[0] == ("Z3", "rwkv7", 1)
+    assert "fewest layers above 90% at length 4" in text and "length 16" in text
+    assert text == (tmp_path / "results.md").read_text()
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    value = json.loads(run(*argv, "--json"))
+    assert len(trained) == 4  # finished before: nothing is trained again
+    assert value["cells"] == json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert len(value["cells"][0]["by_length"]) == 16
+    assert value["summary"]["paper"]["Z3"]["most_layers"] == 2
+
+
+def test_recall_end_to_end(tmp_path, run, trained):
+    argv = ["tasks", "recall", "--level", "16x2", "16x4", "--vocab-size", "20"]
+    argv += ["--architectures", "transformer", "--layers", "1", "--lr", "1e-3", "1e-2"]
+    text = run(*argv, *SMALL, tmp_path)
+    assert [name for name, *_ in trained] == ["16x2", "16x2", "16x4", "16x4"]
+    rows = [line for line in text.splitlines() if "transformer" in line]
+    assert len(rows) == 3  # the summary, and of the rates the better one for each level
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    best = max(cell["accuracy"] for cell in cells[:2])
+    assert f"more than 1 ({best:.1%})" in rows[0]
+
+
+def test_interrupted_it_goes_on_where_it_was(tmp_path, run, capsys, monkeypatch):
+    argv = [*WORDS, "--architectures", "rwkv7", "transformer", "--layers", "1", *SMALL, tmp_path]
+    real, calls = tasks.train_and_score, []
+
+    def interrupted(problem, model, *rest):
+        calls.append(model.architecture)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(problem, model, *rest)
+
+    monkeypatch.setattr(tasks, "train_and_score", interrupted)
+    assert main([str(a) for a in argv]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert [cell["architecture"] for cell in cells] == ["rwkv7"]
+    run(*argv)
+    assert calls == ["rwkv7", "transformer", "transformer"]
+    after = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert after[0] == cells[0] and len(after) == 2
+
+
+def test_other_settings_are_other_cells(tmp_path, run, trained):
+    argv = [*WORDS, "--architectures", "rwkv7", "--layers", "1", *SMALL, tmp_path, "--json"]
+    first = json.loads(run(*argv))["cells"]
+    second = json.loads(run(*argv, "--seed", "1"))["cells"]
+    assert len(trained) == 2 and len(first) == len(second) == 1
+    assert second[0]["train"]["seed"] == 1 and second != first
+    kept = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert kept == first + second
+
+
+def test_deeper_models_are_left_out_where_fewer_layers_pass(tmp_path, run, monkeypatch):
+    def train(problem, model, *_):
+        accuracy = 0.95 if model.num_layers > 1 or model.architecture == "rwkv7" else 0.5
+        scores = {
+            "accuracy": accuracy,
+            "passed": accuracy > 0.9,
+            "by_length": [1.0] * 3 + [accuracy],
+        }
+        return scores | {"steps": 3, "diverged": False, "parameters": 9, "seconds": 0.0}
+
+    monkeypatch.setattr(tasks, "train_and_score", train)
+    argv = [*WORDS[:-1], "4", "--architectures", "rwkv7", "metastate", "--layers", "1", "2", "3"]
+    value = json.loads(run(*argv, *SMALL, tmp_path, "--json"))
+    layers = [(cell["architecture"], cell["model"]["num_layers"]) for cell in value["cells"]]
+    assert layers == [("rwkv7", 1), ("metastate", 1), ("metastate", 2)]
+    fewest = {name: own["Z3"]["fewest_layers"] for name, own in value["summary"].items()}
+    assert fewest == {"rwkv7": 1, "metastate": 2}
+
+
+def test_fewest_layers_by_length():
+    def cell(layers, by_length):
+        passed = by_length[-1] > 0.9
+        scores = {"accuracy": by_length[-1], "by_length": by_length, "passed": passed}
+        names = {"problem": "S5", "length": 7, "architecture": "rwkv7"}
+        return names | {"model": {"num_layers": layers}} | scores
+
+    done = [cell(1, [1.0] * 5 + [0.8, 0.1]), cell(2, [1.0] * 6 + [0.85])]
+    value = tasks.summary(done)["rwkv7"]["S5"]
+    assert value["fewest_layers_by_length"] == {"5": 1, "6": 2, "7": None}
+    assert value["fewest_layers"] is None and value["accuracy"] == 0.85
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["tasks"], ["required: task"]),
+        (["tasks", "sorting"], ["sorting", "recall"]),
+        (["tasks", "state-tracking", "--group", "Q8"], ["Q8", "A4xZ5"]),
+        (["tasks", "state-tracking", "--architectures", "mamba"], ["mamba", "rwkv7"]),
+        (["tasks", "state-tracking", "--layers", "0"], ["num_layers", "positive"]),
+        (["tasks", "state-tracking", "--width", "10", "--heads", "3"], ["hidden_size 10"]),
+        (["tasks", "state-tracking", "--vocab-size", "64"], ["--vocab-size", "recall"]),
+        (["tasks", "state-tracking", "--steps", "0"], ["steps"]),
+        (["tasks", "state-tracking", "--seed", "-1"], ["--seed"]),
+        (["tasks", "state-tracking", "--device", "abacus"], ["abacus"]),
+        (["tasks", "recall", "--group", "S5"], ["--group", "state-tracking"]),
+        (["tasks", "recall", "--level", "64x17"], ["64", "17"]),
+        (["tasks", "recall", "--level", "easy"], ["easy", "64x4"]),
+        (["tasks", "recall", "--vocab-size", "8"], ["vocabulary"]),
+        (["tasks", "recall", "--levels", "64x4"], ["--level"]),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_trained(argv, words, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused(*argv)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"cells": [{"a": 1}]}', '{"cells": 5}'])
+def test_a_file_of_something_else_is_not_overwritten(text, tmp_path, refused):
+    (tmp_path / "results.json").write_text(text)
+    assert "results.json" in refused(*WORDS, *SMALL, tmp_path)
+    assert (tmp_path / "results.json").read_text() == text
