@@ -60,12 +60,12 @@ def test_gains_are_paired_by_seed(results):
     absolute, relative = gains(results, "small", "new <1>")
     assert absolute == pytest.approx([0.2, 0.5]) and relative == pytest.approx([10.0, 20.0])
     table = main_table(results)
-    assert table[1][:2] == ["small", "new <1>"] and table[1][4] == "2"
-    assert table[1][5] == "1.9000 ± 0.1414" and table[1][7] == "0.3500 ± 0.2121"
-    assert table[1][8] == "15.00 ± 7.07 %"
-    assert table[2][7:] == ["", ""]  # the baseline has no gain over itself
+    assert table[1][:2] == ["small", "new <1>"] and table[1][8] == "2"
+    assert table[1][2] == "1.9000 ± 0.1414" and table[1][3] == "0.3500 ± 0.2121"
+    assert table[1][4] == "15.00 ± 7.07 %"
+    assert table[2][3:5] == ["", ""]  # the baseline has no gain over itself
     # Where the baseline diverged there is nothing to gain over.
-    assert table[3][:2] == ["large", "new <1>"] and table[3][7] == "-"
+    assert table[3][:2] == ["large", "new <1>"] and table[3][3:5] == ["-", "-"]
     assert markdown(table).splitlines()[1] == "|" + "---|" * 9
 
 

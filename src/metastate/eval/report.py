@@ -127,8 +127,8 @@ Table = list[list[str]]
 def main_table(results: dict[str, Any]) -> Table:
     """Return the layout of the paper's table 1: loss, absolute and relative gain."""
     baseline = results["suite"]["baseline"]
-    head = ["size", "model", "parameters", "tokens", "seeds", "loss (nats a token)"]
-    out = [[*head, "bits a byte", f"gain over {baseline}", "relative"]]
+    head = ["size", "model", "loss (nats a token)", f"gain over {baseline}", "relative"]
+    out = [[*head, "bits a byte", "parameters", "tokens", "seeds"]]
     for size in results["suite"]["sizes"]:
         for model in results["suite"]["models"]:
             rows = _of(results, size, model)
@@ -139,11 +139,11 @@ def main_table(results: dict[str, Any]) -> Table:
             bits = [r["bits_per_byte"] for r in rows if r["bits_per_byte"]]
             out.append(
                 [
-                    *(size, model, f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}"),
-                    *(str(len(rows)), mean_and_spread([r["loss"] for r in rows])),
-                    mean_and_spread(bits),
+                    *(size, model, mean_and_spread([r["loss"] for r in rows])),
                     "" if is_base else mean_and_spread(absolute),
                     "" if is_base else mean_and_spread(relative, 2) + " %" * bool(relative),
+                    mean_and_spread(bits),
+                    *(f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}", str(len(rows))),
                 ]
             )
     return out
@@ -281,7 +281,7 @@ def _page(
     pictures: list[tuple[str, str, dict[str, PowerLaw]]],
 ) -> str:
     suite = results["suite"]
-    title = " against ".join(suite["models"])
+    title = "Compared: " + ", ".join(suite["models"])
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     parts.append(_table(tables[0][1]))
