@@ -5,6 +5,7 @@ import json
 import pytest
 
 from metastate.cli import main, tasks
+from metastate.data.files import alone_in
 
 SMALL = ["--width", "8", "--steps", "3", "--batch-size", "4", "--out"]
 WORDS = ["tasks", "state-tracking", "--group", "Z3", "--length", "4"]
@@ -144,3 +145,9 @@ def test_a_file_of_something_else_is_not_overwritten(text, tmp_path, refused):
     (tmp_path / "results.json").write_text(text)
     assert "results.json" in refused(*WORDS, *SMALL, tmp_path)
     assert (tmp_path / "results.json").read_text() == text
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, refused, trained):
+    with alone_in(tmp_path):
+        assert "another process" in refused(*WORDS, *SMALL, tmp_path)
+    assert not trained

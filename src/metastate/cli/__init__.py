@@ -333,7 +333,7 @@ def _add_tasks(parser: Parser) -> None:
     parser.add_argument("task", choices=("state-tracking", "recall"), help="see above")
     for flag, name, of_what, default in (
         ("--group", "groups", "S5, A5, A4xZ5, Z60 or smaller ones (S3, Z2xZ2)", "S3"),
-        ("--level", "levels", "recall: TOKENSxPAIRS, to 2048x256", "64x4 128x8"),
+        ("--level", "levels", "recall: TOKENSxPAIRS, 64x4 128x8 ... 2048x256", "64x4"),
         ("--architectures", "architectures", "metastate, paper, rwkv7 ...", "all"),
     ):
         help = f"{of_what} (default: {default})"

@@ -14,11 +14,12 @@ import torch
 
 from metastate.cli.progress import bar, log, print_json
 from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
-from metastate.data.files import atomic_write, write_json
+from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.errors import ConfigError, DataError
 from metastate.eval.plots import task_figure
 from metastate.eval.tasks import Problem, Recall, WordProblem, task_model, train_and_score
 from metastate.model.presets import ARCHITECTURES
+from metastate.train.memory import keep_freed_memory
 
 Cell = dict[str, Any]
 
@@ -26,12 +27,7 @@ Cell = dict[str, Any]
 OWN = {"state-tracking": ("groups", "length"), "recall": ("levels", "vocab_size")}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "state-tracking": {"groups": ["S3"], "length": 20, "layers": [1, 2], "batch_size": 64},
-    "recall": {
-        "levels": ["64x4", "128x8"],
-        "vocab_size": 8192,
-        "layers": [2],
-        "batch_size": 32,
-    },
+    "recall": {"levels": ["64x4"], "vocab_size": 8192, "layers": [2], "batch_size": 32},
 }
 RESULTS, TABLE, FIGURE = "results.json", "results.md", "accuracy.png"
 
@@ -41,23 +37,8 @@ def run_tasks(args: argparse.Namespace) -> None:
     fill_defaults(args)
     planned = cells(args)  # all of them first: a mistake shows before hours of work
     out = Path(args.out or f"runs/{args.task}")
-    known = read_results(out / RESULTS)
-    done: list[Cell] = []
-    for i, (problem, cell) in enumerate(planned, 1):
-        name = name_of(cell)
-        found = next((c for c in known if is_same(c, cell)), None)
-        if found is None and (easier := solved_before(cell, done)):
-            log(f"{i}/{len(planned)} {name}: left out, {layers_of(easier)} pass already")
-            continue
-        if found is None:
-            model = from_dict(ModelConfig, cell["model"])
-            train = from_dict(TrainConfig, cell["train"])
-            with bar(f"{i}/{len(planned)} {name}", "steps") as show:
-                found = cell | train_and_score(problem, model, train, show)
-            known.append(found)
-            write_json(out / RESULTS, {"cells": known})
-        log(f"{i}/{len(planned)} {name}: {verdict(found)}")
-        done.append(found)
+    with alone_in(out):
+        done = finish(planned, out)
     best = best_rates(done)
     text = markdown(best)
     atomic_write(out / TABLE, text.encode("utf-8"))
@@ -71,6 +52,29 @@ def run_tasks(args: argparse.Namespace) -> None:
         print_json({"task": args.task, "summary": summary(best), "cells": done})
     else:
         print(text, end="")
+
+
+def finish(planned: list[tuple[Problem, Cell]], out: Path) -> list[Cell]:
+    """Return the planned cells, finished; train those that OUT does not hold, and add them."""
+    known = read_results(out / RESULTS)
+    keep_freed_memory()
+    done: list[Cell] = []
+    for i, (problem, cell) in enumerate(planned, 1):
+        name = f"{i}/{len(planned)} {name_of(cell)}"
+        found = next((c for c in known if is_same(c, cell)), None)
+        if found is None and (easier := solved_before(cell, done)):
+            log(f"{name}: left out, {layers_of(easier)} passed already")
+            continue
+        if found is None:
+            model = from_dict(ModelConfig, cell["model"])
+            train = from_dict(TrainConfig, cell["train"])
+            with bar(name, "steps") as show:
+                found = cell | train_and_score(problem, model, train, show)
+            known.append(found)
+            write_json(out / RESULTS, {"cells": known})
+        log(f"{name}: {verdict(found)}")
+        done.append(found)
+    return done
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
@@ -161,7 +165,7 @@ def is_same(found: Cell, cell: Cell) -> bool:
 
     try:
         return identity(found) == identity(cell)
-    except (ConfigError, KeyError):  # written by another version
+    except (ConfigError, KeyError, TypeError):  # written by another version
         return False
 
 
