@@ -89,7 +89,13 @@ def test_deeper_models_are_left_out_where_fewer_layers_pass(tmp_path, run, monke
             "passed": accuracy > 0.9,
             "by_length": [1.0] * 3 + [accuracy],
         }
-        return scores | {"steps": 3, "diverged": False, "parameters": 9, "seconds": 0.0}
+        return scores | {
+            "steps": 3,
+            "threshold": 0.9,
+            "diverged": False,
+            "parameters": 9,
+            "seconds": 0.0,
+        }
 
     monkeypatch.setattr(tasks, "train_and_score", train)
     argv = [*WORDS[:-1], "4", "--architectures", "rwkv7", "metastate", "--layers", "1", "2", "3"]

@@ -234,7 +234,7 @@ def test_training_that_diverges_is_said_to(monkeypatch):
 
 def cell(problem, architecture, layers, accuracy, by_length):
     model = {"num_layers": layers}
-    scores = {"accuracy": accuracy, "by_length": by_length}
+    scores = {"accuracy": accuracy, "by_length": by_length, "threshold": 0.9}
     return {"problem": problem, "length": 2, "architecture": architecture, "model": model} | scores
 
 
@@ -261,6 +261,7 @@ def test_figure_of_word_problems(tmp_path, drawn):
     lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert lines["rwkv7, 1 layer"] == [100, 50, 25] and lines["rwkv7, 2 layers"] == [100, 100, 50]
     assert right.lines[0].get_label() == "transformer, 2 layers"
+    assert 90 in [line.get_ydata()[0] for line in right.lines[1:]]
     assert left.lines[0].get_linestyle() != left.lines[1].get_linestyle()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 

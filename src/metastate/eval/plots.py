@@ -279,6 +279,7 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
         else:
             axes.set_xticks(range(len(problems)), problems)
             axes.set_xlabel("tokens x pairs")
+        axes.axhline(100 * cells[0]["threshold"], color="#999", lw=1, ls=(0, (2, 3)))
         axes.set_ylim(0, 102)
         axes.set_ylabel("accuracy (%)")
         axes.set_title(panel, pad=16)

@@ -307,9 +307,9 @@ def train_and_score(
 
     Returns:
         parameters, non_embedding; steps (made); loss (of the last step, nats an answer); accuracy
-        (at the problem's length); by_length (accuracy at lengths 1, 2, ...; word problems only);
-        passed; diverged (the loss was not finite, and training stopped before it did harm);
-        seconds.
+        (at the problem's length); threshold (what it must be above); by_length (accuracy at lengths
+        1, 2, ...; word problems only); passed; diverged (the loss was not finite, and training
+        stopped before it did harm); seconds.
     """
     torch.manual_seed(train.seed)
     network = LanguageModel(model).to(torch.device(train.device))
@@ -349,6 +349,7 @@ def train_and_score(
         "steps": step,
         "loss": loss if math.isfinite(loss) else None,
         "accuracy": accuracy,
+        "threshold": problem.threshold,
         "by_length": by_length,
         "passed": accuracy > problem.threshold,
         "diverged": diverged,
