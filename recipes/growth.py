@@ -8,8 +8,10 @@ standard output; `results.json` holds every point. D 128, 4 heads, 4 layers, voc
 
     grown          N 32 -> 64 at half of the steps -> 128 at three quarters, new entries exact
     grown random   the same, what must be zero for exactness is normal with std 0.02
-    scratch        N 128 from the start, the same tokens in all
+    grown tokens   the same and 64 parameter tokens a head from the first growth on
+    scratch        N 128 from the start, the same tokens in all, the same parameter count
     scratch short  N 128 from the start, the tokens of grown's last stage only
+    small          N 32 to the end
     tokenformer *  80 / 320 slots -> 160 / 640 at half of the steps: done right, and as released
 """
 
@@ -29,17 +31,20 @@ from metastate.train.checkpoint import find_checkpoint, has_run
 from metastate.train.trainer import LOG
 
 SMALL = {"hidden_size": 128, "num_heads": 4, "num_layers": 4, "vocab_size": 256}
+RANKS = dict.fromkeys(("decay_rank", "icl_rate_rank", "value_rank"), 32)  # those of N 32
 BATCH, CONTEXT, WARM = 8, 256, 20
 
 
 def cells(steps: int) -> dict[str, dict[str, Any]]:
     """Return the settings of every cell."""
     first, second = steps // 2, steps * 3 // 4
-    wide = {"model": SMALL | {"head_size": 128}}
+    wide = {"model": SMALL | RANKS | {"head_size": 128}}
 
-    def grown(init: str) -> dict[str, Any]:
-        sizes = ((first, 64), (second, 128))
-        growth = tuple(GrowthStep(s, head_size=n, init=init, warmup=WARM) for s, n in sizes)  # type: ignore[arg-type]
+    def grown(init: str, tokens: int | None = None) -> dict[str, Any]:
+        growth = (
+            GrowthStep(first, head_size=64, parameter_tokens=tokens, init=init, warmup=WARM),  # type: ignore[arg-type]
+            GrowthStep(second, head_size=128, init=init, warmup=WARM),  # type: ignore[arg-type]
+        )
         return {"model": SMALL, "steps": steps, "growth": growth}
 
     def tokenformer(init: str) -> dict[str, Any]:
@@ -50,8 +55,10 @@ def cells(steps: int) -> dict[str, dict[str, Any]]:
     return {
         "grown": grown("zero"),
         "grown random": grown("random"),
+        "grown tokens": grown("zero", 64),
         "scratch": wide | {"steps": steps},
         "scratch short": wide | {"steps": steps - second},
+        "small": {"model": SMALL, "steps": steps},
         "tokenformer right": tokenformer("zero"),
         "tokenformer released": tokenformer("released"),
     }

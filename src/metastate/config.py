@@ -137,7 +137,8 @@ class MetaStateConfig:
     readout: Literal["both", "meta", "encoding"] = "both"
     modulation: Literal["input", "none"] = "input"
     update: Literal["delta", "input", "self"] = "delta"
-    query: Literal["input", "encoding"] = "input"
+    query: Literal["input", "encoding", "receptance"] = "input"
+    encoder_query: Literal["input", "receptance"] = "input"
     encoding_norm: Literal["l2", "rms", "none"] = "l2"
     output_norm: Literal["group", "none"] = "group"
     read: Literal["key", "value"] = "key"
@@ -159,6 +160,11 @@ class MetaStateConfig:
         if self.readout == "encoding" and self.query != "input":
             raise ConfigError("meta_state.query is unused when meta_state.readout='encoding'")
 
+    @property
+    def asks_by_receptance(self) -> bool:
+        """Whether a state is read with time mixing's receptance of the layer's own input."""
+        return "receptance" in (self.encoder_query, self.query)
+
     @classmethod
     def paper(cls) -> MetaStateConfig:
         """Return the paper's literal reading: no modulation, no norm, U = e^T e."""
@@ -177,8 +183,10 @@ class ModelConfig:
 
     Sizes: D = hidden_size, L = num_layers, H = num_heads, N = head_size (D/H unless given),
     V = vocab_size. The low-rank sizes of RWKV-7 follow its training code where they are None.
-    A TokenFormer's layers have attention_slots and ffn_size learned slots, 0.75 D and 3 D unless
-    given. Growth sets input_slices (how many slices the Meta-State heads cut x into, H unless
+    ffn_size (F) is the hidden width of a feed-forward layer, 4 D unless given; a Meta-State block
+    has none unless it is given, and then one beside its Meta-State layer, channel mixing as in
+    RWKV-7. A TokenFormer's layers have attention_slots and ffn_size learned slots, 0.75 D and 3 D
+    unless given. Growth sets input_slices (slices that the Meta-State heads cut x into, H unless
     given; head h reads slice h mod input_slices), head_segments (a head's channels by growth step),
     and first_slots (attention_slots and ffn_size that a TokenFormer began with).
     """
@@ -276,6 +284,11 @@ class ModelConfig:
         """D_att = H N, the width of all heads together."""
         assert self.head_size is not None
         return self.num_heads * self.head_size
+
+    @property
+    def hidden_channels(self) -> int:
+        """F of a block's feed-forward layer, 0 where it has none."""
+        return self.ffn_size or (0 if self.architecture == "metastate" else 4 * self.hidden_size)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a copy with `changes`; derived fields follow unless they are given."""

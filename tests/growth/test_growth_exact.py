@@ -31,7 +31,14 @@ AXES = {
     "num_heads": {"num_heads": 5},
     "parameter_tokens": {"parameter_tokens": 3},
     "num_layers": {"num_layers": 4},
-    "all": {"head_size": 11, "num_heads": 3, "parameter_tokens": 2, "num_layers": 3},
+    "ffn_size": {"ffn_size": 17},
+    "all": {
+        "head_size": 11,
+        "num_heads": 3,
+        "parameter_tokens": 2,
+        "num_layers": 3,
+        "ffn_size": 12,
+    },
 }
 READINGS = {
     "default": {},
@@ -42,7 +49,12 @@ READINGS = {
     "own query": {"query": "encoding", "encoding_norm": "rms"},
     "part of the state": {"encoder_size": 4, "activation": "relu2"},
     "no meta state": {"readout": "encoding"},
+    "asked by receptance": {"encoder_query": "receptance", "query": "receptance"},
+    "encoder asks by receptance": {"encoder_query": "receptance", "readout": "encoding"},
 }
+
+
+QUERIES = ["input", "encoding", "receptance"]
 
 
 def disturb(model, seed=1):
@@ -85,7 +97,7 @@ def test_every_axis_of_every_reading(reading, axis, dtype):
 
 RECURRENT = {"num_layers": 3, "head_size": 9, "num_heads": 3, "parameter_tokens": 2}
 LARGER = {
-    "metastate": RECURRENT,
+    "metastate": RECURRENT | {"ffn_size": 17},
     "rwkv7": RECURRENT | {"ffn_size": 17},
     "transformer": {"num_layers": 3, "ffn_size": 17},
     "tokenformer": {"attention_slots": 13, "ffn_size": 17},
@@ -121,6 +133,19 @@ def test_baselines_grow_as_well(architecture, dtype):
         assert change(before, after) <= EXACT[dtype], axis
         assert getattr(grown.config, axis) == n
         model = disturb(grown)
+
+
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_a_first_feed_forward_layer(token_shift):
+    model = build(ffn_size=None, meta_state={"token_shift": token_shift})
+    assert model.blocks[0].channel_mix is None
+    grown = grow(model, ffn_size=8)
+    tokens, resets = text()
+    before, state = model(tokens, resets=resets)
+    assert change(before, grown(tokens, resets=resets)[0]) <= 1e-12
+    carried = grow_state(state, grown)
+    assert change(model(tokens, state)[0], grown(tokens, carried)[0]) <= 1e-12
+    assert grown.blocks[1].channel_mix.key.weight.shape == (8, 12)
 
 
 def test_a_tokenformer_grown_as_released_jumps():
@@ -162,11 +187,12 @@ def test_any_config_any_mixture(seed):
         "gate": draw.random() < 0.5,
         "token_shift": draw.random() < 0.5,
         "encoder_size": draw.choice([None, None, 3]),
+        "encoder_query": draw.choice(["input", "receptance"]),
     }
     if draw.random() < 0.3:
         meta |= {"encoder": "cross", "latent_size": 2, "variational": draw.random() < 0.5}
     heads = draw.choice([1, 2, 3])
-    meta["query"] = "input" if meta["readout"] == "encoding" else draw.choice(["input", "encoding"])
+    meta["query"] = "input" if meta["readout"] == "encoding" else draw.choice(QUERIES)
     dtype = draw.choice(list(EXACT))
     model = build(
         dtype,
@@ -174,15 +200,20 @@ def test_any_config_any_mixture(seed):
         num_heads=heads,
         num_layers=draw.choice([1, 2]),
         parameter_tokens=draw.choice([0, 2]),
+        ffn_size=draw.choice([None, 5]),
         meta_state=meta,
     )
     size = model.config.head_size
-    refused = meta["update"] == "self" and meta["query"] == "encoding"
+    has_meta, asks = meta["readout"] != "encoding", meta["encoder_query"] == "receptance"
+    refused = has_meta and meta["update"] == "self" and meta["query"] != "input"
+    refused |= asks and (meta["read"] == "value" or meta.get("encoder") == "cross")
+    refused |= asks and has_meta and meta["query"] == "input" and meta["update"] != "self"
     sizes = {
         "head_size": None if refused else size + draw.choice([0, 1, size]),
         "num_heads": heads + draw.choice([0, 1, 3]),
         "parameter_tokens": model.config.parameter_tokens + draw.choice([0, 2]),
         "num_layers": model.config.num_layers + draw.choice([0, 1]),
+        "ffn_size": draw.choice([None, 7]),
     }
     if all(n in (None, getattr(model.config, axis)) for axis, n in sizes.items()):
         return
@@ -266,7 +297,8 @@ def test_grown_saved_loaded_and_grown_again(tmp_path):
         ({"head_size": 6}, "nothing grows"),
         ({"head_size": 4}, "below the present"),
         ({"num_layers": 1}, "below the present"),
-        ({"ffn_size": 99}, "cannot grow exactly"),
+        ({"attention_slots": 99}, "cannot grow exactly"),
+        ({"ffn_size": 9}, "below the present"),
         ({"num_heads": 3, "init": "one"}, "allowed"),
     ],
 )
@@ -276,8 +308,18 @@ def test_refused(sizes, word):
 
 
 def test_refused_where_it_cannot_be_exact():
-    with pytest.raises(ConfigError, match="read back"):
-        grow(build(meta_state={"update": "self", "query": "encoding"}), head_size=9)
+    asked = {"encoder_query": "receptance"}
+    for meta, word in (
+        ({"update": "self", "query": "encoding"}, "read back"),
+        ({"update": "self", "query": "receptance"}, "read back"),
+        (asked | {"read": "value"}, "through new values"),
+        (asked, "never learn"),
+        (asked | {"encoder": "cross", "query": "receptance"}, "never learn"),
+    ):
+        model = build(meta_state=meta)
+        with pytest.raises(ConfigError, match=word):
+            grow(model, head_size=9)
+        assert grow(model, num_heads=3).config.num_heads == 3
     with pytest.raises(ConfigError, match="transformer cannot grow"):
         grow(build(architecture="transformer"), num_heads=4)
 

@@ -108,7 +108,6 @@ class Oracle:
 
     def channel_mix(self, i, x, state):
         xk = x + (state["channel"] - x) * self.w[f"{i}.ffn.x_k"]
-        state["channel"] = x
         return np.maximum(xk @ self.w[f"{i}.ffn.key"], 0) ** 2 @ self.w[f"{i}.ffn.value"]
 
     def meta_state(self, i, x, state, geometry):
@@ -124,14 +123,18 @@ class Oracle:
             x = raw + (state["channel"] - raw) * p("x_x")
         slices = x.reshape(heads, -1)  # [H, D/H]
         width = slices.shape[1]
-        xh = slices @ p("W_p") if size > width else slices
+        used = c.readout != "encoding" or c.encoder_query == "input" or c.encoder == "cross"
+        xh = slices @ p("W_p") if size > width and used else slices
         factor = slices[:, np.arange(size) % width]  # the head's slice of x, repeated
 
+        # Time mixing's matrix, on what this layer reads.
+        receptance = (raw @ self.w[f"{i}.att.receptance"]).reshape(heads, size)
+        asked = receptance if c.encoder_query == "receptance" else xh
         m = c.encoder_size or size
         e = np.zeros((heads, size))
         for h in range(heads):
             block = state["S"][h][:m, :m]
-            e[h, :m] = xh[h, :m] @ (block.T if c.read == "key" else block)
+            e[h, :m] = asked[h, :m] @ (block.T if c.read == "key" else block)
         if c.encoder == "cross":
             joint = np.concatenate([xh, e], -1)
             z = np.stack([joint[h] @ p("W_z")[h] for h in range(heads)])
@@ -148,7 +151,7 @@ class Oracle:
             M = np.empty_like(state["M"])
             for h in range(heads):
                 transition = np.diag(w[h]) - np.outer(kappa[h], a[h] * kappa[h])
-                q = xh[h] if c.query == "input" else e[h]
+                q = {"input": xh, "encoding": e, "receptance": receptance}[c.query][h]
                 if c.update == "self":
                     update = np.outer(e[h], e[h])
                 elif c.update == "input":
@@ -157,7 +160,7 @@ class Oracle:
                     own = unit(xh[h])
                     transition = np.diag(w[h]) - np.outer(own, a[h] * own)
                     update = np.outer(e[h], a[h] * own)
-                    q = own if c.query == "input" else e[h]
+                    q = own if c.query == "input" else q
                 M[h] = state["M"][h] @ transition + update
                 y[h] = q @ M[h].T
             state["M"] = M
@@ -199,9 +202,13 @@ class Oracle:
                 out, v_first, geometry = self.time_mix(i, normed, layer, v_first)
                 x = x + out
                 normed = self.layer_norm(x, f"{i}.ln2")
-                if self.config.architecture == "rwkv7":
-                    x = x + self.channel_mix(i, normed, layer)
-                else:
-                    x = x + self.meta_state(i, normed, layer, geometry)
+                second = np.zeros_like(x)
+                carried = layer["channel"]
+                if self.config.architecture == "metastate":
+                    second = self.meta_state(i, normed, layer, geometry)
+                if self.config.architecture == "rwkv7" or self.config.ffn_size:
+                    second = second + self.channel_mix(i, normed, layer | {"channel": carried})
+                    layer["channel"] = normed
+                x = x + second
             logits.append(self.layer_norm(x, "ln_out") @ self.w["head"])
         return np.stack(logits), state

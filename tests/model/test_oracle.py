@@ -121,3 +121,10 @@ def test_variational_encoder_draws_only_in_training(monkeypatch):
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     assert torch.equal(model(tokens)[0], expected)
+
+
+def test_a_meta_state_layer_alone():
+    for options in (MetaStateConfig(), MetaStateConfig(encoder_query="receptance", gate=True)):
+        model = build(ffn_size=None, meta_state=options)
+        assert model.blocks[0].channel_mix is None
+        check(model)

@@ -165,7 +165,8 @@ SMALL = {
 
 
 def small(**fields):
-    return LanguageModel(ModelConfig(**(SMALL | fields)))
+    alone = {} if "architecture" in fields else {"ffn_size": None}
+    return LanguageModel(ModelConfig(**(SMALL | alone | fields)))
 
 
 def test_flops_of_a_transformer():
@@ -185,6 +186,22 @@ def test_flops_of_the_recurrent_models():
     # Every head multiplies [x, e] (2 N) by W_z to one channel, and by W_u back to N = 2.
     cross = small(meta_state=MetaStateConfig(encoder="cross", latent_size=1)).flops_per_token(7)
     assert cross == (base[0] + 2 * 2 * (4 + 2), base[1] + 4 * 2 * (4 + 2))
+
+
+def test_flops_of_a_second_question_and_of_a_layer_beside():
+    # The receptance is a factor of one more product a token; the feed-forward layer is 2 D F.
+    base = small().flops_per_token(7)
+    for fields in (
+        {"meta_state": MetaStateConfig(encoder_query="receptance")},
+        {"meta_state": MetaStateConfig(query="receptance")},
+        {"meta_state": MetaStateConfig(encoder_query="receptance", query="receptance")},
+    ):
+        assert small(**fields).flops_per_token(7) == (base[0] + 2 * 16, base[1] + 4 * 16)
+        assert small(**fields).count_parameters() == small().count_parameters()
+    beside = small(ffn_size=8)
+    assert beside.flops_per_token(7) == (base[0] + 2 * 64, base[1] + 4 * 64)
+    assert beside.count_parameters()["channel_mix"] == 64 + 4
+    assert beside.state_bytes() == small().state_bytes() + 16  # its token shift
 
 
 def test_flops_of_a_widened_state():

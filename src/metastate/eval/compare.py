@@ -1,7 +1,8 @@
 """Equal comparisons: a matrix of models x sizes x seeds on the same data, order and tokens.
 
 Every cell of a suite is an ordinary training run in OUT/cells, so it resumes, and it is read back
-from there: nothing but the disk decides what is done. Several processes may work on one OUT; each takes cells that are free.
+from there: nothing but the disk decides what is done. Several processes may work on one OUT; each
+takes cells that are free.
 
 Learning rates: each model is run with every rate of `lr.values` at the smallest size on the first
 seed for a share of the tokens; the best one on held-out text is carried to a size of width D as

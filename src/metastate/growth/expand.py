@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.config import ATTENTION, GrowthStep, ModelConfig, to_dict
+from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig, to_dict
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
@@ -51,19 +51,16 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
     if unknown := sorted(sizes.keys() - set(AXES)):
         raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
     before = {axis: getattr(config, axis) for axis in AXES}
-    before["ffn_size"] = config.ffn_size or 4 * config.hidden_size
+    before["ffn_size"] = config.hidden_channels
     wanted = {axis: n for axis, n in sizes.items() if n is not None and n != before[axis]}
     if not wanted:
         raise ConfigError(
             f"nothing grows: give at least one of {', '.join(AXES)} above its present size "
             f"({', '.join(f'{k} {v}' for k, v in before.items())})"
         )
-    for axis, n in wanted.items():
-        if n < before[axis]:
-            raise ConfigError(f"{axis} {n} is below the present {before[axis]}; growth never drops")
     kind, meta = config.architecture, config.meta_state
     allowed = {
-        "metastate": {"head_size", "num_heads", "parameter_tokens", "num_layers"},
+        "metastate": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
         "rwkv7": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
         "transformer": {"num_layers", "ffn_size"},
         "tokenformer": {"ffn_size", "attention_slots"},
@@ -73,12 +70,11 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
             f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
             f"{', '.join(sorted(allowed))}"
         )
-    reads_back = meta.update == "self" and meta.query == "encoding" and meta.readout != "encoding"
-    if kind == "metastate" and "head_size" in wanted and reads_back:
-        raise ConfigError(
-            "head_size cannot grow exactly with meta_state.update='self' and query='encoding': the "
-            "new channels of e would be read back through the old ones; grow num_heads instead"
-        )
+    for axis, n in wanted.items():
+        if n < before[axis]:
+            raise ConfigError(f"{axis} {n} is below the present {before[axis]}; growth never drops")
+    if kind == "metastate" and "head_size" in wanted and (reason := _inexact(meta)):
+        raise ConfigError(f"head_size cannot grow with {reason}; grow num_heads instead")
     changes: dict[str, Any] = dict(wanted)
     if kind == "tokenformer":  # its released code forgets how many slots there were
         changes["first_slots"] = None if init == "released" else config.first_slots
@@ -95,6 +91,32 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
             latent = meta.latent_size or max(1, config.head_size // 2)
             changes["meta_state"] = dataclasses.replace(meta, latent_size=latent)
     return config.replace(**changes)
+
+
+def _inexact(meta: MetaStateConfig) -> str:
+    """Return the options that forbid wider heads, and why; "" where heads can grow."""
+    asks, has_meta = meta.encoder_query == "receptance", meta.readout != "encoding"
+    if has_meta and meta.update == "self" and meta.query != "input":
+        return (
+            f"meta_state.update='self' and query={meta.query!r}: the new channels of e would be "
+            "read back through the old ones"
+        )
+    if asks and meta.read == "value":
+        return (
+            "meta_state.encoder_query='receptance' and read='value': old channels would be read "
+            "through new values"
+        )
+    if asks and has_meta and meta.query == "input" and meta.update != "self":
+        return (
+            "meta_state.encoder_query='receptance' and query='input': new key channels of M would "
+            "be written and read with the same zeros and never learn (query='receptance' can grow)"
+        )
+    if asks and meta.encoder == "cross":
+        return (
+            "meta_state.encoder_query='receptance' and encoder='cross': what feeds the new "
+            "channels of x would never learn"
+        )
+    return ""
 
 
 def ranks_of(config: ModelConfig) -> dict[str, int]:
@@ -131,7 +153,8 @@ def grow(
         num_heads: H; new heads read the slices of x of old ones in turn.
         parameter_tokens: P, pairs (k_p, v_p) that make up the state before the first token.
         num_layers: L; new blocks go on top.
-        ffn_size: F, hidden channels of a feed-forward layer (RWKV-7, Transformer, TokenFormer).
+        ffn_size: F, hidden channels of a feed-forward layer; a Meta-State block without one gets
+            one.
         attention_slots: A, slots of a TokenFormer's projections.
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
@@ -291,7 +314,7 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
             raise StateError(f"the state's layer {i} is a {type(old).__name__}; of another model")
         if isinstance(old, RecurrentState) and isinstance(new, RecurrentState):
             fields = [
-                None if a is None or b is None else _padded(a, b)
+                b if a is None or b is None else _padded(a, b)  # a new shift acts on nothing yet
                 for a, b in zip(_tensors(old), _tensors(new), strict=True)
             ]
             layers.append(RecurrentState(*fields))  # type: ignore[arg-type]

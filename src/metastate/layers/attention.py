@@ -282,7 +282,7 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        size = config.ffn_size or 4 * config.hidden_size
+        size = config.hidden_channels
         self.key = nn.Linear(config.hidden_size, size, bias=False)
         self.value = nn.Linear(size, config.hidden_size, bias=False)
         init_gpt(self.key, self.value, config)

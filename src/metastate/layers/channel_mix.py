@@ -35,7 +35,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D = config.hidden_size
-        hidden = config.ffn_size or 4 * D
+        hidden = config.hidden_channels
         rest = 1 - layer / config.num_layers
         self.mu = nn.Parameter(1 - (torch.arange(D) / D) ** rest**4)
         self.key = linear(D, hidden, 1.0)

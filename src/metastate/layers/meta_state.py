@@ -38,7 +38,8 @@ from metastate.ops import fused
 class MetaState(nn.Module):
     """Meta-State layer, per head (every bracket an option of `config.meta_state`).
 
-    e_t = x_t S_t^T                             self-state encoder (`read`, `encoder_size`)
+    e_t = x_t S_t^T  or  (x_t W_r) S_t^T        self-state encoder (`encoder_query`, `read`,
+                                                `encoder_size`); W_r is time mixing's receptance
     e_t = silu([x_t, e_t] W_z) W_u              compressing cross-encoder (`encoder="cross"`)
     M_t = M_{t-1} G_t + U_t                     meta state (`update`, `encoding_norm`)
     y_t = norm(q_t M_t^T) + norm(e_t)           readout (`readout`, `query`, `output_norm`)
@@ -70,9 +71,13 @@ class MetaState(nn.Module):
         width = D // config.input_slices
         options = self.options = config.meta_state
         self.num_heads, self.head_size, self.segments = H, N, config.head_segments
-        self.slices = config.input_slices
+        self.slices, self.state_axes = config.input_slices, (H, N)
         self.has_meta = options.readout != "encoding"
-        self.projection = nn.Parameter(torch.eye(width, N)) if width != N else None
+        sees_slices = (
+            self.has_meta or options.encoder_query == "input" or options.encoder == "cross"
+        )
+        is_grown = width != N and sees_slices
+        self.projection = nn.Parameter(torch.eye(width, N)) if is_grown else None
         normed = options.output_norm == "group"
         self.meta_norm = GroupNorm(H, self.segments) if normed and self.has_meta else None
         reads_encoding = options.readout != "meta"
@@ -98,6 +103,7 @@ class MetaState(nn.Module):
         shift: Tensor | None,
         packing: Packing | None = None,
         backend: str = "auto",
+        receptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Read the WKV states with x and evolve the meta state.
 
@@ -108,6 +114,8 @@ class MetaState(nn.Module):
             shift: x before token 0, [B, D], or None without `token_shift`.
             packing: where documents start.
             backend: of metastate.ops.
+            receptance: x W_r, [B, T, H N], which reads S or M where `encoder_query` or `query` says
+                so; None where neither does.
 
         Returns:
             y [B, T, D], M after the last token, the new shift, and the mean KL divergence a token
@@ -124,8 +132,11 @@ class MetaState(nn.Module):
         if self.slices < self.num_heads:  # grown heads read the slices of old ones
             by_head = by_head[:, :, torch.arange(self.num_heads, device=x.device) % self.slices]
         x_state = by_head if self.projection is None else by_head @ self.projection
-        e, kl = self.encode(x_state, trajectory)
-        sources, M = self.evolve(x_state, e, trajectory, M, packing, backend)
+        r = x_state if receptance is None else receptance.view(batch, length, *self.state_axes)
+        asked = r if options.encoder_query == "receptance" else x_state
+        e, kl = self.encode(x_state, asked, trajectory)
+        q = r if options.query == "receptance" else None
+        sources, M = self.evolve(x_state, e, q, trajectory, M, packing, backend)
         norms = [norm for norm in (self.meta_norm, self.encoding_norm) if norm is not None]
         factor = None
         if options.modulation == "input":
@@ -144,13 +155,18 @@ class MetaState(nn.Module):
             y = y * self.gate(x_g, torch.sigmoid)
         return self.output(y), M, new_shift, kl
 
-    def encode(self, x: Tensor, trajectory: ops.Trajectory) -> tuple[Tensor, Tensor | None]:
-        """Return the state-encoded token e [B, T, H, N] and a variational encoder's KL term."""
+    def encode(
+        self, x: Tensor, asked: Tensor, trajectory: ops.Trajectory
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the state-encoded token e [B, T, H, N] and a variational encoder's KL term.
+
+        The states are read with `asked`; the cross-encoder sees x besides.
+        """
         options, size = self.options, self.options.encoder_size
         if size is None or size == self.head_size:
-            e = trajectory.read(x, by=options.read)
+            e = trajectory.read(asked, by=options.read)
         else:  # the top-left size x size block of S: other channels neither ask nor answer
-            kept = F.pad(x[..., :size], (0, self.head_size - size))
+            kept = F.pad(asked[..., :size], (0, self.head_size - size))
             e = F.pad(
                 trajectory.read(kept, by=options.read)[..., :size], (0, self.head_size - size)
             )
@@ -173,12 +189,16 @@ class MetaState(nn.Module):
         self,
         x: Tensor,
         e: Tensor,
+        q: Tensor | None,
         trajectory: ops.Trajectory,
         M: Tensor | None,
         packing: Packing | None,
         backend: str,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return what the readout adds up, q M^T and e as `readout` says, and M after the end."""
+        """Return what the readout adds up, q M^T and e as `readout` says, and M after the end.
+
+        Without a q M is read with what `query` names of x and the written e.
+        """
         options, sources = self.options, []
         if self.has_meta:
             assert M is not None
@@ -186,7 +206,8 @@ class MetaState(nn.Module):
                 written = fused.unit(e, fused=fused.can_fuse(e, backend))
             else:
                 written = segment_norm(e, options.encoding_norm, self.segments)
-            q = written if options.query == "encoding" else None
+            if options.query == "encoding":
+                q = written
             initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
             y, final = ops.meta_state(
                 x,

@@ -15,10 +15,11 @@ from metastate.layers.time_mix import TimeMix
 
 
 class RecurrentBlock(nn.Module):
-    """Time mixing, then the Meta-State layer or RWKV-7's channel mixing.
+    """Time mixing, then the Meta-State layer, RWKV-7's channel mixing, or both side by side.
 
-    x = x + TimeMix(ln1(x))            also yields the WKV trajectory S_t
-    x = x + MetaState(ln2(x), S_t)     or + ChannelMix(ln2(x))
+    x = x + TimeMix(ln1(x))                                  also yields the WKV trajectory S_t
+    x = x + MetaState(ln2(x), S_t) + ChannelMix(ln2(x))      the second where `ffn_size` is given
+    RWKV-7: x = x + ChannelMix(ln2(x))
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -27,10 +28,9 @@ class RecurrentBlock(nn.Module):
         self.ln1 = nn.LayerNorm(config.hidden_size)
         self.time_mix = TimeMix(config, layer)
         self.ln2 = nn.LayerNorm(config.hidden_size)
-        if config.architecture == "metastate":
-            self.meta_state = MetaState(config)
-        else:
-            self.channel_mix = ChannelMix(config, layer)
+        is_meta = config.architecture == "metastate"
+        self.meta_state = MetaState(config) if is_meta else None
+        self.channel_mix = None if is_meta and not config.ffn_size else ChannelMix(config, layer)
 
     def init_state(self, batch_size: int) -> RecurrentState:
         """Return the state before the first token: S_0, everything else zero."""
@@ -38,9 +38,8 @@ class RecurrentBlock(nn.Module):
         S = self.time_mix.initial_state()
         S = S.expand(batch_size, *S.shape)
         zeros = weight.new_zeros(batch_size, config.hidden_size)
-        is_meta = config.architecture == "metastate"
-        has_M = is_meta and self.meta_state.has_meta
-        has_shift = not is_meta or config.meta_state.token_shift
+        has_M = self.meta_state is not None and self.meta_state.has_meta
+        has_shift = self.channel_mix is not None or config.meta_state.token_shift
         M = torch.zeros_like(S, requires_grad=False) if has_M else None
         return RecurrentState(S, zeros, M, zeros if has_shift else None)
 
@@ -57,14 +56,19 @@ class RecurrentBlock(nn.Module):
             self.ln1(x), state.S, state.time_shift, v_first, packing, backend
         )
         x = x + y
-        M, kl = None, None
-        if self.config.architecture == "metastate":
+        M, shift, kl = None, None, None
+        z = self.ln2(x)
+        if self.meta_state is not None:
+            asks = self.config.meta_state.asks_by_receptance
+            q = self.time_mix.receptance(z) if asks else None
             y, M, shift, kl = self.meta_state(
-                self.ln2(x), trajectory, state.M, state.channel_shift, packing, backend
+                z, trajectory, state.M, state.channel_shift, packing, backend, q
             )
-        else:
-            y, shift = self.channel_mix(self.ln2(x), state.channel_shift, packing, backend)
-        return x + y, RecurrentState(S, time_shift, M, shift), v_first, kl
+            x = x + y
+        if self.channel_mix is not None:
+            y, shift = self.channel_mix(z, state.channel_shift, packing, backend)
+            x = x + y
+        return x, RecurrentState(S, time_shift, M, shift), v_first, kl
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

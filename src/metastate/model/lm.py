@@ -210,6 +210,8 @@ class LanguageModel(nn.Module):
         no_factor = (".mu", ".r_k", ".token_keys", ".token_values")
         if p.dim() < 2 or name == "embedding.weight" or name.endswith(no_factor):
             return 0
+        if name.endswith(".receptance.weight") and self.config.architecture == "metastate":
+            return 2 if self.config.meta_state.asks_by_receptance else 1
         return self.config.num_heads if name.endswith(".projection") else 1
 
     def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:

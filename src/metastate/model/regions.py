@@ -51,7 +51,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.num_heads,
         "N": config.head_size,
         "P": config.parameter_tokens,
-        "F": config.ffn_size or 4 * config.hidden_size,
+        "F": config.hidden_channels,
         "A": config.attention_slots or 0,
     }
 
