@@ -220,7 +220,7 @@ def _shape(config: ModelConfig, depth: int, width: int | None) -> ModelConfig:
 
 
 def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = False) -> list[Cell]:
-    """Return all runs of a suite in the order they are made: sweeps first, then size by size.
+    """Return all runs of a suite in their order: sweeps, then size by size, seed by seed.
 
     Raises:
         ConfigError: a model or size is impossible, or cannot be fitted. DataError: no such data.
@@ -279,7 +279,10 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                     )
                     cells.append(cell(suite.seeds[0], rate, short))
             cells += [cell(seed, None, base) for seed in size.seeds or suite.seeds]
-    return sorted(cells, key=lambda c: c.rate is None)
+    sizes = list(suite.sizes)
+    seeds = {s: i for size in suite.sizes.values() for i, s in enumerate(size.seeds or suite.seeds)}
+    # Seed by seed, so that what is finished compares all models at any time.
+    return sorted(cells, key=lambda c: (c.rate is None, sizes.index(c.size), seeds[c.seed]))
 
 
 def uneven(cells: list[Cell]) -> list[str]:

@@ -34,6 +34,8 @@ from metastate.layers.common import (
 )
 from metastate.ops import fused
 
+READOUT_GAIN = 2.0  # first weight of the readout's norms; 1 learns more slowly (docs/log.md)
+
 
 class MetaState(nn.Module):
     """Meta-State layer, per head (every bracket an option of `config.meta_state`).
@@ -79,9 +81,13 @@ class MetaState(nn.Module):
         is_grown = width != N and sees_slices
         self.projection = nn.Parameter(torch.eye(width, N)) if is_grown else None
         normed = options.output_norm == "group"
-        self.meta_norm = GroupNorm(H, self.segments) if normed and self.has_meta else None
+        self.meta_norm = (
+            GroupNorm(H, self.segments, gain=READOUT_GAIN) if normed and self.has_meta else None
+        )
         reads_encoding = options.readout != "meta"
-        self.encoding_norm = GroupNorm(H, self.segments) if normed and reads_encoding else None
+        self.encoding_norm = (
+            GroupNorm(H, self.segments, gain=READOUT_GAIN) if normed and reads_encoding else None
+        )
         num_mixes = (1 + options.gate) if options.token_shift else 0
         self.mu = nn.Parameter(torch.full((num_mixes, D), 0.5)) if num_mixes else None
         self.gate = (
