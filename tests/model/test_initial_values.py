@@ -83,8 +83,8 @@ def test_initial_meta_state():
         assert not meta.output.weight.any()
         assert torch.equal(meta.projection, torch.eye(N, 8))
         assert torch.equal(meta.mu, torch.full((2, D), 0.5))
-        assert torch.equal(meta.meta_norm.weight, torch.ones(H * 8))
-        assert torch.equal(meta.encoding_norm.weight, torch.ones(H * 8))
+        assert torch.equal(meta.meta_norm.weight, torch.full((H * 8,), 2.0))
+        assert torch.equal(meta.encoding_norm.weight, torch.full((H * 8,), 2.0))
         assert not block.time_mix.initial_state().any()  # k_p random, v_p zero
         assert block.time_mix.token_keys.any()
     assert initial().blocks[0].meta_state.projection is None
