@@ -134,11 +134,11 @@ class MetaStateConfig:
     one.
     """
 
-    readout: Literal["both", "meta", "encoding"] = "both"
+    readout: Literal["both", "meta", "encoding"] = "encoding"
     modulation: Literal["input", "none"] = "input"
     update: Literal["delta", "input", "self"] = "delta"
     query: Literal["input", "encoding", "receptance"] = "input"
-    encoder_query: Literal["input", "receptance"] = "input"
+    encoder_query: Literal["input", "receptance"] = "receptance"
     encoding_norm: Literal["l2", "rms", "none"] = "l2"
     output_norm: Literal["group", "none"] = "group"
     read: Literal["key", "value"] = "key"
@@ -172,6 +172,7 @@ class MetaStateConfig:
             readout="meta",
             modulation="none",
             update="self",
+            encoder_query="input",
             encoding_norm="none",
             output_norm="none",
         )

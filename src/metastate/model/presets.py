@@ -1,8 +1,9 @@
 """Named sizes, `architecture-size`; those of one size have equal non-embedding parameters (1 %).
 
-Meta-State sets the count of a row: it keeps D and H, its depth comes nearest to the name (for 150m
-and above with the 50,304 x D embedding and head counted in). The others keep D and H and meet the
-count by depth and FFN width, the width as near to 4 D as the depth allows.
+The paper's literal layer, which has no hidden width to fit, sets the count of a row: it keeps D and
+H, its depth comes nearest to the name (for 150m and above with the 50,304 x D embedding and head
+counted in). The others keep D and H and meet the count by depth and FFN width: Meta-State's about
+1.5 D, the best split of the search (docs/log.md), the others' as near to 4 D as the depth allows.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import Any
 from metastate.config import MetaStateConfig, ModelConfig, coerce_fields, merge, to_dict
 from metastate.errors import ConfigError
 
-# size: D, H, Meta-State's depth, (depth, FFN width) of RWKV-7 and of the Transformer
-SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int]]] = {
-    "tiny": (128, 2, 4, (3, 232), (3, 384)),
-    "mini": (256, 4, 12, (6, 944), (6, 1104)),
-    "small": (512, 8, 15, (7, 2064), (8, 1936)),
-    "150m": (768, 12, 21, (10, 2816), (10, 3104)),
-    "450m": (1536, 12, 21, (10, 5792), (10, 6464)),
-    "900m": (2304, 12, 21, (10, 8832), (11, 8704)),
-    "1.5b": (3072, 12, 21, (10, 11936), (11, 11872)),
+# size: D, H, depth of the paper's layer, (depth, FFN width) of Meta-State, RWKV-7, Transformer
+SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int], tuple[int, int]]] = {
+    "tiny": (128, 2, 4, (3, 164), (3, 232), (3, 384)),
+    "mini": (256, 4, 12, (8, 408), (6, 944), (6, 1104)),
+    "small": (512, 8, 15, (10, 792), (7, 2064), (8, 1936)),
+    "150m": (768, 12, 21, (14, 1112), (10, 2816), (10, 3104)),
+    "450m": (1536, 12, 21, (14, 2288), (10, 5792), (10, 6464)),
+    "900m": (2304, 12, 21, (14, 3488), (10, 8832), (11, 8704)),
+    "1.5b": (3072, 12, 21, (14, 4720), (10, 11936), (11, 11872)),
 }
 ARCHITECTURES = ("metastate", "paper", "rwkv7", "transformer", "tokenformer")
 NAMES = [f"{architecture}-{size}" for architecture in ARCHITECTURES for size in SIZES]
@@ -40,8 +41,9 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     if name not in NAMES:
         raise ConfigError(f"unknown preset {name!r}; {nearest(name)}")
     architecture, size = re.fullmatch(r"(\w+)-(.+)", name).groups()  # type: ignore[union-attr]
-    D, H, depth, rwkv7, transformer = SIZES[size]
+    D, H, depth, metastate, rwkv7, transformer = SIZES[size]
     layers, ffn = {
+        "metastate": metastate,
         "rwkv7": rwkv7,
         "transformer": transformer,
         # As deep as the Transformer; 8 D attention_slots + 2 D ffn_size = 4 D^2 + 2 D F, 1 to 4.
