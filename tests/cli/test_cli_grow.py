@@ -54,7 +54,7 @@ def test_a_table_for_people_and_the_paper_s_random_choice(trained, tmp_path, run
     [
         ([], ["nothing grows", "head_size"]),
         (["--head-size", "4"], ["below the present 8"]),
-        (["--ffn-size", "99"], ["cannot grow"]),
+        (["--attention-slots", "99"], ["cannot grow"]),
         (["--hed-size", "9"], ["--head-size"]),
         (["--head-size", "9", "--init", "released"], ["TokenFormer"]),
     ],

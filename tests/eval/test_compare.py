@@ -64,10 +64,10 @@ def test_fitted_counts_are_equal_within_one_percent(name, size):
 
 
 def test_a_model_without_a_hidden_part_is_fitted_by_depth_or_refused():
-    one, two = (count(preset("metastate-tiny", num_layers=n)) for n in (4, 8))
-    assert fit_parameters(preset("metastate-tiny"), two).num_layers == 8
+    one, two = (count(preset("paper-tiny", num_layers=n)) for n in (4, 8))
+    assert fit_parameters(preset("paper-tiny"), two).num_layers == 8
     with pytest.raises(ConfigError, match="each further one"):
-        fit_parameters(preset("metastate-tiny"), (one + two) // 2 + (two - one) // 8)
+        fit_parameters(preset("paper-tiny"), (one + two) // 2 + (two - one) // 8)
 
 
 def test_the_plan_gives_every_model_the_same_tokens_and_schedule(few_words, tmp_path):

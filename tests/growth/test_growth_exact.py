@@ -40,17 +40,18 @@ AXES = {
         "ffn_size": 12,
     },
 }
+WITH_M = {"readout": "both", "encoder_query": "input"}
 READINGS = {
     "default": {},
+    "with M": WITH_M,
     "paper": vars(MetaStateConfig.paper()),
-    "cross": {"encoder": "cross", "gate": True, "token_shift": True},
-    "variational": {"encoder": "cross", "latent_size": 2, "variational": True},
-    "by value": {"read": "value", "update": "input"},
-    "own query": {"query": "encoding", "encoding_norm": "rms"},
-    "part of the state": {"encoder_size": 4, "activation": "relu2"},
-    "no meta state": {"readout": "encoding"},
-    "asked by receptance": {"encoder_query": "receptance", "query": "receptance"},
-    "encoder asks by receptance": {"encoder_query": "receptance", "readout": "encoding"},
+    "cross": WITH_M | {"encoder": "cross", "gate": True, "token_shift": True},
+    "variational": WITH_M | {"encoder": "cross", "latent_size": 2, "variational": True},
+    "by value": WITH_M | {"read": "value", "update": "input"},
+    "own query": WITH_M | {"query": "encoding", "encoding_norm": "rms"},
+    "part of the state": WITH_M | {"encoder_size": 4, "activation": "relu2"},
+    "no meta state": {"encoder_query": "input"},
+    "M asked by receptance": {"readout": "both", "query": "receptance"},
 }
 
 
@@ -308,13 +309,12 @@ def test_refused(sizes, word):
 
 
 def test_refused_where_it_cannot_be_exact():
-    asked = {"encoder_query": "receptance"}
     for meta, word in (
-        ({"update": "self", "query": "encoding"}, "read back"),
-        ({"update": "self", "query": "receptance"}, "read back"),
-        (asked | {"read": "value"}, "through new values"),
-        (asked, "never learn"),
-        (asked | {"encoder": "cross", "query": "receptance"}, "never learn"),
+        ({"readout": "both", "update": "self", "query": "encoding"}, "read back"),
+        ({"readout": "meta", "update": "self", "query": "receptance"}, "read back"),
+        ({"read": "value"}, "through new values"),
+        ({"readout": "both"}, "never learn"),
+        ({"encoder": "cross"}, "never learn"),
     ):
         model = build(meta_state=meta)
         with pytest.raises(ConfigError, match=word):

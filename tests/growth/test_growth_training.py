@@ -26,7 +26,14 @@ from metastate.train.optim import (
 )
 from metastate.train.trainer import WALL_CLOCK, train
 
-SIZES = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "parameter_tokens": 1}
+SIZES = {
+    "hidden_size": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "head_size": 4,
+    "parameter_tokens": 1,
+    "meta_state": {"readout": "both", "encoder_query": "input"},
+}
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def evaluate(model):
 
 def fresh(**changes):
     torch.manual_seed(0)
-    return LanguageModel(ModelConfig(vocab_size=256, **SIZES | changes))
+    return LanguageModel(from_dict(ModelConfig, {"vocab_size": 256} | SIZES | changes))
 
 
 def grown_checkpoint(config, tmp_path, **sizes):

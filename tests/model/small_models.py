@@ -38,15 +38,23 @@ CHOICES = {
 }
 
 
+WITH_M = {
+    "readout": "both",
+    "encoder_query": "input",
+}  # more of the layer is at work than by default
+
+
 def one_at_a_time():
     yield MetaStateConfig()
+    yield MetaStateConfig(**WITH_M)
     yield MetaStateConfig.paper()
     for name, values in CHOICES.items():
         for value in values[1:]:
-            yield MetaStateConfig(**{name: value})
-    yield MetaStateConfig(modulation="none", activation="silu")
-    yield MetaStateConfig(gate=True, token_shift=True)
-    yield MetaStateConfig(encoder="cross", latent_size=2, variational=True)
+            yield MetaStateConfig(**WITH_M | {name: value})
+    for base in ({}, WITH_M):
+        yield MetaStateConfig(**base, modulation="none", activation="silu")
+        yield MetaStateConfig(**base, gate=True, token_shift=True)
+        yield MetaStateConfig(**base, encoder="cross", latent_size=2, variational=True)
 
 
 def at_random(number):

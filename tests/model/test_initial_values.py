@@ -76,7 +76,7 @@ def test_initial_embedding_and_head(vocab_size):
 
 
 def test_initial_meta_state():
-    options = MetaStateConfig(token_shift=True, gate=True)
+    options = MetaStateConfig(readout="both", encoder_query="input", token_shift=True, gate=True)
     model = initial(meta_state=options, head_size=8, parameter_tokens=2)
     for block in model.blocks:
         meta = block.meta_state

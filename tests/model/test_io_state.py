@@ -5,7 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from small_models import GROWN, SIZES, build
+from small_models import GROWN, SIZES, WITH_M, build
 
 import metastate
 from metastate.config import MetaStateConfig, ModelConfig
@@ -14,8 +14,10 @@ from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 
 MODELS = {
-    "metastate": GROWN,
-    "cross": {"meta_state": MetaStateConfig(encoder="cross", latent_size=2, token_shift=True)},
+    "metastate": GROWN | {"meta_state": MetaStateConfig(**WITH_M)},
+    "cross": {
+        "meta_state": MetaStateConfig(**WITH_M, encoder="cross", latent_size=2, token_shift=True)
+    },
     "encoding": {"meta_state": MetaStateConfig(readout="encoding")},
     "rwkv7": {"architecture": "rwkv7"},
     "transformer": {"architecture": "transformer"},

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import GROWN, SIZES, build, randomise
+from small_models import GROWN, SIZES, WITH_M, build, randomise
 
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ShapeError, StateError
@@ -18,11 +18,16 @@ T = 12
 EXACT = TOLERANCE[torch.float64]
 MODELS = {
     "metastate": {},
-    "grown": GROWN,
+    "grown": GROWN | {"meta_state": MetaStateConfig(**WITH_M)},
+    "asked": GROWN | {"meta_state": MetaStateConfig(readout="both", query="receptance")},
     "paper": {"meta_state": MetaStateConfig.paper()},
-    "input": {"meta_state": MetaStateConfig(update="input", query="encoding", read="value")},
+    "input": {
+        "meta_state": MetaStateConfig(**WITH_M, update="input", query="encoding", read="value")
+    },
     "encoding": {"meta_state": MetaStateConfig(readout="encoding", gate=True, token_shift=True)},
-    "cross": {"meta_state": MetaStateConfig(encoder="cross", latent_size=2, token_shift=True)},
+    "cross": {
+        "meta_state": MetaStateConfig(**WITH_M, encoder="cross", latent_size=2, token_shift=True)
+    },
     "rwkv7": {"architecture": "rwkv7"},
     "rwkv7-grown": {"architecture": "rwkv7"} | GROWN,
     "transformer": {"architecture": "transformer"},
@@ -31,7 +36,7 @@ MODELS = {
 RECURRENT = [name for name in MODELS if "former" not in name]
 
 
-NATIVE = ["metastate", "grown", "input", "encoding", "rwkv7"]
+NATIVE = ["metastate", "grown", "asked", "input", "encoding", "rwkv7"]
 
 
 @pytest.fixture(

@@ -1,5 +1,7 @@
 """Presets and what a model says about its own size, against counts made by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -93,7 +95,8 @@ def test_the_paper_preset_is_the_literal_reading():
     assert preset("paper-tiny").meta_state == MetaStateConfig.paper()
     options = preset("metastate-tiny").meta_state
     assert options == MetaStateConfig()
-    assert (options.readout, options.update) == ("both", "delta")
+    assert (options.readout, options.encoder_query) == ("encoding", "receptance")
+    assert preset("metastate-tiny").ffn_size and preset("paper-tiny").ffn_size is None
 
 
 @pytest.mark.parametrize(
@@ -164,9 +167,13 @@ SMALL = {
 }
 
 
+WITH_M = MetaStateConfig(readout="both", encoder_query="input")
+
+
 def small(**fields):
-    alone = {} if "architecture" in fields else {"ffn_size": None}
-    return LanguageModel(ModelConfig(**(SMALL | alone | fields)))
+    """A model of SMALL; a Meta-State one has M and nothing beside, unless `fields` say so."""
+    own = {} if "architecture" in fields else {"ffn_size": None, "meta_state": WITH_M}
+    return LanguageModel(ModelConfig(**(SMALL | own | fields)))
 
 
 def test_flops_of_a_transformer():
@@ -181,10 +188,14 @@ def test_flops_of_the_recurrent_models():
     assert small(architecture="rwkv7").flops_per_token(512) == expected
     base = 2 * (matrices + 16) + 22 * state, 4 * (matrices + 16) + 62 * state
     assert small().flops_per_token(7) == small().flops_per_token(1024) == base
-    encoding = small(meta_state=MetaStateConfig(readout="encoding")).flops_per_token(7)
+    encoding = small(meta_state=MetaStateConfig(encoder_query="input")).flops_per_token(7)
     assert encoding == (base[0] - 10 * state, base[1] - 26 * state)
     # Every head multiplies [x, e] (2 N) by W_z to one channel, and by W_u back to N = 2.
-    cross = small(meta_state=MetaStateConfig(encoder="cross", latent_size=1)).flops_per_token(7)
+    cross = small(
+        meta_state=MetaStateConfig(
+            readout="both", encoder_query="input", encoder="cross", latent_size=1
+        )
+    ).flops_per_token(7)
     assert cross == (base[0] + 2 * 2 * (4 + 2), base[1] + 4 * 2 * (4 + 2))
 
 
@@ -192,9 +203,9 @@ def test_flops_of_a_second_question_and_of_a_layer_beside():
     # The receptance is a factor of one more product a token; the feed-forward layer is 2 D F.
     base = small().flops_per_token(7)
     for fields in (
-        {"meta_state": MetaStateConfig(encoder_query="receptance")},
-        {"meta_state": MetaStateConfig(query="receptance")},
-        {"meta_state": MetaStateConfig(encoder_query="receptance", query="receptance")},
+        {"meta_state": MetaStateConfig(readout="both")},
+        {"meta_state": dataclasses.replace(WITH_M, query="receptance")},
+        {"meta_state": MetaStateConfig(readout="both", query="receptance")},
     ):
         assert small(**fields).flops_per_token(7) == (base[0] + 2 * 16, base[1] + 4 * 16)
         assert small(**fields).count_parameters() == small().count_parameters()
@@ -218,7 +229,7 @@ def test_flops_of_a_widened_state():
         ({"num_layers": 3}, 3 * (32 + 32 + 16)),
         ({"head_size": 3}, 72 + 72 + 16),
         ({"meta_state": MetaStateConfig(readout="encoding")}, 32 + 16),
-        ({"meta_state": MetaStateConfig(token_shift=True)}, 32 + 32 + 16 + 16),
+        ({"meta_state": dataclasses.replace(WITH_M, token_shift=True)}, 32 + 32 + 16 + 16),
         ({"architecture": "rwkv7"}, 32 + 16 + 16),
     ],
 )
