@@ -283,6 +283,7 @@ def task_model(
         hidden_size=width,
         num_layers=layers,
         num_heads=heads,
+        ffn_size=4 * width // 3 if architecture == "metastate" else None,  # as in the presets
         meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
     )
 
