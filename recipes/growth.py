@@ -7,7 +7,8 @@ Every cell is a run that goes on where it was stopped. Figures: `growth.png` and
 standard output; `results.json` holds every point. D 128, 4 heads, 4 layers, vocabulary 256.
 
     grown          N 32 -> 64 at half of the steps -> 128 at three quarters, new entries exact
-    grown random   the same, what must be zero for exactness is normal with std 0.02
+    grown early    the same, grown at a quarter and at half of the steps
+    grown random   the same as grown, what must be zero for exactness is normal with std 0.02
     grown tokens   the same and 64 parameter tokens a head from the first growth on
     scratch        N 128 from the start, the same tokens in all, the same parameter count
     scratch short  N 128 from the start, the tokens of grown's last stage only
@@ -40,10 +41,12 @@ def cells(steps: int) -> dict[str, dict[str, Any]]:
     first, second = steps // 2, steps * 3 // 4
     wide = {"model": SMALL | RANKS | {"head_size": 128}}
 
-    def grown(init: str, tokens: int | None = None) -> dict[str, Any]:
+    def grown(
+        init: str, tokens: int | None = None, at: tuple[int, int] = (first, second)
+    ) -> dict[str, Any]:
         growth = (
-            GrowthStep(first, head_size=64, parameter_tokens=tokens, init=init, warmup=WARM),  # type: ignore[arg-type]
-            GrowthStep(second, head_size=128, init=init, warmup=WARM),  # type: ignore[arg-type]
+            GrowthStep(at[0], head_size=64, parameter_tokens=tokens, init=init, warmup=WARM),  # type: ignore[arg-type]
+            GrowthStep(at[1], head_size=128, init=init, warmup=WARM),  # type: ignore[arg-type]
         )
         return {"model": SMALL, "steps": steps, "growth": growth}
 
@@ -54,6 +57,7 @@ def cells(steps: int) -> dict[str, dict[str, Any]]:
 
     return {
         "grown": grown("zero"),
+        "grown early": grown("zero", at=(steps // 4, first)),
         "grown random": grown("random"),
         "grown tokens": grown("zero", 64),
         "scratch": wide | {"steps": steps},

@@ -36,3 +36,7 @@ class DataError(MetaStateError):
 
 class TrainingError(MetaStateError):
     """Training cannot go on (a loss that is not finite, a disk that is full)."""
+
+
+class DivergedError(TrainingError):
+    """The loss or a gradient is not finite."""

@@ -27,7 +27,7 @@ from metastate import __version__
 from metastate.config import to_dict
 from metastate.data.files import write_json
 from metastate.data.loader import BatchSource, PreparedData
-from metastate.errors import BusyError, ConfigError, DataError, TrainingError
+from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
 from metastate.eval.suite import Cell, Suite, plan, sketch
@@ -129,9 +129,7 @@ def _run(cell: Cell, rate: float, suite: Suite, show: Callable[..., None]) -> No
     data = PreparedData.open(run.data)
     try:
         result = train(run, evaluate=held_out(data, run), progress=show, resume=has_run(run.out))
-    except TrainingError as error:
-        if "disk" in str(error) or "cannot write" in str(error):
-            raise
+    except DivergedError as error:
         score = {"run": _settings(cell), "lr": rate, "failed": str(error)}
         write_json(cell.folder / SCORE, score)
         return

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metastate.config import GrowthStep, TrainConfig, to_dict
 from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.data.loader import Batch, BatchSource, PreparedData
-from metastate.errors import ConfigError, TrainingError
+from metastate.errors import ConfigError, DivergedError, TrainingError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, lm_loss
@@ -114,8 +114,8 @@ def train(
         DataError: the data is missing, broken, too short or of another vocabulary.
         CheckpointError: the checkpoint to resume from is damaged.
         BusyError: another process trains in config.out.
-        TrainingError: the loss or a gradient is not finite, or the disk is full; the last
-            checkpoint is whole and the weights of this step were not written to it.
+        TrainingError: the loss or a gradient is not finite (DivergedError), or the disk is full;
+            the last checkpoint is whole and the weights of this step were not written to it.
     """
     if not config.out:
         raise ConfigError("out is missing; name a folder for checkpoints and log")
@@ -379,7 +379,7 @@ class _Run:
         largest = ", ".join(f"{name} {norms[name]:.3g}" for name in order[:5])
         folder = find_checkpoint(self.out)
         kept = f"the last good checkpoint is {folder}" if folder else "no checkpoint was due yet"
-        raise TrainingError(
+        raise DivergedError(
             f"step {self.at.step + 1}: the loss is {figures['nll']:.4g}, the gradient's norm "
             f"{figures['grad_norm']:.4g}; the weights were left as they were and {kept}. Largest "
             f"gradients: {largest}. Try a lower --lr, a longer --warmup or --dtype float32"
