@@ -84,6 +84,12 @@ def test_the_plan_gives_every_model_the_same_tokens_and_schedule(few_words, tmp_
     assert "not equal" in uneven(plan(suite, tmp_path))[0]
 
 
+def test_a_sweep_s_seed_need_not_be_a_seed_of_its_size(few_words, tmp_path):
+    sizes = {"tiny": {"model": TINY, "seeds": [8, 9]}}
+    cells = plan(suite_of(few_words, sizes=sizes, lr={"values": [1e-3]}), tmp_path)
+    assert [c.seed for c in cells] == [3, 3, 8, 8, 9, 9]
+
+
 def test_results_hold_every_cell_with_its_curve_and_costs(finished):
     suite, out, results = finished
     assert [(r["model"], r["size"]) for r in results["rows"]] == [

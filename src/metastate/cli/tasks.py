@@ -17,6 +17,7 @@ from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
 from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.errors import ConfigError, DataError
 from metastate.eval.plots import task_figure
+from metastate.eval.report import markdown as table
 from metastate.eval.tasks import Problem, Recall, WordProblem, task_model, train_and_score
 from metastate.model.presets import ARCHITECTURES
 from metastate.train.memory import keep_freed_memory
@@ -253,14 +254,4 @@ def markdown(best: list[Cell]) -> str:
             *(f"{score:.1%}" for score in scores),
         ]
         each.append([str(value) for value in values])
-    return f"{_table(rows)}\n{_table(each)}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(text.ljust(n) for text, n in zip(row, width, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (n + 2) for n in width) + "|")
-    return "\n".join(lines) + "\n"
+    return f"{table(rows)}\n\n{table(each)}\n"

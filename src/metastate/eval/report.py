@@ -17,7 +17,6 @@ from metastate.data.files import atomic_write
 from metastate.errors import ConfigError, DataError
 from metastate.eval.plots import comparison_figure
 
-LN2 = math.log(2)
 FIGURES = {  # x of a figure: (title, file)
     "parameters": ("Loss against parameters", "loss-by-parameters"),
     "tokens": ("Loss against training tokens", "loss-by-tokens"),

@@ -282,11 +282,11 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
     sizes = list(suite.sizes)
     seeds = {s: i for size in suite.sizes.values() for i, s in enumerate(size.seeds or suite.seeds)}
     # Seed by seed, so that what is finished compares all models at any time.
-    return sorted(cells, key=lambda c: (c.rate is None, sizes.index(c.size), seeds[c.seed]))
+    return sorted(cells, key=lambda c: (c.rate is None, sizes.index(c.size), seeds.get(c.seed, 0)))
 
 
 def uneven(cells: list[Cell]) -> list[str]:
-    """Return, for each size whose counts differ by more than 1 %, a sentence that says so."""
+    """Return a sentence for each size whose counts differ by more than two fits may, 2 %."""
     said = []
     for size in dict.fromkeys(c.size for c in cells):
         counts = {c.model: c.parameters for c in cells if c.size == size}
