@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metastate.cli.comparing import run_compare
-from metastate.cli.demo import run_demo
-from metastate.cli.growing import run_grow
 from metastate.cli.models import arithmetic, load_model
 from metastate.cli.progress import bar, print_json
-from metastate.cli.tasks import run_tasks
-from metastate.cli.training import run_train
-from metastate.cli.zero_shot import run_eval_tasks, run_lm_eval
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.eval.describe import describe, describe_table
@@ -160,18 +153,3 @@ def run_generate(args: argparse.Namespace) -> None:
                 **text.statistics.to_json(),
             }
         )
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "demo": run_demo,
-    "prepare": run_prepare,
-    "train": run_train,
-    "eval": run_eval,
-    "eval-tasks": run_eval_tasks,
-    "lm-eval": run_lm_eval,
-    "generate": run_generate,
-    "grow": run_grow,
-    "compare": run_compare,
-    "tasks": run_tasks,
-    "info": run_info,
-}

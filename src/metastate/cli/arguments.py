@@ -1,0 +1,329 @@
+"""What each command takes: its help text and its options; nothing here needs torch."""
+
+from __future__ import annotations
+
+from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json
+from metastate.config import TrainConfig
+
+PREPARE = """\
+Turn text into the memory-mapped token files that train and eval read.
+
+INPUT is any of: a text file, JSON lines with a `text` field (.jsonl, also .gz .xz .zst), a folder
+of such files, `stdlib` (the documentation and sources of the Python that runs this; nothing to
+download), or the name of a data set on the Hugging Face hub. Inputs named train.*, valid.* and
+test.* are those splits; otherwise each document goes to one by the hash of its text, so preparing
+again gives the same split. Interrupted, the same command goes on where it was.
+"""
+
+TRAIN = """\
+Train a model on prepared data.
+
+Settings come from their defaults, then --config, then flags, then --set. Ctrl-C finishes the step,
+writes a checkpoint and stops; --resume goes on exactly where that was, and needs only --out.
+"""
+
+GROW = """\
+Make a checkpoint larger without changing what it computes.
+
+Give the new size of any axes. The report shows parameters, state bytes, FLOPs, and how far the
+logits moved on real text. The optimizer's moments in RUN/last grow too, and so does a carried
+state (OUT/state.safetensors). Then train what is new, with what the model had before slowed or, at
+0, frozen: `metastate train --from OUT --old-lr-scale 0.1 ...`
+"""
+
+EVAL = """\
+Measure the loss on held-out documents: nats per token, perplexity and bits per byte.
+
+stateful: each document is read once, the state carried from its first token to its last.
+windowed: each document is cut into windows of --context tokens that start from an empty state.
+"""
+
+COMPARE = """\
+Compare models of equal size, trained on the same text in the same order.
+
+SUITE.yaml names models (a preset's architecture, and changes to it), sizes and seeds; recipes/ has
+some. Every cell is a training run in OUT, so Ctrl-C loses nothing: the same command goes on, and a
+second process with the same --out takes cells that are free. OUT gets results.json, table.md,
+figures and report.html, one page that needs nothing else.
+"""
+
+EVAL_TASKS = """\
+Score zero-shot tasks from local files: accuracy, length-normalised accuracy, LAMBADA's perplexity.
+
+DIR holds lambada/lambada_test.jsonl, hellaswag/hellaswag_val_full.txt.bz2, blimp/BLiMP.zip, and in
+mc_eval/ piqa, arc_easy, arc_challenge, winogrande, openbook_qa, copa and boolq (.jsonl); only the
+files of the chosen tasks are needed. Prompts and metrics are lm-evaluation-harness's. Beside each
+figure: its standard error, and what guessing would give.
+"""
+
+LM_EVAL = """\
+Score tasks of lm-evaluation-harness (pip install 'metastate[lm-eval]'), which fetches their data.
+
+--tasks takes its tasks, tags and groups; --include-path adds a folder of your own in its YAML.
+"""
+
+GENERATE = """\
+Continue a text, token by token as it is written.
+
+The prompt is --prompt, or else what comes on standard input. --state-out keeps everything that the
+model remembers, in a file of constant size; --state-in goes on from there later.
+"""
+
+TASKS = """\
+Train small models on made-up tasks and score them: what can a state compute, what can it hold?
+
+state-tracking: read elements of a finite group, say their product so far after each; the score is
+the fewest layers with more than 90 % accuracy at the longest length learned. recall: read pairs of
+key and value, say the value when the key comes again; passed above 99 %. The default steps take
+minutes and show how far S3 is learned; to solve it, and S5, A5, A4xZ5 and Z60 all the more, raise
+--steps.
+
+Each cell (problem, architecture, depth, learning rate) is written to OUT/results.json when it is
+finished, so Ctrl-C loses one cell at most and the same command goes on. More layers, and further
+learning rates, are left out where fewer passed already.
+"""
+
+
+def add_model(parser: Parser) -> None:
+    """Add the checkpoint that a command acts on."""
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a checkpoint: RUN/best, RUN/last or RUN"
+    )
+
+
+def add_demo(parser: Parser) -> None:
+    """Add the options of `metastate demo`."""
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, metavar="X", help="time to train (default: 5)"
+    )
+    add_flags(parser, "out", out="runs/demo")
+    add_json(parser)
+
+
+def add_prepare(parser: Parser) -> None:
+    """Add the options of `metastate prepare`."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="see above")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="bytes, world (RWKV World), the path of a tokenizer.json, or a name on the Hugging "
+        "Face hub (default: bytes)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the prepared data")
+    for name in ("valid", "test"):
+        parser.add_argument(
+            f"--{name}", nargs="+", default=[], metavar="INPUT", help=f"inputs of the {name} split"
+        )
+    for name in ("valid", "test"):
+        parser.add_argument(
+            f"--{name}-fraction",
+            type=float,
+            default=0.01,
+            metavar="X",
+            help=f"part of the documents that goes to {name} (default: 0.01)",
+        )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace data made with other settings"
+    )
+    add_json(parser)
+
+
+def add_train(parser: Parser) -> None:
+    """Add the options of `metastate train`."""
+    add_config(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --out"
+    )
+    parser.add_argument(
+        "--growth",
+        dest="growth_file",
+        metavar="FILE",
+        help=HELP["growth"],
+    )
+    add_json(parser)
+    names = (n for n in TrainConfig.__dataclass_fields__ if n not in ("model", "growth"))
+    add_flags(parser, *names, layered=True)
+
+
+def add_eval(parser: Parser) -> None:
+    """Add the options of `metastate eval`."""
+    add_model(parser)
+    add_flags(parser, "data", "context", "batch_size", "device", "dtype", context=512)
+    parser.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
+    parser.add_argument("--by-domain", action="store_true", help="also the loss of each domain")
+    parser.add_argument(
+        "--by-position", action="store_true", help="also the loss by tokens seen before"
+    )
+    parser.add_argument(
+        "--limit-tokens", type=int, metavar="N", help="score about so many tokens (default: all)"
+    )
+    add_json(parser)
+
+
+def add_eval_tasks(parser: Parser) -> None:
+    """Add the options of `metastate eval-tasks`."""
+    add_model(parser)
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="lambada, hellaswag, piqa, arc_easy, arc_challenge, winogrande, openbookqa, copa, "
+        "boolq, blimp (default: all)",
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder with the files named above")
+    add_scoring(parser, "score N items of each task (of BLiMP's paradigms), drawn at random once")
+
+
+def add_lm_eval(parser: Parser) -> None:
+    """Add the options of `metastate lm-eval`."""
+    add_model(parser)
+    parser.add_argument("--tasks", metavar="A,B", help="names of lm-evaluation-harness")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with further tasks in YAML")
+    add_scoring(parser, "score the first N items of each task")
+
+
+def add_scoring(parser: Parser, limit: str) -> None:
+    """Add the options of what scores a model on tasks."""
+    parser.add_argument("--limit", type=int, metavar="N", help=f"{limit} (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="texts at once (default: 16)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="also write the results there, as JSON")
+    add_flags(parser, "device", "dtype")
+    add_json(parser)
+
+
+def add_generate(parser: Parser) -> None:
+    """Add the options of `metastate generate`."""
+    add_model(parser)
+    parser.add_argument("--prompt", help="text to continue (default: standard input)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="1 draws as learned, lower is safer, 0 always takes the most likely (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="draw from the N most likely; 0 is all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="draw from the most likely that together reach this probability (default: 1)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1 makes tokens of the last stretch less likely (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the same text again")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    parser.add_argument("--state-in", metavar="FILE", help="go on from a state of --state-out")
+    parser.add_argument("--state-out", metavar="FILE", help="keep the state for later")
+    add_flags(parser, "device", "dtype")
+    add_json(parser)
+
+
+def add_grow(parser: Parser) -> None:
+    """Add the options of `metastate grow`."""
+    add_model(parser)
+    for flag, what in (
+        ("--head-size", "channels N of a head and its states"),
+        ("--heads", "heads H"),
+        ("--layers", "blocks L"),
+        ("--parameter-tokens", "pairs P that make up the first state"),
+        ("--ffn-size", "hidden channels F of a feed-forward layer"),
+        ("--attention-slots", "slots A of a TokenFormer's projections"),
+    ):
+        parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
+    parser.add_argument(
+        "--init",
+        choices=("zero", "random", "released"),
+        default="zero",
+        help="zero keeps the function exactly; random, the paper's other choice, and released, "
+        "what TokenFormer's code does, do not (default: zero)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the grown checkpoint")
+    parser.add_argument(
+        "--data", metavar="DIR", help="prepared data whose held-out text the logits are compared on"
+    )
+    add_flags(parser, "seed")
+    add_json(parser)
+
+
+def add_compare(parser: Parser) -> None:
+    """Add the options of `metastate compare`."""
+    parser.add_argument("suite", metavar="SUITE.yaml", help="what to compare")
+    parser.add_argument("--out", metavar="DIR", help="folder for runs, tables, figures and page")
+    parser.add_argument("--data", metavar="DIR", help="prepared data (default: the suite's own)")
+    parser.add_argument(
+        "--match-params",
+        action="store_true",
+        help="fit depth and hidden width of every model to the size's parameters within 1%%",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be run, and for how long"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="report on the cells that are finished"
+    )
+    add_json(parser)
+
+
+def add_tasks(parser: Parser) -> None:
+    """Add the options of `metastate tasks`."""
+    parser.add_argument("task", choices=("state-tracking", "recall"), help="see above")
+    for flag, name, of_what, default in (
+        ("--group", "groups", "S5, A5, A4xZ5, Z60 or smaller ones (S3, Z2xZ2)", "S3"),
+        ("--level", "levels", "recall: TOKENSxPAIRS, 64x4 128x8 ... 2048x256", "64x4"),
+        ("--architectures", "architectures", "metastate, paper, rwkv7 ...", "all"),
+    ):
+        help = f"{of_what} (default: {default})"
+        parser.add_argument(flag, dest=name, nargs="+", metavar="NAME", help=help)
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="depths (default: 1 2 for state tracking, 2 for recall)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        default=[3e-3],
+        metavar="X",
+        help="peak learning rates, the best one counts (default: 0.003)",
+    )
+    numbers: tuple[tuple[str, int | None, str], ...] = (
+        ("--width", 64, "channels D (default: 64)"),
+        ("--heads", 1, "heads H (default: 1)"),
+        ("--length", None, "state tracking: elements of the longest sequence (default: 20)"),
+        ("--vocab-size", None, "recall: half of it keys, half values (default: 8192)"),
+        ("--steps", 2000, "optimizer steps of a cell at most (default: 2000)"),
+        ("--batch-size", None, "longest sequences a step (default: 64; recall: 32)"),
+        ("--warmup", None, "steps over which the rate rises (default: a tenth, 100 at most)"),
+    )
+    for flag, number, what in numbers:
+        parser.add_argument(flag, type=int, default=number, metavar="N", help=what)
+    add_flags(parser, "weight_decay", "seed", "device")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for results, table and figure (default: runs/TASK)"
+    )
+    add_json(parser)
+
+
+def add_info(parser: Parser) -> None:
+    """Add the options of `metastate info`."""
+    parser.add_argument("model", metavar="CKPT|PRESET", help="a checkpoint's folder, or a preset")
+    add_flags(parser, "context", context=1024)
+    add_json(parser)
