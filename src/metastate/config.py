@@ -157,8 +157,11 @@ class MetaStateConfig:
             raise ConfigError("meta_state.variational needs meta_state.encoder='cross'")
         if self.encoder != "cross" and self.latent_size is not None:
             raise ConfigError("meta_state.latent_size needs meta_state.encoder='cross'")
-        if self.readout == "encoding" and self.query != "input":
-            raise ConfigError("meta_state.query is unused when meta_state.readout='encoding'")
+        for name in ("query", "update", "encoding_norm") if self.readout == "encoding" else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"meta_state.{name} acts on M alone, and meta_state.readout='encoding' has none"
+                )
 
     @property
     def asks_by_receptance(self) -> bool:

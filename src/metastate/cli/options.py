@@ -118,7 +118,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any setting by its dotted name, as in model.meta_state.update=self; repeatable",
+        help="any setting by its dotted name, as in model.meta_state.read=value; repeatable",
     )
 
 
