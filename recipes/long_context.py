@@ -1,7 +1,7 @@
 """Loss by position to 64 times the training length, on novels, with the memory that it takes.
 
-    metastate compare recipes/compare-tiny.yaml --out runs/compare-tiny
-    cd runs/compare-tiny/cells
+    metastate compare recipes/compare.yaml --out runs/compare
+    cd runs/compare/cells
     python ../../../recipes/long_context.py meta-state-tiny-seed0 rwkv-7-tiny-seed0 --text NOVELS14
 
 The held-out novels are cut into texts of 32,768 bytes. Each is read twice: *carried*, the state
