@@ -146,13 +146,12 @@ def to_rwkv(model: LanguageModel) -> dict[str, Tensor]:
             f"a {config.architecture} has layers that RWKV-7 has no keys for; only an rwkv7 can be "
             "written as RWKV-7"
         )
-    plain = ModelConfig(num_heads=config.num_heads, hidden_size=config.hidden_size)
-    for name in ("head_size", "head_segments", "input_slices", "parameter_tokens"):
-        if getattr(config, name) != getattr(plain, name):
-            raise ConfigError(
-                f"the model has {name} {getattr(config, name)}, RWKV-7 has no place for any but "
-                f"{getattr(plain, name)}: a model that grew so cannot be written as RWKV-7"
-            )
+    if config.parameter_tokens or config.attention_size != config.hidden_size:
+        raise ConfigError(
+            f"the model has parameter_tokens {config.parameter_tokens} and heads of together "
+            f"{config.attention_size} channels on a width of {config.hidden_size}; RWKV-7 has no "
+            "parameter tokens and heads as wide as itself, so a model grown so cannot be written"
+        )
     own = {name: p.detach() for name, p in model.named_parameters()}
     out = {theirs: own[ours] for theirs, ours in _outer().items()}
     for i in range(config.num_layers):
