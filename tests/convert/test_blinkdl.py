@@ -118,11 +118,11 @@ def test_what_has_no_keys_there_is_refused(tmp_path):
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_):  # as torch does it
         try:
             raise OSError(28, "No space left on device")
         except OSError:
-            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904: as torch does
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
 
     monkeypatch.setattr(torch, "save", full)
     small = {"vocab_size": 20, "hidden_size": 16, "num_layers": 1, "num_heads": 2}

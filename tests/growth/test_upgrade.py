@@ -1,4 +1,4 @@
-"""A trained RWKV-7 gets Meta-State layers and computes the same; blocks that differ from another."""
+"""A trained RWKV-7 gets Meta-State layers and computes the same; blocks that differ."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_in_two_steps_beside_and_then_alone():
 def test_refused():
     model = rwkv7()
     transformer = LanguageModel(ModelConfig(architecture="transformer", **SIZES))
-    for parent, settings_, word in (
+    for parent, arguments, word in (
         (transformer, {}, "no WKV state"),
         (model, {"layers": []}, "at least one"),
         (model, {"layers": [0, 4]}, "from 0 to 3"),
@@ -131,7 +131,7 @@ def test_refused():
         (upgrade(model, replace=True), {"replace": True}, "no feed-forward layer already"),
     ):
         with pytest.raises(ConfigError, match=word):
-            upgrade(parent, **settings_)
+            upgrade(parent, **arguments)
 
 
 def test_the_parent_is_not_touched_and_the_seed_decides():
@@ -182,8 +182,8 @@ def test_training_with_the_rest_frozen(few_words, tmp_path, replace):
     parent = metastate.load(tmp_path / "first")
     upgraded = upgrade(parent, [1, 2], replace=replace)
     metastate.save(upgraded, tmp_path / "big")
-    settings_ = {"out": str(tmp_path / "second"), "from_checkpoint": str(tmp_path / "big")}
-    train(dataclasses.replace(config, **settings_, model={}, old_lr_scale=0.0))
+    changes = {"out": str(tmp_path / "second"), "from_checkpoint": str(tmp_path / "big")}
+    train(dataclasses.replace(config, **changes, model={}, old_lr_scale=0.0))
     after = metastate.load(tmp_path / "second")
     assert after.lineage == upgraded.lineage and after.config == upgraded.config
     for name, p in after.named_parameters():
@@ -275,9 +275,7 @@ def test_any_mixture_of_blocks(which, options, tmp_path_factory):
     assert (torch.cat([first, rest], 1) - whole).abs().max() < 1e-10
     assert end.num_bytes == last.num_bytes == 2 * model.state_bytes()
     full = LanguageModel(ModelConfig(**sizes | {"ffn_size": 10}, meta_state=options))
-    assert (sum(model.flops_per_token(8)) < sum(full.flops_per_token(8))) == (
-        which != [(1, 1)] * 3
-    )
+    assert (sum(model.flops_per_token(8)) < sum(full.flops_per_token(8))) == (which != [(1, 1)] * 3)
     if which != [(1, 1)] * 3 and not options.token_shift:
         other = full.double()
         if any(not meta and other.init_state(1).layers[0].M is not None for meta, _ in which):

@@ -36,21 +36,15 @@ def run_convert(args: argparse.Namespace) -> None:
     """Read SRC as what it is, write it as what is asked for, and say what it was."""
     source, out = Path(args.source), Path(args.out)
     check_free(out)
-    kind = "rwkv" if source.is_file() or source.suffix == ".pth" else "metastate"
-    if kind == "metastate":
-        read_config(source)
-        if args.to is None:
-            raise ConfigError(f"{source} is ours already; --to says what to make of it")
-    target = args.to or "metastate"
+    kind, target = kind_of(source), args.to or "metastate"
+    if kind == "metastate" and args.to is None:
+        raise ConfigError(f"{source} is ours already; --to says what to make of it")
     if args.tokenizer and target != "metastate":
         raise ConfigError(f"--tokenizer is for our own folders; {target} has no place for it")
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     model, unused = READ[kind](source, dtype, args.allow_nan)
     tokenizer = tokenizer_for(model, source, args.tokenizer)
-    if target == "metastate":
-        write_ours(model, unused, tokenizer, out)
-    else:
-        blinkdl.write(model, out, unused)
+    WRITE[target](model, unused, tokenizer, out)
     facts = {
         "out": str(out),
         "from": kind,
@@ -73,6 +67,18 @@ def run_convert(args: argparse.Namespace) -> None:
         log("no tokenizer recorded (--tokenizer): it can be evaluated and trained, not talk")
 
 
+def kind_of(source: Path) -> str:
+    """Return the format of SRC, a key of `READ`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if source.is_file() or source.suffix == ".pth":
+        return "rwkv"
+    read_config(source)
+    return "metastate"
+
+
 def read_rwkv(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
     """Read an RWKV-7 `.pth` file."""
     return blinkdl.read(source, dtype=dtype, allow_nan=allow_nan)
@@ -87,12 +93,6 @@ def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Conte
     if not allow_nan:
         check_finite(model.state_dict(), source)
     return model, unused
-
-
-READ: dict[str, Callable[[Path, torch.dtype | None, bool], Content]] = {
-    "rwkv": read_rwkv,
-    "metastate": read_ours,
-}
 
 
 def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Tokenizer | None:
@@ -124,3 +124,20 @@ def write_ours(
             atomic_write(temporary / UNUSED, content, error=CheckpointError)
         if tokenizer is not None:
             tokenizer.save(temporary)
+
+
+def write_rwkv(
+    model: LanguageModel, unused: dict[str, Tensor], tokenizer: Tokenizer | None, out: Path
+) -> None:
+    """Write an RWKV-7 `.pth` file."""
+    blinkdl.write(model, out, unused)
+
+
+READ: dict[str, Callable[[Path, torch.dtype | None, bool], Content]] = {
+    "metastate": read_ours,
+    "rwkv": read_rwkv,
+}
+WRITE: dict[str, Callable[[LanguageModel, dict[str, Tensor], Tokenizer | None, Path], None]] = {
+    "metastate": write_ours,
+    "rwkv": write_rwkv,
+}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from metastate.config import MetaStateConfig, ModelConfig, to_dict
+from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError
 from metastate.growth.expand import inherit
 from metastate.layers.meta_state import MetaState
@@ -110,7 +110,7 @@ def upgrade(
         name: [_layers_with(c, which) for c in both]
         for which, name in enumerate(("meta_layers", "ffn_layers"))
     }
-    inherit(upgraded, model, step | {"meta_state": to_dict(config.meta_state), "seed": seed})
+    inherit(upgraded, model, step | {"seed": seed})
     return upgraded.train(model.training)
 
 
