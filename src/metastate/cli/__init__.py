@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from metastate import __version__
 from metastate.cli import arguments as a
+from metastate.cli import arguments_use as u
 from metastate.cli.options import Parser
 from metastate.errors import ConfigError, MetaStateError
 
@@ -95,6 +96,22 @@ COMMANDS = (
         a.add_grow,
         "growing:run_grow",
         a.GROW,
+        ("out",),
+    ),
+    Command(
+        "upgrade",
+        "put Meta-State layers into an RWKV-7, its function unchanged",
+        u.add_upgrade,
+        "upgrading:run_upgrade",
+        u.UPGRADE,
+        ("out",),
+    ),
+    Command(
+        "convert",
+        "checkpoints of other programs to ours and back",
+        u.add_convert,
+        "converting:run_convert",
+        u.CONVERT,
         ("out",),
     ),
     Command(

@@ -20,8 +20,11 @@ def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
         model = model.to(torch.device(getattr(args, "device", "cpu")))
     except RuntimeError as error:
         raise ConfigError(f"device {args.device!r} cannot be used: {error}") from error
-    if getattr(args, "dtype", "float32") == "float64":
+    dtype = getattr(args, "dtype", "float32")
+    if dtype == "float64":
         model = model.double()
+    elif dtype == "float32" and model.embedding.weight.element_size() < 4:
+        model = model.float()  # stored in 16 bits
     return model.eval()
 
 

@@ -159,7 +159,8 @@ class MetaState(nn.Module):
             y = self.activate(y) if factor is None else y * factor
         if self.gate is not None:
             y = y * self.gate(x_g, torch.sigmoid)
-        return self.output(y), M, new_shift, kl
+        # The kernels compute in float32, also of a model whose weights are stored in 16 bits.
+        return self.output(y.to(self.output.weight.dtype)), M, new_shift, kl
 
     def encode(
         self, x: Tensor, asked: Tensor, trajectory: ops.Trajectory

@@ -167,7 +167,8 @@ class TimeMix(nn.Module):
         )
         fuse = fuse and len(self.norm.segments) == 1
         g = self.gate(x_g, torch.sigmoid)
-        out = self.output(fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse))
+        y = fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse)
+        out = self.output(y.to(self.output.weight.dtype))
         shift = x[:, -1].clone()  # a view would keep all of x alive in the state
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
 

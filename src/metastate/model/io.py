@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
     """
     if model.tokenizer_info is None:
         raise CheckpointError(
-            f"{path} does not say which tokenizer it was trained with; only a model that "
-            "`metastate train` made can read and write text"
+            f"{path} does not say which tokenizer it was trained with; `metastate convert --to "
+            "metastate --tokenizer ...` writes a copy that does"
         )
     folder = Path(path).absolute().resolve()
     return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
@@ -167,3 +168,14 @@ def check_tensors(
     extra = sorted(found.keys() - needed.keys())
     if extra:
         raise CheckpointError(f"{file} holds {extra[0]!r}, which this model does not have")
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError if a value is NaN or infinite; `where` they are from, for people."""
+    for name, x in tensors.items():
+        bad = x.numel() - int(x.isfinite().sum())
+        if bad:
+            raise CheckpointError(
+                f"{where}: {name} ({str(x.dtype).removeprefix('torch.')}) has {bad:,} values that "
+                "are NaN or infinite; --allow-nan takes them as they are"
+            )

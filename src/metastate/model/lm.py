@@ -197,12 +197,14 @@ class LanguageModel(nn.Module):
             attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
             return forward + attention, backward + 2 * attention
         assert config.head_size is not None
-        unit = config.num_layers * config.num_heads * config.head_size**2
-        forward, backward = forward + 10 * unit, backward + 26 * unit
-        if config.architecture == "metastate":
-            forward, backward = forward + 2 * unit, backward + 10 * unit
-            if config.meta_state.readout != "encoding":
-                forward, backward = forward + 10 * unit, backward + 26 * unit
+        unit = config.num_heads * config.head_size**2
+        writers, readers = config.num_layers, 0
+        for layer in range(config.num_layers):
+            if config.second_layers(layer)[0]:
+                readers += 1
+                writers += config.meta_state.readout != "encoding"
+        forward += (10 * writers + 2 * readers) * unit
+        backward += (26 * writers + 10 * readers) * unit
         return forward, backward
 
     def _products(self, name: str, p: Tensor) -> int:
@@ -210,8 +212,9 @@ class LanguageModel(nn.Module):
         no_factor = (".mu", ".r_k", ".token_keys", ".token_values")
         if p.dim() < 2 or name == "embedding.weight" or name.endswith(no_factor):
             return 0
-        if name.endswith(".receptance.weight") and self.config.architecture == "metastate":
-            return 2 if self.config.meta_state.asks_by_receptance else 1
+        if name.endswith(".receptance.weight"):
+            reads_twice = self.config.second_layers(int(name.split(".")[1]))[0]
+            return 2 if reads_twice and self.config.meta_state.asks_by_receptance else 1
         return self.config.num_heads if name.endswith(".projection") else 1
 
     def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:

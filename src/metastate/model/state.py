@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from metastate.config import ATTENTION, ModelConfig
+from metastate.config import ATTENTION, ModelConfig, to_dict
 from metastate.data.files import atomic_write
 from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
@@ -182,5 +182,5 @@ class ModelState:
 
 def config_hash(config: ModelConfig) -> str:
     """Return the SHA-256 of a configuration, in hexadecimal."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

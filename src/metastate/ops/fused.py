@@ -34,14 +34,14 @@ def token_mix(
         fused: use the native kernel; the caller knows that it can run (`can_fuse`).
 
     Returns:
-        I tensors [B, T, D] in x's dtype.
+        I tensors [B, T, D] in x's dtype (fused: mu's, which autocast does not round).
     """
     if fused:
         batch, length, _ = x.shape
         keep = (
             x.new_ones(batch, length, dtype=torch.float32) if resets is None else (~resets).float()
         )
-        return _call(_TokenMix, x, last, mu, keep)
+        return [y.to(mu.dtype) for y in _call(_TokenMix, x, last, mu, keep)]
     shifted = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], 1)
     if resets is not None:
         shifted = shifted.masked_fill(resets.unsqueeze(-1), 0)
