@@ -141,7 +141,7 @@ def run_generate(args: argparse.Namespace) -> None:
         print()
     continuation = text.continuation
     if args.state_out:
-        continuation.save(args.state_out, model.config)
+        continuation.save(args.state_out, model)
     if args.json:
         print_json(
             {
