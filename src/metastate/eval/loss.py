@@ -16,6 +16,7 @@ from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
 CUT = 1024  # with `limit_tokens`, tokens that any document may give
@@ -97,9 +98,10 @@ def evaluate(
     by_position: bool = False,
     limit_tokens: int | None = None,
     batch_size: int = 16,
+    start: ModelState | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Score held-out documents, each alone and from a fresh state.
+    """Score held-out documents, each alone and from a fresh state (or from `start`).
 
     Every document is the sequence eod, x_1, ..., x_n, eod; the loss is the mean of
     -log p(x_t | eod, x_<t) over x_1, ..., x_n and the final eod.
@@ -120,6 +122,8 @@ def evaluate(
             taken in proportion. None scores all.
         batch_size: documents a forward; short ones are packed more, at most `CHUNK` * batch_size
             tokens a forward.
+        start: one row that every document (or window) starts from in place of the model's own
+            first state.
         progress: called with (tokens done, tokens in all) after every forward.
 
     Raises:
@@ -151,7 +155,7 @@ def evaluate(
     model.eval()
     try:
         for batch in _batches(pieces, batch_size):
-            for rows, position, nll in _score(model, split, batch):
+            for rows, position, nll in _score(model, split, batch, start):
                 document = np.array([p.document for p in batch])[rows]
                 nats += np.bincount(document, nll, len(nats))
                 bucket = np.frexp(position + 1.0)[1] - 1
@@ -191,14 +195,15 @@ def evaluate(
     return EvalResult(mode, context, tally(scored), domains, positions)
 
 
-def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]]:
+def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, Any]]:
     """Return what scores a model of `run` on the valid split of its data, as `train` wants it.
 
-    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides.
+    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides. A
+    second argument is what documents start from, as `tune` wants it.
     """
     split = data.split("valid")
 
-    def score(model: LanguageModel) -> dict[str, Any]:
+    def score(model: LanguageModel, start: ModelState | None = None) -> dict[str, Any]:
         scores = evaluate(
             model,
             split,
@@ -206,6 +211,7 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], 
             context=run.context,
             by_domain=len(data.domain_names) > 1,
             limit_tokens=run.valid_tokens,
+            start=start,
         ).to_json()
         domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
         kept = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -246,7 +252,7 @@ def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[Sequence[_Pi
 
 @torch.no_grad()
 def _score(
-    model: LanguageModel, split: Split, batch: Sequence[_Piece]
+    model: LanguageModel, split: Split, batch: Sequence[_Piece], start: ModelState | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Run a batch chunk by chunk; yield (row, position, nats) of the tokens of each chunk.
 
@@ -258,7 +264,7 @@ def _score(
         text = split.checked(split.dataset[piece.document])
         before = text[piece.first - 1] if piece.first else split.eod_id
         texts.append(np.concatenate([[before], text[piece.first : piece.first + piece.length]]))
-    state = None
+    state = None if start is None else start.expand(len(texts))
     for first in range(0, batch[0].length, CHUNK):
         texts = [t for t in texts if len(t) - 1 > first]
         width = min(CHUNK, len(texts[0]) - 1 - first)
