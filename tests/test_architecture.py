@@ -24,6 +24,7 @@ LEVEL = {
     "ops": 2,
     "layers": 3,
     "model": 4,
+    "convert": 5,
     "growth": 5,
     "train": 5,
     "infer": 5,

@@ -119,7 +119,7 @@ class TuneResult:
         before: held-out loss from the model's own start, None without validation.
         best_loss: lowest held-out loss of a tuned start.
         best_step: its step.
-        state_bytes: size of the file.
+        file_bytes: size of the file.
         interrupted: number of the signal that ended it early, None if it is complete.
     """
 
@@ -130,7 +130,7 @@ class TuneResult:
     before: float | None
     best_loss: float | None
     best_step: int | None
-    state_bytes: int
+    file_bytes: int
     interrupted: int | None
 
 
