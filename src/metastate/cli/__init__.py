@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from metastate import __version__
 from metastate.cli import arguments as a
-from metastate.cli import arguments_use as u
+from metastate.cli import arguments_use as use
 from metastate.cli.options import Parser
 from metastate.errors import ConfigError, MetaStateError
 
@@ -90,6 +90,15 @@ COMMANDS = (
         ("tasks",),
     ),
     Command("generate", "continue a text", a.add_generate, "commands:run_generate", a.GENERATE),
+    Command("chat", "chat in the terminal", use.add_chat, "chat:run_chat", use.CHAT),
+    Command(
+        "tune-state",
+        "train the state that documents start from",
+        use.add_tune_state,
+        "tuning:run_tune_state",
+        use.TUNE_STATE,
+        ("data", "out"),
+    ),
     Command(
         "grow",
         "make a model larger, its function unchanged",
@@ -101,17 +110,17 @@ COMMANDS = (
     Command(
         "upgrade",
         "put Meta-State layers into an RWKV-7, its function unchanged",
-        u.add_upgrade,
+        use.add_upgrade,
         "upgrading:run_upgrade",
-        u.UPGRADE,
+        use.UPGRADE,
         ("out",),
     ),
     Command(
         "convert",
         "checkpoints of other programs to ours and back",
-        u.add_convert,
+        use.add_convert,
         "converting:run_convert",
-        u.CONVERT,
+        use.CONVERT,
         ("out",),
     ),
     Command(
@@ -130,7 +139,10 @@ COMMANDS = (
         a.TASKS,
     ),
     Command(
-        "info", "parameters, FLOPs and state bytes of a model", a.add_info, "commands:run_info"
+        "info",
+        "parameters, FLOPs and state bytes of a model; what a state file holds",
+        a.add_info,
+        "commands:run_info",
     ),
 )
 

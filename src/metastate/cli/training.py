@@ -16,7 +16,6 @@ from metastate.eval.loss import held_out
 from metastate.eval.plots import loss_curve
 from metastate.growth import grow_in_training, grown_config
 from metastate.model.io import read_config
-from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.train.checkpoint import saved_config
 from metastate.train.trainer import LOG, TrainResult, train
@@ -80,7 +79,7 @@ def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     return result
 
 
-def validation(config: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]] | None:
+def validation(config: TrainConfig) -> Callable[..., dict[str, Any]] | None:
     """Return what scores the model on the valid split, or None where there is no such split."""
     data = PreparedData.open(config.data)
     if not data.record["splits"].get("valid", {}).get("tokens"):

@@ -16,6 +16,7 @@ from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
 CUT = 1024  # with `limit_tokens`, tokens that any document may give
@@ -97,9 +98,10 @@ def evaluate(
     by_position: bool = False,
     limit_tokens: int | None = None,
     batch_size: int = 16,
+    start: ModelState | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Score held-out documents, each alone and from a fresh state.
+    """Score held-out documents, each alone and from a fresh state (or from `start`).
 
     Every document is the sequence eod, x_1, ..., x_n, eod; the loss is the mean of
     -log p(x_t | eod, x_<t) over x_1, ..., x_n and the final eod.
@@ -119,6 +121,8 @@ def evaluate(
             (more where the split has too few documents); the bytes of a document that is cut are
             taken in proportion. None scores all.
         batch_size: documents a forward; short ones are packed more (`read_in_chunks`).
+        start: one row that every document (or window) starts from in place of the model's own
+            first state.
         progress: called with (tokens done, tokens in all) after every forward.
 
     Raises:
@@ -156,6 +160,7 @@ def evaluate(
             lambda i: _text(split, pieces[i]),
             batch_size,
             split.eod_id,
+            start,
         )
         for batch, first, x, targets, valid in chunks:
             keep = torch.from_numpy(valid).to(x.device)
@@ -199,14 +204,15 @@ def evaluate(
     return EvalResult(mode, context, tally(scored), domains, positions)
 
 
-def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]]:
+def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, Any]]:
     """Return what scores a model of `run` on the valid split of its data, as `train` wants it.
 
-    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides.
+    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides. A
+    second argument is what documents start from, as `tune` wants it.
     """
     split = data.split("valid")
 
-    def score(model: LanguageModel) -> dict[str, Any]:
+    def score(model: LanguageModel, start: ModelState | None = None) -> dict[str, Any]:
         scores = evaluate(
             model,
             split,
@@ -214,6 +220,7 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], 
             context=run.context,
             by_domain=len(data.domain_names) > 1,
             limit_tokens=run.valid_tokens,
+            start=start,
         ).to_json()
         domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
         kept = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -256,6 +263,7 @@ def read_in_chunks(
     text_of: Callable[[int], np.ndarray],
     batch_size: int,
     fill: int,
+    start: ModelState | None = None,
 ) -> Iterator[tuple[np.ndarray, int, Tensor, Tensor, np.ndarray]]:
     """Read texts in chunks of `CHUNK` tokens, the state carried: memory does not grow with length.
 
@@ -268,6 +276,7 @@ def read_in_chunks(
         text_of: returns text i, lengths[i] + 1 ids: what is read, and each token's successor.
         batch_size: texts a forward.
         fill: id that fills the rows.
+        start: one row that every text starts from in place of the model's own first state.
 
     Yields:
         For each chunk the numbers of its texts [B], its first position, the features x [B, W, D],
@@ -278,7 +287,8 @@ def read_in_chunks(
     while len(order):
         rows = batch_size * min(max(1, CHUNK // int(lengths[order[0]])), 8)  # states cost too
         batch, order = order[:rows], order[rows:]
-        texts, state = [text_of(int(i)) for i in batch], None
+        texts = [text_of(int(i)) for i in batch]
+        state = None if start is None else start.expand(len(batch))
         for first in range(0, int(lengths[batch[0]]), CHUNK):
             batch = batch[lengths[batch] > first]
             width = min(CHUNK, int(lengths[batch[0]]) - first)

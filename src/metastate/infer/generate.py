@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import operator
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,8 @@ class Continuation:
     seed: int | None = None
     generator: Tensor | None = None
 
-    def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
-        """Write the state of a model with `config` and, in the same file, the rest.
+    def save(self, path: str | os.PathLike[str], model: LanguageModel | ModelConfig) -> None:
+        """Write the state of `model` and, in the same file, the rest.
 
         Raises:
             StateError: the file cannot be written.
@@ -61,25 +62,38 @@ class Continuation:
             raw = self.generator.numpy().tobytes()
             fields["generator"] = base64.b64encode(raw).decode("ascii")
         extra = self.state.extra | {"generation": json.dumps(fields)}
-        replace(self.state, extra=extra).save(path, config)
+        replace(self.state, extra=extra).save(path, model)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: LanguageModel) -> Continuation:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: LanguageModel,
+        *,
+        allow_other_weights: bool = False,
+    ) -> Continuation:
         """Read what `save` wrote; a bare state file is a continuation with nothing pending.
 
         Raises:
             StateError: the file is no state of `model`, or its notes are broken.
         """
-        state = ModelState.load(path, model)
+        state = ModelState.load(path, model, allow_other_weights=allow_other_weights)
         try:
             fields = json.loads(state.extra.get("generation", "{}"))
             raw = fields.pop("generator", None)
             if raw is not None:
                 fields["generator"] = torch.tensor(list(base64.b64decode(raw)), dtype=torch.uint8)
+                torch.Generator().set_state(fields["generator"])  # refuses what is none
             for name in ("pending", "history", "recent"):
-                fields[name] = tuple(fields.get(name, ()))
+                fields[name] = tuple(operator.index(token) for token in fields.get(name, ()))
+                if any(not 0 <= token < model.config.vocab_size for token in fields[name]):
+                    raise ValueError(f"{name} holds what is no token of the model")
+            if not isinstance(fields.get("shown", ""), str):
+                raise ValueError("shown is no text")
+            if fields.get("seed") is not None:
+                operator.index(fields["seed"])
             return cls(state, **fields)
-        except (TypeError, ValueError) as cause:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as cause:
             raise StateError(f"{path}: the generation's notes are broken ({cause})") from cause
 
 
@@ -180,6 +194,8 @@ class Generation(Iterator[str]):
         self.finish_reason: str | None = None
         self.statistics = Statistics()
         before = Continuation(state) if isinstance(state, ModelState) else state
+        if before is not None and not before.state.tokens_seen and not before.pending:
+            before = replace(before, pending=(tokenizer.eod_id,))  # as every document begins
         encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), model.config.vocab_size))
         self._decoder = StreamDecoder(tokenizer)

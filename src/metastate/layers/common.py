@@ -39,12 +39,15 @@ class Packing:
             start is always an offset; it resets the state only where `resets` says so.
         first: [B] int64, the index of the sequence that starts row b.
         last: [B] int64, the index of the sequence that ends row b.
+        start: one row whose S and M a document of this layer starts from; None means the layer's
+            own S_0, and M zero.
     """
 
     resets: Tensor
     cu_seqlens: Tensor
     first: Tensor
     last: Tensor
+    start: RecurrentState | None = None
 
     @classmethod
     def from_resets(cls, resets: Tensor) -> Packing:

@@ -215,7 +215,9 @@ class MetaState(nn.Module):
                 written = segment_norm(e, options.encoding_norm, self.segments)
             if options.query == "encoding":
                 q = written
-            initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
+            start = None if packing is None or packing.start is None else packing.start.M
+            fresh = M.new_zeros(M.shape[1:]) if start is None else start[0]
+            initial, _ = run_packed(M, fresh, packing)
             y, final = ops.meta_state(
                 x,
                 written,

@@ -161,7 +161,9 @@ class TimeMix(nn.Module):
         )
         v_first = v if v_first is None else v_first
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
-        initial, cu_seqlens = run_packed(S, self.initial_state(), packing)
+        start = None if packing is None else packing.start
+        fresh = self.initial_state() if start is None else start.S[0]
+        initial, cu_seqlens = run_packed(S, fresh, packing)
         y, trajectory = ops.wkv7_trajectory(
             r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
         )

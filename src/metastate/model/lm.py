@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -72,7 +73,12 @@ class LanguageModel(nn.Module):
         return ModelState(tuple(block.init_state(batch_size) for block in self.blocks))  # type: ignore[operator]
 
     def features(
-        self, tokens: Tensor, state: ModelState | None = None, *, resets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        resets: Tensor | None = None,
+        start: ModelState | None = None,
     ) -> tuple[Tensor, ModelState, Tensor | None]:
         """Run everything but the head.
 
@@ -81,6 +87,8 @@ class LanguageModel(nn.Module):
             state: what came before, from `init_state` or an earlier call; None means nothing. It is
                 not changed. Gradients flow through it unless it was detached.
             resets: [B, T] bool, True where a document starts: the state returns to its start there.
+            start: one row to start from in place of `init_state`: where there is no state, and, S
+                and M of it, at every reset. Gradients flow through it. For recurrent models.
 
         Returns:
             ln_out(x) [B, T, D], the state after the last token, and the KL term of variational
@@ -92,9 +100,13 @@ class LanguageModel(nn.Module):
         """
         self._check_tokens(tokens, resets)
         batch, length = tokens.shape
+        if start is not None and not self.recurrent:
+            raise StateError("only a recurrent model can start from a state other than its own")
         if state is None:
-            state = self._fresh(batch)
-        elif not torch.compiler.is_compiling():
+            state = self._fresh(batch) if start is None else start.expand(batch)
+        if not torch.compiler.is_compiling():
+            if start is not None:
+                start.check(self)
             state.check(self)
             if state.batch_size != batch:
                 raise StateError(
@@ -108,7 +120,9 @@ class LanguageModel(nn.Module):
             packing = None if resets is None else Packing.from_resets(resets)
             backend = ops.resolve_backend(self.backend, tokens.device)
             x, v_first = self.ln0(x), None
-            for block, old in zip(self.blocks, state.layers, strict=True):
+            for i, (block, old) in enumerate(zip(self.blocks, state.layers, strict=True)):
+                if packing is not None and start is not None:
+                    packing = replace(packing, start=start.layers[i])  # type: ignore[arg-type]
                 args = (x, old, v_first, packing, backend)
                 x, new, v_first, term = self._run(block, *args)
                 layers.append(new)

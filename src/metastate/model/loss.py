@@ -42,6 +42,7 @@ def lm_loss(
     state: ModelState | None = None,
     *,
     resets: Tensor | None = None,
+    start: ModelState | None = None,
     z_loss: float = 0.0,
 ) -> LossOutput:
     """Run the model and score the next tokens.
@@ -56,6 +57,7 @@ def lm_loss(
         targets: [B, T] int64, below the vocabulary size, or -100 where nothing is to be learned.
         state: the state before the first token, None for the start.
         resets: [B, T] bool, True where a document starts.
+        start: one row that documents start from in place of the model's own state.
         z_loss: weight of lse^2, which keeps the logits' scale near zero.
 
     Raises:
@@ -70,7 +72,7 @@ def lm_loss(
     scored = targets != IGNORE
     if not bool(((targets >= 0) & (targets < size))[scored].all()):
         raise ShapeError(f"targets must be {IGNORE} or in 0..{size - 1}, the model's vocabulary")
-    x, state, kl = model.features(tokens, state, resets=resets)
+    x, state, kl = model.features(tokens, state, resets=resets, start=start)
     num_tokens = int(scored.sum())
     # Selecting all rows would copy them, so do that only where some are ignored.
     everything = num_tokens == targets.numel()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def train(
         if resume:
             run.restore()
         run.start()
-        with _signals(run.interrupt):
+        with signals(run.interrupt):
             return run.loop()
 
 
@@ -163,9 +162,7 @@ class _Run:
             config.seed,
             carry_state=config.carry_state,
         )
-        record = {key: data.record[key] for key in ("tokenizer", "splits")}
-        fingerprint = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        self.at = TrainerState(step=0, tokens=0, config=config, data=fingerprint)
+        self.at = TrainerState(step=0, tokens=0, config=config, data=data.fingerprint)
         self.carried: ModelState | None = None
         self.growths = 0  # steps of config.growth that the model has made
         self.signal: int | None = None
@@ -476,7 +473,7 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 @contextmanager
-def _signals(note: Callable[[int], None]) -> Iterator[None]:
+def signals(note: Callable[[int], None]) -> Iterator[None]:
     """Hand the first SIGINT or SIGTERM to `note`; the second one acts as it did before."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
