@@ -71,8 +71,9 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def wrap(cls, model: LanguageModel) -> MetaStateForCausalLM:
-        """Return `model` with transformers' interface; both share their parameters."""
-        return cls(MetaStateConfig(**config_fields(model, model.tokenizer_info)), model)
+        """Return `model`, in its mode, with transformers' interface; both share parameters."""
+        config = MetaStateConfig(**config_fields(model, model.tokenizer_info))
+        return cls(config, model).train(model.training)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
