@@ -301,7 +301,7 @@ def test_integer_and_foreign_weights_are_refused(folder):
     with pytest.raises(CheckpointError, match="not floating point"):
         from_hf(folder)
     edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.ones(1)}))
-    with pytest.raises(CheckpointError, match="'lm_head.weight' is none of ours"):
+    with pytest.raises(CheckpointError, match="'lm_head.weight' is no weight of ours"):
         from_hf(folder)
 
 

@@ -3,7 +3,7 @@
 A folder holds `config.json` (`model_type` metastate, our ModelConfig under `model`),
 `model.safetensors` (our parameter names behind `model.`), what AutoTokenizer needs, and a small
 `modeling_metastate.py`, with which `trust_remote_code=True` finds the classes of
-metastate.convert.hf.
+metastate.convert.hf. RWKV-7 folders of flash-linear-attention's layout are read and written too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 
 from metastate.config import ModelConfig, from_dict, to_dict
+from metastate.convert import fla
 from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
@@ -35,7 +36,11 @@ END = "<|endoftext|>"  # what the byte tokenizer's id 0 is called there
 
 
 def to_hf(
-    model: LanguageModel, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+    model: LanguageModel,
+    folder: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    layout: Literal["metastate", "fla"] = "metastate",
 ) -> None:
     """Write `model` as a Hugging Face folder; `from_hf` gives it back bit by bit.
 
@@ -44,6 +49,8 @@ def to_hf(
         folder: made if it is missing; files of the same names are replaced, each atomically.
         tokenizer: the model's own. None: the one that the model records, from where it was read;
             a model that records none gets no tokenizer files.
+        layout: `fla` writes an rwkv7 as flash-linear-attention's RWKV7ForCausalLM, with the weights
+            as they are and without lineage, step and tokenizer record.
 
     A tokenizer.json is copied as it is, raw bytes are written as an equivalent tokenizer.json. For
     RWKV World, whose greedy match no tokenizer.json can say, there is `rwkv_vocab.txt`, which
@@ -52,9 +59,11 @@ def to_hf(
     Raises:
         CheckpointError: a weight is not finite, or the folder cannot be written.
         DataError: the recorded tokenizer's file is gone. ConfigError: the tokenizer is another one
-            than the model's.
+            than the model's, or the layout is unknown or cannot say what the model computes.
     """
     folder = Path(folder)
+    if layout not in ("metastate", "fla"):
+        raise ConfigError(f"layout is {layout!r}; allowed: metastate, fla")
     check_finite(model, "the model")
     if tokenizer is None and model.tokenizer_info is not None:
         tokenizer = load_tokenizer(model.tokenizer_info)
@@ -64,26 +73,33 @@ def to_hf(
             f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
         )
     info = model.tokenizer_info if tokenizer is None else tokenizer.info()
-    tensors = {PREFIX + k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    if layout == "fla":
+        config, tensors = fla.to_fla(model)
+        config |= token_ids(info)
+    else:
+        tensors = {PREFIX + name: x.detach() for name, x in model.state_dict().items()}
+        config = {
+            "architectures": [CLASSES["AutoModelForCausalLM"]],
+            "auto_map": AUTO_MAP,
+            "model_type": MODEL_TYPE,
+            **config_fields(model, info),
+        }
+    tensors = {name: x.contiguous().cpu() for name, x in tensors.items()}
     content = safetensors.torch.save(tensors, {"format": "pt"})
     atomic_write(folder / "model.safetensors", content, error=CheckpointError)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-    write_modeling(folder)
-    config = {
-        "architectures": [CLASSES["AutoModelForCausalLM"]],
-        "auto_map": AUTO_MAP,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "model_type": MODEL_TYPE,
-        **config_fields(model, info),
-    }
+    if layout == "metastate":
+        write_modeling(folder)
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / "config.json", config, error=CheckpointError)
 
 
 def from_hf(folder: str | os.PathLike[str]) -> LanguageModel:
     """Return the model of a Hugging Face folder that `to_hf` or `save_pretrained` wrote.
 
-    Weights may be cut into several files. Lineage and tokenizer record come along.
+    Weights may be cut into several files. Lineage and tokenizer record come along. An RWKV-7 of
+    flash-linear-attention's layout becomes an rwkv7; it records no tokenizer.
 
     Raises:
         CheckpointError: a file is missing, truncated, corrupt or of another model, the config has
@@ -91,19 +107,17 @@ def from_hf(folder: str | os.PathLike[str]) -> LanguageModel:
     """
     folder = Path(folder)
     info = read_hf_config(folder)
+    weights = read_weights(folder)
     try:
-        config = from_dict(ModelConfig, info["model"], "model")
-    except ConfigError as cause:
-        raise CheckpointError(f"{folder / 'config.json'}: {cause}") from None
+        if info["model_type"] in fla.MODEL_TYPES:
+            config, found = fla.from_fla(info, weights)
+            info = {}
+        else:
+            config, found = from_dict(ModelConfig, info["model"], "model"), _unprefixed(weights)
+    except (CheckpointError, ConfigError) as cause:
+        raise CheckpointError(f"{folder}: {cause}") from None
     with torch.device("meta"):
         model = LanguageModel(config)
-    found = {}
-    for name, x in read_weights(folder).items():
-        if not name.startswith(PREFIX):
-            raise CheckpointError(
-                f"{folder}: the weight {name!r} is none of ours, which begin with {PREFIX!r}"
-            )
-        found[name.removeprefix(PREFIX)] = x
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
     adopt_record(model, info)
@@ -111,18 +125,29 @@ def from_hf(folder: str | os.PathLike[str]) -> LanguageModel:
     return model
 
 
+def _unprefixed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of a MetaStateForCausalLM by the names that its LanguageModel has."""
+    for name in weights:
+        if not name.startswith(PREFIX):
+            raise CheckpointError(f"{name!r} is no weight of ours, which begin with {PREFIX!r}")
+    return {name.removeprefix(PREFIX): x for name, x in weights.items()}
+
+
 def config_fields(model: LanguageModel, info: dict[str, Any] | None) -> dict[str, Any]:
     """Return what a MetaStateConfig holds of `model`; `info` is its tokenizer's record."""
-    end = None if info is None else info["eod_id"]
     return {
         "model": to_dict(model.config),
         "lineage": model.lineage,
         "step": model.step,
         "tokenizer": info,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": end,
+        **token_ids(info),
     }
+
+
+def token_ids(info: dict[str, Any] | None) -> dict[str, int | None]:
+    """Return the ids that transformers asks for: a tokenizer's end of document is all of them."""
+    end = None if info is None else info["eod_id"]
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -139,10 +164,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"{file} cannot be read ({cause}); the folder is corrupt") from None
     found = info.get("model_type") if isinstance(info, dict) else None
-    if found != MODEL_TYPE or "model" not in info:
+    if found not in (MODEL_TYPE, *fla.MODEL_TYPES) or (found == MODEL_TYPE and "model" not in info):
         raise CheckpointError(
-            f"{file} has model_type {found!r}; a Hugging Face folder of this program has "
-            f"{MODEL_TYPE!r} and a key 'model'"
+            f"{file} has model_type {found!r}; readable are {MODEL_TYPE!r} (with a key 'model') "
+            f"and flash-linear-attention's {fla.MODEL_TYPES[0]!r}"
         )
     return info
 
