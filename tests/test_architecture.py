@@ -50,7 +50,7 @@ EXTRAS = {
     "zstandard": ("metastate.data",),
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
-    "transformers": ("metastate.convert.hf", "metastate.convert.hf_types"),
+    "transformers": ("metastate.convert.hf",),
     "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
 }
 AT_TOP = {"numba", "lm_eval", "transformers"}

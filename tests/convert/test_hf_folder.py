@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from metastate.config import ModelConfig
-from metastate.convert.hf import MetaStateConfig, MetaStateForCausalLM
-from metastate.convert.hf_folder import from_hf, to_hf
+from metastate.convert.hf import MetaStateConfig, MetaStateForCausalLM, MetaStateWorldTokenizer
+from metastate.convert.hf_folder import from_hf, to_hf, write_tokenizer
 from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.infer.generate import generate
@@ -83,7 +83,9 @@ def test_a_fresh_model_starts_as_ours_does():
 FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = sys.argv[1]
+folder, world = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(world, trust_remote_code=True)
+assert tokenizer.encode("the") == [0, 30584], tokenizer.encode("the")
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = tokenizer("héllo", return_tensors="pt")
@@ -97,13 +99,14 @@ assert torch.equal(again.model.head.weight, model.model.head.weight)
 def test_a_fresh_process_loads_the_folder(tmp_path):
     model = language_model("metastate")
     to_hf(model, tmp_path / "hf")
+    write_tokenizer(load_tokenizer("world"), tmp_path / "world")
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, tmp_path / "hf"],
+        [sys.executable, "-c", FRESH, tmp_path / "hf", tmp_path / "world"],
         capture_output=True,
         text=True,
         env=environment,
@@ -207,15 +210,43 @@ def test_a_tokenizer_json_goes_along(tmp_path):
     assert_equal(from_hf(tmp_path / "again"), model)
 
 
-def test_the_world_vocabulary_goes_along(tmp_path):
-    tokenizer = load_tokenizer("world")
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Return a folder with the World vocabulary, what AutoTokenizer makes of it, and ours."""
+    folder, ours = tmp_path_factory.mktemp("world"), load_tokenizer("world")
     model = LanguageModel(CONFIGS["rwkv7"].replace(vocab_size=65_536))
-    to_hf(model, tmp_path / "hf", tokenizer)
-    back = from_hf(tmp_path / "hf")
-    assert tokenizer_of(back, tmp_path / "hf").encode("the state") == tokenizer.encode("the state")
-    assert not (tmp_path / "hf" / "tokenizer_config.json").exists()
+    to_hf(model, folder, ours)
+    return folder, AutoTokenizer.from_pretrained(folder), ours
+
+
+def test_the_world_vocabulary_goes_along(world, tmp_path):
+    folder, theirs, ours = world
+    assert type(theirs) is MetaStateWorldTokenizer
+    assert tokenizer_of(from_hf(folder), folder).encode("the state") == ours.encode("the state")
+    assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == 0
+    assert theirs.vocab_size == 65_536 and len(theirs.get_vocab()) == 65_530
+    batch = theirs(["the state reads", "it"], padding=True, return_tensors="pt")
+    assert sorted(batch) == ["attention_mask", "input_ids"]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2]
+    theirs.save_pretrained(tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["modeling_metastate.py", "rwkv_vocab.txt", "tokenizer_config.json"]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(again) is MetaStateWorldTokenizer
+    assert again.encode("the state") == [0, *ours.encode("the state")]
     with pytest.raises(ConfigError, match="has 65536 ids, the model only 256"):
-        to_hf(language_model("rwkv7"), tmp_path / "other", tokenizer)
+        to_hf(language_model("rwkv7"), tmp_path / "other", ours)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.lists(st.integers(0, 65_535)))
+@example("<|endoftext|> the state\r\n  한국어 👩‍👩‍👧", [0, 65_535, 224, 7, 300])
+def test_the_world_tokenizer_is_ours(world, text, ids):
+    _, theirs, ours = world
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert theirs.encode(text) == [0, *ours.encode(text)]
+    for tokens in (ours.encode(text), ids):
+        assert theirs.decode(tokens, skip_special_tokens=True) == ours.decode(tokens)
 
 
 def test_a_model_without_a_tokenizer(tmp_path):

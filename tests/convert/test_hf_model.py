@@ -421,6 +421,25 @@ def test_gradient_checkpointing_changes_memory_not_gradients(name):
     assert not model.is_activation_checkpointing and not model.model.activation_checkpointing
 
 
+@ALL
+def test_bfloat16_weights(name):
+    """Rounded weights compute, learn and generate; float32 with the same weights is near."""
+    rounded = wrapped(name).bfloat16()
+    exact = copy.deepcopy(rounded).float()
+    ids = tokens()
+    out = rounded(ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16
+    assert relative_error(out.logits, exact(ids).logits) < 5 * TOLERANCE[torch.bfloat16]
+    out.loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in rounded.parameters())
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    assert rounded.generate(ids, attention_mask=mask, max_new_tokens=3).shape == (2, 15)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = exact(ids, labels=ids).loss
+    assert relative_error(loss, out.loss) < 5 * TOLERANCE[torch.bfloat16]
+
+
 def test_a_wrapped_head_is_called_not_read():
     """An adapter on the head must reach the loss, which otherwise takes the weight itself."""
     model, ids = wrapped(), tokens()
@@ -450,8 +469,8 @@ def test_the_vocabulary_can_be_resized(tmp_path):
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
-    for module in ("metastate.convert.hf", "metastate.convert.hf_types"):
-        monkeypatch.delitem(sys.modules, module)
+    for module in ("hf", "hf_types", "hf_world"):
+        monkeypatch.delitem(sys.modules, f"metastate.convert.{module}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'metastate\[hf\]'"):
         __import__("metastate.convert.hf")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metastate.convert.hf_folder import MODEL_TYPE, check_finite, config_fields, from_hf, to_hf
 from metastate.convert.hf_types import MetaStateCache, MetaStateConfig
+from metastate.convert.hf_world import MetaStateWorldTokenizer
 from metastate.errors import CheckpointError, ConfigError, ShapeError, StateError
 from metastate.layers.common import RecurrentState
 from metastate.model.io import adopt_record
@@ -25,7 +26,13 @@ from metastate.model.loss import IGNORE, linear_cross_entropy
 from metastate.model.state import ModelState
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationMixin,
+        PreTrainedModel,
+    )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as cause:
     raise ConfigError("this needs transformers 5: pip install 'metastate[hf]'") from cause
@@ -34,6 +41,7 @@ __all__ = [
     "MetaStateCache",
     "MetaStateConfig",
     "MetaStateForCausalLM",
+    "MetaStateWorldTokenizer",
     "from_hf",
     "register",
     "to_hf",
@@ -44,8 +52,8 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
     """A LanguageModel, under `model`, with transformers' interface.
 
     It adds no tokens. In training every document begins behind an end of document, and so does
-    what `metastate generate` reads. The byte tokenizer that `to_hf` writes puts it in front; with
-    another tokenizer begin input_ids with its `eos_token_id`.
+    what `metastate generate` reads. The tokenizers for bytes and World that `to_hf` writes put
+    it in front; with another one begin input_ids with its `eos_token_id`.
 
     Rows may be padded anywhere, told by `attention_mask`: the result of every row is that of the
     row alone, since padding is skipped (the recurrent state does not see it).
@@ -60,7 +68,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _is_stateful = True
-    _no_split_modules = ["RecurrentBlock", "TransformerBlock"]  # noqa: RUF012 (declared above)
+    _no_split_modules = ["RecurrentBlock", "TransformerBlock"]
     _supports_context_parallel = False
 
     def __init__(self, config: MetaStateConfig, model: LanguageModel | None = None) -> None:
@@ -380,9 +388,12 @@ def _resets(positions: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Te
 
 
 def register() -> None:
-    """Make AutoConfig and AutoModelForCausalLM know our folders; importing this module does it."""
+    """Make transformers' Auto classes know our folders; importing this module does it."""
     AutoConfig.register(MODEL_TYPE, MetaStateConfig, exist_ok=True)
     AutoModelForCausalLM.register(MetaStateConfig, MetaStateForCausalLM, exist_ok=True)
+    AutoTokenizer.register(
+        MetaStateConfig, slow_tokenizer_class=MetaStateWorldTokenizer, exist_ok=True
+    )
 
 
 register()

@@ -32,6 +32,8 @@ CLASSES = {
     "AutoModelForCausalLM": "MetaStateForCausalLM",
 }
 AUTO_MAP = {auto: f"{MODELING}.{name}" for auto, name in CLASSES.items()}
+WORLD = "MetaStateWorldTokenizer"
+AUTO_TOKENIZER = {"AutoTokenizer": [f"{MODELING}.{WORLD}", None]}
 END = "<|endoftext|>"  # what the byte tokenizer's id 0 is called there
 
 
@@ -52,9 +54,8 @@ def to_hf(
         layout: `fla` writes an rwkv7 as flash-linear-attention's RWKV7ForCausalLM, with the weights
             as they are and without lineage, step and tokenizer record.
 
-    A tokenizer.json is copied as it is, raw bytes are written as an equivalent tokenizer.json. For
-    RWKV World, whose greedy match no tokenizer.json can say, there is `rwkv_vocab.txt`, which
-    metastate.data.tokenizer reads, and no AutoTokenizer.
+    A tokenizer.json is copied as it is, raw bytes are written as an equivalent tokenizer.json. RWKV
+    World, whose greedy match no tokenizer.json can say, becomes metastate.convert.hf_world.
 
     Raises:
         CheckpointError: a weight is not finite, or the folder cannot be written.
@@ -201,39 +202,37 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
 
 def write_modeling(folder: str | os.PathLike[str]) -> None:
     """Write the module that `trust_remote_code=True` imports; it imports metastate."""
-    names = ", ".join(CLASSES.values())
+    names = [*CLASSES.values(), WORLD]
     text = (
         '"""For transformers with trust_remote_code=True; needs pip install '
         '\'metastate[hf]\'."""\n\n'
-        f"from metastate.convert.hf import {names}\n\n"
-        f"__all__ = {list(CLASSES.values())}\n"
+        f"from metastate.convert.hf import {', '.join(names)}\n\n"
+        f"__all__ = {names}\n"
     )
     atomic_write(Path(folder) / f"{MODELING}.py", text.encode(), error=CheckpointError)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files from which AutoTokenizer makes `tokenizer`, where a tokenizer.json can.
+    """Write the files from which AutoTokenizer makes `tokenizer`.
 
     There its end of document also pads. Text that spells the end of document stays text, as it
     does here. A tokenizer.json is copied bit by bit: whether it begins a text with a token is its
-    own affair, while the byte tokenizer's begins it with the end of document.
+    own affair, while bytes and RWKV World begin it with the end of document.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     tokenizer.save(folder)
-    if tokenizer.kind == "world":
-        return
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    end = END
     if tokenizer.kind == "bytes":
         write_json(folder / "tokenizer.json", byte_tokenizer_json(), error=CheckpointError)
-        end = END
+    elif tokenizer.kind == "world":
+        settings = {"tokenizer_class": WORLD, "auto_map": AUTO_TOKENIZER}
+        write_modeling(folder)
     else:
         end = _token_of(folder / "tokenizer.json", tokenizer.eod_id)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "pad_token": end,
+    settings |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), end) | {
         "padding_side": "left",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
