@@ -26,6 +26,7 @@ LEVEL = {
     "model": 4,
     "convert": 5,
     "growth": 5,
+    "convert": 5,
     "train": 5,
     "infer": 5,
     "eval": 6,
@@ -36,8 +37,8 @@ ROOT_NAMES = {"__version__"}  # what the package root itself holds; its other na
 
 CORE = {"torch", "numpy", "safetensors"}
 # Everything else belongs to an extra: it is imported inside the function that uses it, and only in
-# the files named here. Two stand at the top of their files, which are imported when they are
-# needed: numba's kernels, and lm_eval's model type, a subclass.
+# the files named here. Three stand at the top of their files, which are imported when they are
+# needed: numba's kernels, and subclasses of lm_eval's and transformers' types.
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
@@ -50,9 +51,10 @@ EXTRAS = {
     "zstandard": ("metastate.data",),
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
+    "transformers": ("metastate.convert.hf",),
     "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
 }
-AT_TOP = {"numba", "lm_eval"}
+AT_TOP = {"numba", "lm_eval", "transformers"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FOREIGN = "metastate.convert.blinkdl"  # RWKV's own files are pickles: read with weights_only=True
 
@@ -191,7 +193,7 @@ HIDE_EXTRAS = """
 
 def run_without_extras(body):
     """Run `body` in a fresh interpreter that cannot import any extra."""
-    hidden = {*EXTRAS, "pandas", "scipy", "transformers", "triton"}
+    hidden = {*EXTRAS, "pandas", "triton"}
     code = textwrap.dedent(HIDE_EXTRAS.format(hidden=hidden)) + textwrap.dedent(body)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 

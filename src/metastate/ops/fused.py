@@ -158,8 +158,14 @@ def unit(x: Tensor, *, fused: bool = False) -> Tensor:
 
 
 def can_fuse(x: Tensor, backend: str) -> bool:
-    """Say whether the native kernels serve x: on a CPU, not float64, not while torch compiles."""
-    return backend == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    """Say whether the native kernels serve x: on a CPU, not float64, not while torch compiles.
+
+    They answer in float32, which autocast's products take and those of a bfloat16 model do not.
+    """
+    if backend != "cpu" or torch.compiler.is_compiling():
+        return False
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype == torch.float32 or (narrow and torch.is_autocast_enabled("cpu"))
 
 
 def _call(function: type[torch.autograd.Function], *args: Any) -> Any:
