@@ -26,7 +26,6 @@ LEVEL = {
     "model": 4,
     "convert": 5,
     "growth": 5,
-    "convert": 5,
     "train": 5,
     "infer": 5,
     "eval": 6,
