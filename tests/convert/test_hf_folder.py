@@ -85,7 +85,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, world = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(world, trust_remote_code=True)
-assert tokenizer.encode("the") == [0, 30584], tokenizer.encode("the")
+assert tokenizer.encode("the") == [0, 8801], tokenizer.encode("the")
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = tokenizer("héllo", return_tensors="pt")
