@@ -10,7 +10,14 @@ import torch
 
 from metastate.config import GrowthStep, MetaStateConfig, ModelConfig, TrainConfig
 from metastate.data.loader import PreparedData
-from metastate.errors import CheckpointError, ConfigError, DataError, DivergedError, TrainingError
+from metastate.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    StateError,
+    TrainingError,
+)
 from metastate.eval.loss import evaluate, held_out
 from metastate.growth import grow
 from metastate.model.io import weights_hash
@@ -147,6 +154,9 @@ def test_a_carried_state_goes_on_where_nothing_resets():
 def test_what_has_no_state_is_refused(config):
     with pytest.raises(ConfigError, match="a transformer has no state to tune"):
         tune(made(architecture="transformer"), config)
+    model = made(architecture="transformer")
+    with pytest.raises(StateError, match="only a recurrent model can start from"):
+        model.features(torch.zeros(1, 3, dtype=torch.int64), start=model.init_state(1))
 
 
 # Tuning.
@@ -248,7 +258,7 @@ def stopped(model, config, **options):
     tune(model, config, progress=stop, **options)
 
 
-def test_going_on_needs_the_same_run(config, few_words, tmp_path):
+def test_going_on_needs_the_same_run(config):
     model = made()
     with pytest.raises(ConfigError, match="nothing to go on from"):
         tune(model, config, resume=True)
@@ -292,7 +302,7 @@ def test_damaged_files_are_refused(config, tmp_path):
             tune(model, config, resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_written(config, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(config, monkeypatch):
     model, real = made(), tune_module.lm_loss
     calls = []
 
@@ -343,5 +353,5 @@ def test_a_tuned_start_is_of_one_model_only(config):
     model = made()
     tune(model, config)
     grown = grow(model, num_layers=3)
-    with pytest.raises(Exception, match="another configuration"):
+    with pytest.raises(StateError, match="another configuration"):
         ModelState.load(config.out, grown)

@@ -164,7 +164,8 @@ def tune(
         ConfigError: a setting is impossible, or config.out does not fit `resume`.
         DataError: the data is missing, broken, too short or of another vocabulary.
         CheckpointError: the file to go on from is damaged or of another model.
-        TrainingError: the loss or a gradient is not finite (DivergedError), or the disk is full.
+        TrainingError, StateError: the loss or a gradient is not finite (DivergedError); the disk is
+            full.
 
     Source: initial states as prompts, as in RWKV's state tuning; parameter tokens: Meta-State,
     arXiv:2504.08247, section 3.
