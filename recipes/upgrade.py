@@ -134,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         losses = " | ".join(mean([row["nats"][i] for row in own]) for i in range(3))
         moved = max(row["logits_moved"] for row in own)
         counts = f"{own[0]['parameters']:,} | {own[0]['trained']:,}"
-        lines.append(f"| {name} | {counts} | {losses} | {moved:.1g} |")
+        lines.append(f"| {name} | {counts} | {losses} | {moved:.2g} |")
     return "\n".join(lines)
 
 
