@@ -86,6 +86,26 @@ def test_a_world_model_brings_its_vocabulary(tmp_path, run):
     assert run("generate", ours, "--prompt", "the", "--max-tokens", 2)
 
 
+def test_to_hugging_face_and_back(checkpoint, pth, tmp_path, run, refused):
+    run("convert", checkpoint, "--to", "hf", "--out", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "metastate"
+    run("convert", tmp_path / "hf", "--out", tmp_path / "back")
+    one, other = metastate.load(checkpoint), metastate.load(tmp_path / "back")
+    assert one.config == other.config and one.tokenizer_info == other.tokenizer_info
+    for name, x in one.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name])
+    argv = ("generate", tmp_path / "back", "--prompt", "the", "--max-tokens", 3, "--seed", 1)
+    assert run(*argv) == run("generate", checkpoint, *argv[2:])
+    run("convert", pth, "--to", "fla", "--out", tmp_path / "fla")
+    assert "64 channels" in refused("convert", pth, "--to", "fla", "--out", tmp_path / "no")
+    pth = tmp_path / "heads-of-64.pth"
+    torch.save(official(V=256, D=128, H=2, N=64, unused=False), pth)
+    run("convert", pth, "--to", "fla", "--out", tmp_path / "fla")
+    run("convert", tmp_path / "fla", "--to", "rwkv", "--out", tmp_path / "again.pth")
+    assert same(pth, tmp_path / "again.pth")
+    assert "rwkv7" in refused("convert", checkpoint, "--to", "fla", "--out", tmp_path / "no")
+
+
 def test_convert_refuses_and_writes_nothing(pth, checkpoint, tmp_path, refused):
     out = tmp_path / "out"
     (tmp_path / "cut.pth").write_bytes(pth.read_bytes()[:5000])

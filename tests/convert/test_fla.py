@@ -203,7 +203,7 @@ def test_another_function_is_refused(change, message, tmp_path):
         (lambda w: w.update({"model.layers.0.attn.r_k": torch.ones(4, 32)}), "32 channels"),
         (lambda w: w.update({"model.layers.0.attn.r_k": torch.ones(3, 64)}), "do not fit"),
         (lambda w: w.update({"model.embeddings.weight": torch.ones(3)}), "two axes"),
-        (lambda w: w["lm_head.weight"].fill_(float("nan")), "not finite"),
+        (lambda w: w["lm_head.weight"].fill_(float("nan")), "NaN or infinite"),
         (lambda w: [w.pop(k) for k in list(w) if "layers" in k and "pre" not in k], "no layers"),
     ],
     ids=range(9),

@@ -17,9 +17,11 @@ feed-forward layers of these blocks go, and the report says what that costs.
 CONVERT = """\
 Turn checkpoints of other programs into ours, and back.
 
-SRC.pth, an RWKV-7 as its authors publish it, becomes a folder that every command takes. Of our own
-checkpoints --to rwkv makes such a file again (rwkv7 only), and --to metastate a copy, with another
---dtype or --tokenizer. Weights stay bit for bit as they are unless --dtype asks for others.
+SRC.pth, an RWKV-7 as its authors publish it, or a Hugging Face folder (ours, or an RWKV-7 of
+flash-linear-attention's layout) becomes a folder that every command takes. Of our own checkpoints
+--to hf makes a Hugging Face folder, --to rwkv and --to fla such a file and folder again (rwkv7
+only), and --to metastate a copy, with another --dtype or --tokenizer. Weights stay bit for bit as
+they are unless --dtype asks for others.
 """
 
 
@@ -55,11 +57,11 @@ def add_upgrade(parser: Parser) -> None:
 
 def add_convert(parser: Parser) -> None:
     """Add the options of `metastate convert`."""
-    parser.add_argument("source", metavar="SRC", help="an RWKV-7 .pth file, or one of our folders")
+    parser.add_argument("source", metavar="SRC", help="a .pth file or a folder, see above")
     parser.add_argument("--out", metavar="DST", help="what to write: a folder, or a .pth file")
     parser.add_argument(
         "--to",
-        choices=("metastate", "rwkv"),
+        choices=("metastate", "hf", "rwkv", "fla"),
         help="format of DST (default: metastate; one of our folders needs it said)",
     )
     parser.add_argument(
@@ -70,7 +72,7 @@ def add_convert(parser: Parser) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        help="record it in our folder, so that the model can read and write text: world, bytes, or "
+        help="record it in the folder, so that the model can read and write text: world, bytes, or "
         "the path of a tokenizer.json",
     )
     parser.add_argument(

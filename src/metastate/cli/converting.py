@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from metastate.cli.progress import log, print_json
 from metastate.convert import blinkdl
+from metastate.convert.hf_folder import from_hf, to_hf
 from metastate.data.files import atomic_write, check_free, whole_folder
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
@@ -39,8 +43,8 @@ def run_convert(args: argparse.Namespace) -> None:
     kind, target = kind_of(source), args.to or "metastate"
     if kind == "metastate" and args.to is None:
         raise ConfigError(f"{source} is ours already; --to says what to make of it")
-    if args.tokenizer and target != "metastate":
-        raise ConfigError(f"--tokenizer is for our own folders; {target} has no place for it")
+    if args.tokenizer and target == "rwkv":
+        raise ConfigError("--tokenizer is for folders; a .pth file has no place for it")
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     model, unused = READ[kind](source, dtype, args.allow_nan)
     tokenizer = tokenizer_for(model, source, args.tokenizer)
@@ -75,6 +79,10 @@ def kind_of(source: Path) -> str:
     """
     if source.is_file() or source.suffix == ".pth":
         return "rwkv"
+    with contextlib.suppress(OSError, ValueError):
+        info = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if isinstance(info, dict) and "model_type" in info:
+            return "hf"
     read_config(source)
     return "metastate"
 
@@ -93,6 +101,12 @@ def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Conte
     if not allow_nan:
         check_finite(model.state_dict(), source)
     return model, unused
+
+
+def read_hf(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
+    """Read a Hugging Face folder."""
+    model = from_hf(source, allow_nan=allow_nan)
+    return (model if dtype is None else model.to(dtype)), {}
 
 
 def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Tokenizer | None:
@@ -133,11 +147,26 @@ def write_rwkv(
     blinkdl.write(model, out, unused)
 
 
+def write_hf(
+    model: LanguageModel,
+    unused: dict[str, Tensor],
+    tokenizer: Tokenizer | None,
+    out: Path,
+    layout: Literal["metastate", "fla"] = "metastate",
+) -> None:
+    """Write a Hugging Face folder that is whole or absent; NaN was refused when it was read."""
+    with whole_folder(out, error=CheckpointError) as temporary:
+        to_hf(model, temporary, tokenizer, layout=layout, allow_nan=True)
+
+
 READ: dict[str, Callable[[Path, torch.dtype | None, bool], Content]] = {
+    "hf": read_hf,
     "metastate": read_ours,
     "rwkv": read_rwkv,
 }
 WRITE: dict[str, Callable[[LanguageModel, dict[str, Tensor], Tokenizer | None, Path], None]] = {
+    "fla": partial(write_hf, layout="fla"),
+    "hf": write_hf,
     "metastate": write_ours,
     "rwkv": write_rwkv,
 }

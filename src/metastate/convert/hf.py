@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metastate.convert.hf_folder import MODEL_TYPE, check_finite, config_fields, from_hf, to_hf
+from metastate.convert.hf_folder import MODEL_TYPE, config_fields, from_hf, to_hf
 from metastate.convert.hf_types import MetaStateCache, MetaStateConfig
 from metastate.convert.hf_world import MetaStateWorldTokenizer
 from metastate.errors import CheckpointError, ConfigError, ShapeError, StateError
 from metastate.layers.common import RecurrentState
-from metastate.model.io import adopt_record
+from metastate.model.io import adopt_record, check_finite
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, linear_cross_entropy
 from metastate.model.state import ModelState
@@ -105,7 +105,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         for kind, names in info.items():
             if names and not (any_shape and kind == "mismatched_keys"):
                 raise CheckpointError(f"{args[0]}: {kind.replace('_', ' ')}: {sorted(names)[0]}")
-        check_finite(model, str(args[0]))
+        check_finite(model.state_dict(), str(args[0]))
         return (model, info) if with_info else model
 
     @classmethod

@@ -21,7 +21,7 @@ from metastate.convert import fla
 from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
-from metastate.model.io import adopt_record, check_tensors, read_tensors
+from metastate.model.io import adopt_record, check_finite, check_tensors, read_tensors
 from metastate.model.lm import LanguageModel
 
 MODEL_TYPE = "metastate"
@@ -43,6 +43,7 @@ def to_hf(
     tokenizer: Tokenizer | None = None,
     *,
     layout: Literal["metastate", "fla"] = "metastate",
+    allow_nan: bool = False,
 ) -> None:
     """Write `model` as a Hugging Face folder; `from_hf` gives it back bit by bit.
 
@@ -53,6 +54,7 @@ def to_hf(
             a model that records none gets no tokenizer files.
         layout: `fla` writes an rwkv7 as flash-linear-attention's RWKV7ForCausalLM, with the weights
             as they are and without lineage, step and tokenizer record.
+        allow_nan: write weights that are NaN or infinite.
 
     A tokenizer.json is copied as it is, raw bytes are written as an equivalent tokenizer.json. RWKV
     World, whose greedy match no tokenizer.json can say, becomes metastate.convert.hf_world.
@@ -65,7 +67,8 @@ def to_hf(
     folder = Path(folder)
     if layout not in ("metastate", "fla"):
         raise ConfigError(f"layout is {layout!r}; allowed: metastate, fla")
-    check_finite(model, "the model")
+    if not allow_nan:
+        check_finite(model.state_dict(), "the model")
     if tokenizer is None and model.tokenizer_info is not None:
         tokenizer = load_tokenizer(model.tokenizer_info)
     elif tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -96,7 +99,7 @@ def to_hf(
     write_json(folder / "config.json", config, error=CheckpointError)
 
 
-def from_hf(folder: str | os.PathLike[str]) -> LanguageModel:
+def from_hf(folder: str | os.PathLike[str], *, allow_nan: bool = False) -> LanguageModel:
     """Return the model of a Hugging Face folder that `to_hf` or `save_pretrained` wrote.
 
     Weights may be cut into several files. Lineage and tokenizer record come along. An RWKV-7 of
@@ -104,7 +107,8 @@ def from_hf(folder: str | os.PathLike[str]) -> LanguageModel:
 
     Raises:
         CheckpointError: a file is missing, truncated, corrupt or of another model, the config has
-            unknown keys or is newer than this program, or a weight is not finite.
+            unknown keys or is newer than this program, or a weight is not finite and `allow_nan`
+            does not take it so.
     """
     folder = Path(folder)
     info = read_hf_config(folder)
@@ -122,7 +126,8 @@ def from_hf(folder: str | os.PathLike[str]) -> LanguageModel:
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
     adopt_record(model, info)
-    check_finite(model, str(folder))
+    if not allow_nan:
+        check_finite(model.state_dict(), folder)
     return model
 
 
@@ -188,16 +193,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{index} names {name!r}, which is no file of its own folder")
         out |= read_tensors(folder / name)
     return out
-
-
-def check_finite(model: torch.nn.Module, where: str) -> None:
-    """Raise CheckpointError if a parameter holds NaN or an infinity."""
-    for name, p in model.named_parameters():
-        if not p.is_meta and not bool(torch.isfinite(p).all()):
-            raise CheckpointError(
-                f"{where}: the weight {name} holds values that are not finite; training diverged "
-                "or the file is corrupt, take an earlier checkpoint"
-            )
 
 
 def write_modeling(folder: str | os.PathLike[str]) -> None:

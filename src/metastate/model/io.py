@@ -196,9 +196,10 @@ def check_tensors(
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
     """Raise CheckpointError if a value is NaN or infinite; `where` they are from, for people."""
     for name, x in tensors.items():
-        bad = x.numel() - int(x.isfinite().sum())
+        bad = 0 if x.is_meta else x.numel() - int(x.isfinite().sum())
         if bad:
             raise CheckpointError(
                 f"{where}: {name} ({str(x.dtype).removeprefix('torch.')}) has {bad:,} values that "
-                "are NaN or infinite; --allow-nan takes them as they are"
+                "are NaN or infinite; training diverged or the file is damaged: take another "
+                "(`metastate convert --allow-nan` takes it as it is)"
             )
