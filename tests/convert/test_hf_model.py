@@ -464,7 +464,7 @@ def test_the_vocabulary_can_be_resized(tmp_path):
     after = model(torch.cat([ids, torch.full((2, 1), 259)], 1)).logits
     torch.testing.assert_close(after[:, :12, :256], before)
     model.save_pretrained(tmp_path)
-    again = MetaStateForCausalLM.from_pretrained(tmp_path)
+    again = MetaStateForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path)
     assert again.model.head.weight.shape == (260, 16)
 
 

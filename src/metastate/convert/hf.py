@@ -84,28 +84,31 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         return cls(config, model).train(model.training)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a folder as every PreTrainedModel does, but no weight may be missing or foreign.
 
         Raises:
             CheckpointError: a file is truncated or corrupt, or the weights are not this model's, or
                 not finite.
         """
+        where = pretrained_model_name_or_path
         any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         with_info = kwargs.pop("output_loading_info", False)
         settings = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any
         try:
-            loaded = super().from_pretrained(*args, **settings)
+            loaded = super().from_pretrained(where, *args, **settings)
         except safetensors.SafetensorError as cause:
             raise CheckpointError(
-                f"{args[0]} holds no whole safetensors file ({cause}); it is corrupt or cut off"
+                f"{where} holds no whole safetensors file ({cause}); it is corrupt or cut off"
             ) from None
         model, info = loaded
         for kind, names in info.items():
             if names and not (any_shape and kind == "mismatched_keys"):
-                raise CheckpointError(f"{args[0]}: {kind.replace('_', ' ')}: {sorted(names)[0]}")
-        check_finite(model.state_dict(), str(args[0]))
+                raise CheckpointError(f"{where}: {kind.replace('_', ' ')}: {sorted(names)[0]}")
+        check_finite(model.state_dict(), str(where))
         return (model, info) if with_info else model
 
     @classmethod
