@@ -114,16 +114,21 @@ def add_tune_state(parser: Parser) -> None:
         help="pairs of key and value a layer and head (default: 4)",
     )
     parser.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="peak learning rate (default: 0.3 for tokens, 1 for state)",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on where the same command was interrupted"
     )
     add_flags(
         parser,
-        *("data", "steps", "batch_size", "context", "accumulate", "lr", "schedule", "warmup"),
+        *("data", "steps", "batch_size", "context", "accumulate", "schedule", "warmup"),
         *("clip", "seed", "device", "dtype", "valid_every", "valid_tokens", "checkpoint_every"),
         steps=200,
         batch_size=8,
         context=256,
-        lr=0.1,
         warmup=10,
         valid_every=50,
         valid_tokens=16384,

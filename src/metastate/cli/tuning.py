@@ -12,16 +12,18 @@ from metastate.config import TrainConfig, to_dict
 from metastate.train.tune import tune
 
 SETTINGS = (
-    *("data", "out", "steps", "batch_size", "context", "accumulate", "lr", "schedule", "warmup"),
+    *("data", "out", "steps", "batch_size", "context", "accumulate", "schedule", "warmup"),
     *("clip", "seed", "device", "dtype", "valid_every", "valid_tokens", "checkpoint_every"),
 )
+LR = {"tokens": 0.3, "state": 1.0}  # what did best in the first hundred steps (docs/results.md)
 
 
 def run_tune_state(args: argparse.Namespace) -> int:
     """Tune, with a bar and the held-out loss before and after."""
     settings = {name: getattr(args, name) for name in SETTINGS}
+    lr = LR[args.what] if args.lr is None else args.lr
     config = TrainConfig(
-        **settings, from_checkpoint=args.checkpoint, min_lr=args.lr / 10, z_loss=0.0
+        **settings, from_checkpoint=args.checkpoint, lr=lr, min_lr=lr / 10, z_loss=0.0
     )
     model = load_model(args.checkpoint, args)
     with bar("tune", "steps") as show:
