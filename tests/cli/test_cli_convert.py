@@ -96,7 +96,6 @@ def test_to_hugging_face_and_back(checkpoint, pth, tmp_path, run, refused):
         assert torch.equal(x, other.state_dict()[name])
     argv = ("generate", tmp_path / "back", "--prompt", "the", "--max-tokens", 3, "--seed", 1)
     assert run(*argv) == run("generate", checkpoint, *argv[2:])
-    run("convert", pth, "--to", "fla", "--out", tmp_path / "fla")
     assert "64 channels" in refused("convert", pth, "--to", "fla", "--out", tmp_path / "no")
     pth = tmp_path / "heads-of-64.pth"
     torch.save(official(V=256, D=128, H=2, N=64, unused=False), pth)
