@@ -299,7 +299,12 @@ def test_foreign_states(model, tmp_path):
         ({"version": "2"}, "version 2; install a newer"),
         ({"version": "x"}, "broken header"),
         ({"tokens_seen": "many"}, "broken header"),
+        ({"tokens_seen": "-1"}, "broken header"),
+        ({"tokens_seen": "9" * 30}, "broken header"),
         ({"extra": "{"}, "broken header"),
+        ({"extra": "[" * 100_000}, "broken header"),
+        ({"extra": "[]"}, "broken header"),
+        ({"extra": '{"a": 1}'}, "broken header"),
         ({"config": None}, "broken header"),
     ]:
         new = {k: v for k, v in (header | change).items() if v is not None}
@@ -323,8 +328,34 @@ def test_states_with_wrong_tensors(tmp_path):
         (tensors | {"layers.1.S": S[..., :3].clone()}, "layers.1.S is .2, 2, 8, 3."),
         ({k: v for k, v in tensors.items() if k != "layers.0.M"}, "layers.0.M is None"),
         (tensors | {"layers.0.S": S.long()}, "layers.0.S is torch.int64"),
+        (tensors | {"layers.0.S": S[0, 0, 0, 0].clone()}, "no whole state of layer 0"),
     ]:
         safetensors.torch.save_file(wrong, tmp_path / "t", header)
+        with pytest.raises(StateError, match=message):
+            ModelState.load(tmp_path / "t", model)
+
+
+def test_caches_with_wrong_tensors(tmp_path):
+    model = made("transformer")
+    run(model)[1].save(tmp_path / "s", model.config)
+    with safetensors.safe_open(tmp_path / "s", "pt") as file:
+        header = file.metadata()
+    tensors = safetensors.torch.load_file(tmp_path / "s")
+    keys, rows = tensors["layers.0.keys"], torch.zeros(2, dtype=torch.int64)
+    for name, wrong, message in [
+        ("keys", keys[..., :3], "layers.0.keys is torch.float32 .2, 2, 12, 3., the model needs"),
+        ("keys", keys[:, :1], "layers.0.keys"),
+        ("values", keys[:, :, :3], "layers.0.values"),
+        ("values", keys.long(), "layers.0.values is torch.int64"),
+        ("values", keys[0, 0], "layers.0.values"),
+        ("keys", keys[0, 0, 0], "no whole state of layer 0"),
+        ("start", rows[:1], "layers.0.start is torch.int64 .1., the model needs int64 .2."),
+        ("start", rows.float(), "layers.0.start is torch.float32"),
+        ("length", rows, "no whole state of layer 0"),
+        ("watermark", rows, "no whole state of layer 0"),
+    ]:
+        changed = tensors | {f"layers.0.{name}": wrong.clone()}
+        safetensors.torch.save_file(changed, tmp_path / "t", header)
         with pytest.raises(StateError, match=message):
             ModelState.load(tmp_path / "t", model)
 

@@ -131,7 +131,11 @@ class ModelState:
         try:
             version, tokens_seen = int(header["version"]), int(header["tokens_seen"])
             made_by, extra = header["config"], json.loads(header["extra"])
-        except (KeyError, ValueError) as cause:
+            if not 0 <= tokens_seen < 2**63:
+                raise ValueError(f"{tokens_seen} tokens seen")
+            if not isinstance(extra, dict) or any(not isinstance(v, str) for v in extra.values()):
+                raise ValueError("its notes must be text by name")
+        except (KeyError, ValueError, RecursionError) as cause:
             raise StateError(
                 f"{path} has a broken header ({cause!r}); make the state again"
             ) from None
@@ -144,9 +148,13 @@ class ModelState:
         for i in range(model.config.num_layers):
             prefix = f"layers.{i}."
             fields = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            # A cache's own counters are no tensors of a file, nor is a tensor without dimensions.
+            own = fields.keys().isdisjoint(("length", "watermark"))
             try:
+                if not own or not all(x.dim() for x in fields.values()):
+                    raise TypeError
                 layers.append(kind(**fields))
-            except TypeError:
+            except (TypeError, IndexError):
                 raise StateError(f"{path} holds no whole state of layer {i}") from None
         state = cls(tuple(layers), tokens_seen, extra)
         state.check(model)
@@ -165,7 +173,8 @@ class ModelState:
                     f"{type(fresh).__name__}"
                 )
             if isinstance(own, AttentionState):
-                continue  # the layer itself checks a cache, whose length is free
+                self._check_cache(i, own, fresh.keys)
+                continue
             for name, needed in vars(fresh).items():
                 found = getattr(own, name)
                 if found is not None and not found.is_floating_point():
@@ -178,6 +187,21 @@ class ModelState:
                     raise StateError(
                         f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
                     )
+
+    def _check_cache(self, i: int, own: AttentionState, fresh: Tensor) -> None:
+        rows, (_, heads, _, size) = self.batch_size, fresh.shape
+        for name, x in (("keys", own.keys), ("values", own.values)):
+            fits = x.is_floating_point() and x.shape == own.keys.shape  # of any length
+            if not fits or x.shape != (rows, heads, *x.shape[2:3], size):
+                raise StateError(
+                    f"the state's layers.{i}.{name} is {x.dtype} {list(x.shape)}, the model needs "
+                    f"floats [{rows}, {heads}, tokens, {size}], as many tokens in keys and values"
+                )
+        if own.start is not None and (own.start.dtype, own.start.shape) != (torch.int64, (rows,)):
+            raise StateError(
+                f"the state's layers.{i}.start is {own.start.dtype} {list(own.start.shape)}, the "
+                f"model needs int64 [{rows}]"
+            )
 
 
 def config_hash(config: ModelConfig) -> str:
