@@ -79,9 +79,24 @@ class Continuation:
                 fields["generator"] = torch.tensor(list(base64.b64decode(raw)), dtype=torch.uint8)
             for name in ("pending", "history", "recent"):
                 fields[name] = tuple(fields.get(name, ()))
-            return cls(state, **fields)
-        except (TypeError, ValueError) as cause:
+            found = cls(state, **fields)
+            found._check_notes(model.config.vocab_size)
+            return found
+        except (AttributeError, RecursionError, RuntimeError, TypeError, ValueError) as cause:
             raise StateError(f"{path}: the generation's notes are broken ({cause})") from cause
+
+    def _check_notes(self, vocab_size: int) -> None:
+        """Raise ValueError or RuntimeError if a file says what no generation can have left."""
+        for token in (*self.pending, *self.history, *self.recent):
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ValueError(f"token {token!r}; ids run from 0 to {vocab_size - 1}")
+        if not isinstance(self.shown, str):
+            raise ValueError(f"the text shown is {self.shown!r}")
+        seed = 0 if self.seed is None else self.seed
+        if type(seed) is not int or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed {seed!r}")
+        if self.generator is not None:
+            torch.Generator().set_state(self.generator)
 
 
 @dataclass
