@@ -35,8 +35,9 @@ ROOT_NAMES = {"__version__"}  # what the package root itself holds; its other na
 
 CORE = {"torch", "numpy", "safetensors"}
 # Everything else belongs to an extra: it is imported inside the function that uses it, and only in
-# the files named here. Two stand at the top of their files, which are imported when they are
-# needed: numba's kernels, and lm_eval's model type, a subclass.
+# the files named here. Some stand at the top of their files, which are imported when they are
+# needed: numba's kernels, lm_eval's model type, a subclass, and the server.
+SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.openai_")
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
@@ -50,8 +51,10 @@ EXTRAS = {
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
     "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn"), SERVER),
+    "jinja2": SERVER,
 }
-AT_TOP = {"numba", "lm_eval"}
+AT_TOP = {"numba", "lm_eval", "fastapi", "starlette", "pydantic", "uvicorn"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

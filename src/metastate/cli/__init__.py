@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from metastate import __version__
 from metastate.cli import arguments as a
+from metastate.cli import arguments_use as use
 from metastate.cli.options import Parser
 from metastate.errors import ConfigError, MetaStateError
 
@@ -89,6 +90,13 @@ COMMANDS = (
         ("tasks",),
     ),
     Command("generate", "continue a text", a.add_generate, "commands:run_generate", a.GENERATE),
+    Command(
+        "serve",
+        "serve a model over HTTP, as OpenAI's clients call it",
+        use.add_serve,
+        "serving:run_serve",
+        use.SERVE,
+    ),
     Command(
         "grow",
         "make a model larger, its function unchanged",

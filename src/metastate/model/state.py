@@ -173,7 +173,7 @@ class ModelState:
                     f"{type(fresh).__name__}"
                 )
             if isinstance(own, AttentionState):
-                self._check_cache(i, own, fresh.keys)
+                self._check_cache(i, own, fresh)
                 continue
             for name, needed in vars(fresh).items():
                 found = getattr(own, name)
@@ -188,8 +188,9 @@ class ModelState:
                         f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
                     )
 
-    def _check_cache(self, i: int, own: AttentionState, fresh: Tensor) -> None:
-        rows, (_, heads, _, size) = self.batch_size, fresh.shape
+    def _check_cache(self, i: int, own: AttentionState, fresh: LayerState) -> None:
+        assert isinstance(fresh, AttentionState)
+        rows, (_, heads, _, size) = self.batch_size, fresh.keys.shape
         for name, x in (("keys", own.keys), ("values", own.values)):
             fits = x.is_floating_point() and x.shape == own.keys.shape  # of any length
             if not fits or x.shape != (rows, heads, *x.shape[2:3], size):
