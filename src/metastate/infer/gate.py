@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable
@@ -17,8 +18,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metastate.errors import BusyError, MetaStateError
-from metastate.infer.store import NoSuchStateError, StoreFullError
+from metastate.infer.store import NoSuchStateError, StoreBrokenError, StoreFullError
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 NOBODY = "open"  # owner of all states where there are no keys
@@ -111,6 +113,9 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), param="state", code="state_not_found")
     if isinstance(error, StoreFullError):
         return ApiError(429, str(error), param="state", code="state_limit")
+    if isinstance(error, StoreBrokenError):
+        logger.error("%s", error, exc_info=error)
+        return ApiError(507, str(error), param="state", code="storage")
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="busy")
     if isinstance(error, MetaStateError):

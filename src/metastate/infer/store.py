@@ -18,7 +18,7 @@ import safetensors
 import torch
 
 from metastate.data.files import alone_in, sync_folder
-from metastate.errors import ConfigError, StateError
+from metastate.errors import ConfigError, MetaStateError, StateError
 from metastate.infer.generate import Continuation
 from metastate.model.lm import LanguageModel
 from metastate.model.state import config_hash
@@ -33,6 +33,10 @@ class NoSuchStateError(StateError):
 
 class StoreFullError(ConfigError):
     """A further state would pass the owner's limits; stored ones are never dropped for it."""
+
+
+class StoreBrokenError(MetaStateError):
+    """The folder cannot be written or a file in it cannot be read: no client's mistake."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class StateStore:
         """Read a state.
 
         Raises:
-            NoSuchStateError: the owner has none of that id. StateError: its file was damaged.
+            NoSuchStateError: the owner has none of that id. StoreBrokenError: its file was damaged.
         """
         with self._reading(owner, id) as path:
             return Continuation.load(path, self.model)
@@ -136,15 +140,24 @@ class StateStore:
         """Store a state.
 
         Raises:
-            StoreFullError: the owner's limits are reached. StateError: the disk is full.
+            StoreFullError: the owner's limits are reached. StoreBrokenError: the disk is full.
         """
         with self._lock:
-            id = self._reserve(owner, continuation.state.num_bytes)
+            self._check_room(owner, continuation.state.num_bytes)  # at least, before it is written
+            id = f"state-{secrets.token_hex(12)}"
             path = self._path(owner, id)
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            continuation.save(path, self.model.config)
-            tokens = continuation.state.tokens_seen
-            state = StoredState(id, int(time.time()), path.stat().st_size, tokens)
+            try:
+                continuation.save(path, self.model.config)
+            except StateError as cause:
+                raise StoreBrokenError("the server cannot write the state; see its log") from cause
+            size = path.stat().st_size
+            try:
+                self._check_room(owner, size)
+            except StoreFullError:
+                path.unlink()
+                raise
+            state = StoredState(id, int(time.time()), size, continuation.state.tokens_seen)
             self._states[owner][id] = state
             return state
 
@@ -153,7 +166,7 @@ class StateStore:
 
         Raises:
             StateError: it is no state of one row of this model, or holds what no forward pass
-                could have left. StoreFullError: the owner's limits are reached.
+                could have left. StoreFullError, StoreBrokenError: as `add`.
         """
         path = self.folder / (UPLOAD + secrets.token_hex(12))
         try:
@@ -164,7 +177,7 @@ class StateStore:
         except StateError as cause:
             raise type(cause)(str(cause).replace(str(path), "the file")) from None
         except OSError as cause:
-            raise StateError(f"the state cannot be stored: {cause.strerror}") from cause
+            raise StoreBrokenError("the server cannot write the state; see its log") from cause
         finally:
             path.unlink(missing_ok=True)
 
@@ -202,7 +215,7 @@ class StateStore:
         found.sort(key=lambda state: state.created)
         self._states[folder.name] = {state.id: state for state in found}
 
-    def _reserve(self, owner: str, num_bytes: int) -> str:
+    def _check_room(self, owner: str, num_bytes: int) -> None:
         own = self._states[owner].values()
         used = sum(state.num_bytes for state in own)
         if len(own) >= self.max_states:
@@ -212,7 +225,6 @@ class StateStore:
                 f"stored states take {used:,} bytes; {num_bytes:,} more would pass the limit of "
                 f"{self.max_bytes:,}: delete some first"
             )
-        return f"state-{secrets.token_hex(12)}"
 
     def _path(self, owner: str, id: str) -> Path:
         return self.folder / owner / (id + SUFFIX)
@@ -222,9 +234,9 @@ class StateStore:
         self.info(owner, id)
         try:
             yield self._path(owner, id)
-        except (StateError, OSError):
+        except (StateError, OSError) as cause:
             self.info(owner, id)  # deleted meanwhile: that is the better answer
-            raise
+            raise StoreBrokenError(f"the server cannot read {id}; see its log") from cause
 
     def _check(self, continuation: Continuation) -> None:
         state = continuation.state
