@@ -124,10 +124,12 @@ def test_the_cache_is_counted_in_the_models_own_number_format():
 
 
 def test_who_reads_what_follows_the_config():
-    both = ["time mixing", "Meta-State layer"]
+    both = ["time mixing", "the Meta-State layer"]
     assert readers(make("rwkv7").config) == {"S": ["time mixing"]}
     assert readers(make().config) == {"S": both}  # the default layer has no M: S is read twice
     assert readers(make(readout="both").config) == {"S": both, "M": both[1:]}
+    part = readers(make(encoder_size=4).config)["S"][1]
+    assert part == "the Meta-State layer (its top-left 4 x 4 block)"
     assert readers(make("transformer").config) == {}
 
 

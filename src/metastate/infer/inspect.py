@@ -177,8 +177,10 @@ def readers(config: ModelConfig) -> dict[str, list[str]]:
         return {"S": ["time mixing"]}
     if config.architecture != "metastate":
         return {}
-    reads = {"S": ["time mixing", "Meta-State layer"]}
-    return reads if config.meta_state.readout == "encoding" else reads | {"M": ["Meta-State layer"]}
+    layer, size = "the Meta-State layer", config.meta_state.encoder_size
+    encoder = layer if size is None else f"{layer} (its top-left {size} x {size} block)"
+    reads = {"S": ["time mixing", encoder]}
+    return reads if config.meta_state.readout == "encoding" else reads | {"M": [layer]}
 
 
 def cache_bytes(state: ModelState, config: ModelConfig) -> int:

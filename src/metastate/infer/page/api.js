@@ -6,9 +6,9 @@ export const getKey = () => sessionStorage.getItem(KEY) ?? "";
 export const setKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
 
 export class ApiError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, code = "") {
     super(message);
-    this.status = status;
+    this.code = code; // the server's own word for what went wrong
   }
 }
 
@@ -25,25 +25,19 @@ export async function call(path, { method = "GET", json, body, signal } = {}) {
     if (cause.name === "AbortError") throw cause;
     throw new ApiError("The server does not answer. Is it still running?");
   }
-  if (!response.ok) throw new ApiError(await reason(response), response.status);
+  if (!response.ok) throw await problemOf(response);
   return response;
 }
 
-async function reason(response) {
-  const text = await response.text();
-  let said = text.slice(0, 500);
+async function problemOf(response) {
+  if (response.status === 401) return new ApiError("This server wants an API key: give it at the top of the page.");
+  let error = {};
   try {
-    said = saidIn(JSON.parse(text)) || said;
+    error = (await response.json()).error ?? {};
   } catch {
-    // not JSON: show the text itself
+    // something between the page and the server answered, not in JSON
   }
-  if (response.status === 401) return `${said || "Not allowed."} Give the API key at the top of the page.`;
-  return said || `The server answered ${response.status} ${response.statusText}.`;
-}
-
-function saidIn(answer) {
-  const said = answer.error?.message ?? answer.detail ?? answer.message;
-  return typeof said === "string" || said === undefined ? said : JSON.stringify(said);
+  return new ApiError(error.message ?? `The server answered ${response.status} ${response.statusText}.`, error.code);
 }
 
 /** Yield the objects of a streamed completion as they come. */
@@ -62,7 +56,7 @@ export async function* stream(body, signal) {
         const data = line.slice(5).trim();
         if (data === "[DONE]") return;
         const event = JSON.parse(data);
-        if (event.error) throw new ApiError(saidIn(event));
+        if (event.error) throw new ApiError(event.error.message, event.error.code);
         yield event;
       }
     }

@@ -53,9 +53,10 @@ class Column {
   }
 
   summarise() {
-    const { temperature, top_p, top_k, seed, max_tokens } = this.settings();
-    const rest = [top_p && top_p !== "1" && `top-p ${top_p}`, top_k > 0 && `top-k ${top_k}`, seed && `seed ${seed}`];
-    this.find(".summary").textContent = [`temperature ${temperature}`, ...rest.filter(Boolean), `${max_tokens} tokens`].join(", ");
+    const { temperature, top_p, top_k, repetition_penalty: penalty, seed, max_tokens } = this.settings();
+    this.find(".summary").textContent = [`temperature ${temperature}`, Number(top_p) !== 1 && `top-p ${top_p}`,
+      top_k > 0 && `top-k ${top_k}`, penalty > 1 && `penalty ${penalty}`, seed && `seed ${seed}`,
+      `${max_tokens} tokens`].filter(Boolean).join(", ");
   }
 
   say(text) { this.find(".status").textContent = text; }
@@ -137,7 +138,7 @@ class Column {
       this.say(`${reason === "stop" ? "the text ended: " : ""}${count(usage.completion_tokens)} tokens, ${seconds} s`);
     } catch (cause) {
       if (cause.name === "AbortError") this.say("stopped");
-      else this.failed(cause, mark);
+      else this.failed(cause);
     }
     this.controller = null;
     this.busy(false);
@@ -145,10 +146,10 @@ class Column {
     listStates();
   }
 
-  failed(cause, mark) {
+  failed(cause) {
     this.say("failed");
     this.problem(cause.message);
-    if (mark && cause instanceof ApiError && cause.status === 404 && this.marks.length > (this.from ? 1 : 0)) {
+    if (cause.code === "state_not_found" && this.marks.length > (this.from ? 1 : 0)) {
       this.marks.pop(); // the state is gone, its text is not: the next run reads it again
       this.problem(`${cause.message} Run again to read the text anew.`);
     }
@@ -230,7 +231,7 @@ const shortName = ({ id, tokens_seen }) =>
 async function look() {
   const prompt = $("inspect-text").value, from = $("inspect-from").value;
   showProblem($("inspect-problem"));
-  $("inside").setAttribute("aria-busy", true);
+  $("inspect-status").textContent = "reading …";
   try {
     if (!prompt && !from) throw new ApiError("Give a text to read, or choose a stored state.");
     const answer = prompt
@@ -242,7 +243,7 @@ async function look() {
   } catch (cause) {
     showProblem($("inspect-problem"), cause.message);
   }
-  $("inside").removeAttribute("aria-busy");
+  $("inspect-status").textContent = "";
 }
 
 async function listStates() {
@@ -254,6 +255,7 @@ async function listStates() {
   }
   showProblem($("states-problem"));
   fillFrom();
+  $("delete-all").hidden = states.length < 2;
   $("state-list").replaceChildren(...states.toReversed().map(stateRow));
   if (!states.length) $("state-list").append(make("li", { className: "note" }, "No state is stored. Every run stores one at its end."));
 }
@@ -295,9 +297,20 @@ async function remove({ id }) {
   await listStates();
 }
 
+async function removeAll() {
+  if (!confirm(`Delete all ${count(states.length)} states? They cannot be brought back.`)) return;
+  try {
+    for (const { id } of states) await call(`v1/states/${id}`, { method: "DELETE" });
+    await listStates();
+  } catch (cause) {
+    await listStates();
+    showProblem($("states-problem"), cause.message);
+  }
+}
+
 async function upload(file) {
   try {
-    await call("v1/states", { method: "POST", body: file });
+    await call("v1/states/upload", { method: "POST", body: file });
     await listStates();
   } catch (cause) {
     showProblem($("states-problem"), cause.message);
@@ -325,6 +338,7 @@ $("key-form").addEventListener("submit", (event) => {
 });
 $("inspect-form").addEventListener("submit", (event) => { event.preventDefault(); look(); });
 $("refresh").addEventListener("click", listStates);
+$("delete-all").addEventListener("click", removeAll);
 $("upload").addEventListener("change", async (event) => {
   if (event.target.files.length) await upload(event.target.files[0]);
   event.target.value = ""; // the same file may be chosen again
