@@ -1,9 +1,8 @@
 """Serve many requests with one model: they join and leave a running batch at any token.
 
-Every request owns a Draft, as a generation alone does; the engine only runs the model. A recurrent
-model's states are rows of one batch of `max_slots` rows, made once: a request that joins is copied
-into the first free row, and when one leaves the last row takes its place. So rows in use stand
-together, whatever the lengths of the prompts.
+Every request owns a Draft, as a generation alone does; the engine only runs the model. The states
+live in a decoder of `max_slots` rows, made once: a request that joins is copied into the first free
+row, and when one leaves the last row takes its place.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from metastate.data.tokenizer import Tokenizer
@@ -28,6 +26,7 @@ from metastate.infer.generate import (
     prefill,
 )
 from metastate.infer.sampling import SamplingConfig
+from metastate.model.decode import make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 
@@ -192,7 +191,8 @@ class Engine:
         self.totals: Counter[str] = Counter()
         self._waiting: deque[Job] = deque()
         self._joining: Job | None = None
-        self._running: list[Job] = []
+        self._running: list[Job] = []  # a job's index is its row
+        self._decoder = make_decoder(model, max_slots)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -363,17 +363,23 @@ class Engine:
         return True
 
     def _join(self, job: Job) -> None:
-        job._draft.state = job._draft.state or self.model.init_state(1)
+        job._draft.enter(self._decoder, len(self._running))
         self._running.append(job)
 
     def _leave(self, job: Job) -> None:
-        self._running.remove(job)
+        """Free the row of `job`; the last row moves there."""
+        job._draft.leave()
+        row, last = self._running.index(job), self._running.pop()
+        if last is not job:
+            last._draft.enter(self._decoder, row)
+            self._running[row] = last
 
     def _decode(self) -> None:
         started = time.perf_counter()
         jobs = list(self._running)
         try:
-            logits = self._logits(jobs)
+            with inference(self.model):
+                logits = self._decoder.step([job._draft.pending[0] for job in jobs])
         except Exception as error:
             for job in jobs:
                 self._leave(job)
@@ -396,17 +402,6 @@ class Engine:
                 self._finish(job, piece)
             elif piece:
                 job._add(piece)
-
-    def _logits(self, jobs: list[Job]) -> list[Tensor]:
-        rows = []
-        with inference(self.model):
-            for job in jobs:
-                tokens = torch.tensor(
-                    [job._draft.pending], device=self.model.embedding.weight.device
-                )
-                logits, job._draft.state = self.model(tokens, job._draft.state)
-                rows.append(logits[0, -1])
-        return rows
 
 
 def _logprobs(logits: Tensor, token: int) -> tuple[float, list[tuple[int, float]]]:

@@ -18,6 +18,7 @@ from metastate.config import ModelConfig
 from metastate.data.tokenizer import StreamDecoder, Tokenizer
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.infer.sampling import Sampler, SamplingConfig
+from metastate.model.decode import Decoder, make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 
@@ -163,11 +164,11 @@ class StopMatcher:
 class Draft:
     """One text in the making: everything about a generation but running the model.
 
-    Whoever runs the model reads `pending` with it, all but the last token in chunks, sets `state`,
-    and hands the logits that the last one gives to `write`, until there is a `finish_reason`.
+    Whoever runs the model lets `prefill` read all of `pending` but the last token, has the draft
+    `enter` a row of a decoder, and hands the logits that its pending token gives to `write`, until
+    there is a `finish_reason`.
 
     Attributes:
-        state: after every consumed token; None before the first.
         pending: tokens given or sampled that the model has not consumed, at least one.
         tokens: sampled so far.
         finish_reason: "length", "eod", "stop", or what `end` was told; None while it runs.
@@ -201,7 +202,8 @@ class Draft:
         encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), size))
         self._decoder = StreamDecoder(tokenizer)
-        self.state: ModelState | None = None
+        self._state: ModelState | None = None
+        self._place: tuple[Decoder, int] | None = None
         if before is None:
             # In training every document begins behind an end of document.
             self.pending = [tokenizer.eod_id, *encoded]
@@ -214,7 +216,7 @@ class Draft:
                     f"the state holds {before.state.batch_size} rows, a text goes on from one; "
                     "take a row of it with state[i]"
                 )
-            self.state = before.state
+            self._state = before.state
             self.pending = [*before.pending, *encoded]
             if not self.pending:
                 raise ConfigError(
@@ -236,6 +238,20 @@ class Draft:
         self._sampler.observe(encoded)
         self.seed = self._sampler.seed
         self._shown = self._matcher.text[: self._matcher.num_shown]
+
+    @property
+    def state(self) -> ModelState | None:
+        """The state after every consumed token; None before the first."""
+        return self._state if self._place is None else self._place[0].get(self._place[1])
+
+    def enter(self, decoder: Decoder, row: int) -> None:
+        """Let the state live in a row of `decoder`, where the tokens are decoded."""
+        decoder.put(row, self.state or self.model.init_state(1))
+        self._state, self._place = None, (decoder, row)
+
+    def leave(self) -> None:
+        """Take the state back."""
+        self._state, self._place = self.state, None
 
     @property
     def continuation(self) -> Continuation:
@@ -342,11 +358,14 @@ class Generation(Iterator[str]):
         while prefill(draft, self.prefill_chunk):
             pass
         piece = draft.end_if_full()
+        if draft.finish_reason is None:
+            decoder = make_decoder(draft.model, 1)
+            draft.enter(decoder, 0)
         while draft.finish_reason is None:
             started = time.perf_counter()
             with inference(draft.model):
-                logits, draft.state = draft.model(_row(draft, draft.pending), draft.state)
-            piece = draft.write(logits[0, -1])
+                logits = decoder.step(draft.pending)
+            piece = draft.write(logits[0])
             draft.statistics.decode_s += time.perf_counter() - started
             if piece and draft.finish_reason is None:
                 yield piece
@@ -356,12 +375,20 @@ class Generation(Iterator[str]):
 
 @contextlib.contextmanager
 def inference(model: LanguageModel) -> Iterator[None]:
-    """Run the model without gradients and in evaluation mode, which is put back afterwards."""
-    was_training = model.training
+    """Run the model without gradients and in evaluation mode, which is put back afterwards.
+
+    A model whose matrices are bfloat16 (model.decode.store_bfloat16) multiplies in bfloat16.
+    """
+    was_training, half = model.training, model.head.weight.dtype == torch.bfloat16
     if was_training:
         model.eval()
     try:
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            torch.autocast(model.head.weight.device.type, torch.bfloat16)
+            if half
+            else contextlib.nullcontext(),
+        ):
             yield
     finally:
         if was_training:
@@ -378,15 +405,12 @@ def prefill(draft: Draft, chunk: int) -> bool:
         return False
     started = time.perf_counter()
     with inference(draft.model):
-        _, draft.state, _ = draft.model.features(_row(draft, tokens), draft.state)
+        x = torch.tensor([tokens], device=draft.model.embedding.weight.device)
+        _, draft._state, _ = draft.model.features(x, draft.state)
     del draft.pending[: len(tokens)]
     draft.statistics.prefill_tokens += len(tokens)
     draft.statistics.prefill_s += time.perf_counter() - started
     return True
-
-
-def _row(draft: Draft, tokens: list[int]) -> Tensor:
-    return torch.tensor([tokens], device=draft.model.embedding.weight.device)
 
 
 def generate(
