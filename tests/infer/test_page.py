@@ -307,7 +307,9 @@ def test_a_model_without_a_meta_state_is_not_given_one(browser, visit, tmp_path)
         page.get_by_label("Text to read token by token").press("Control+Enter")
         page.locator("canvas.map").first.wait_for()
         assert page.locator("canvas.map").count() == 2 * 2
-        assert page.get_by_role("combobox", name="Matrix").locator("option").all_inner_texts() == ["S"]
+        assert page.get_by_role("combobox", name="Matrix").locator("option").all_inner_texts() == [
+            "S"
+        ]
         said = page.locator("#inside").inner_text()
         assert "keeps no meta state M" in said and "asks S a second time" in said
 
@@ -375,14 +377,44 @@ def test_errors_are_told_in_words(server, visit):
         {"name": "a", "mimeType": "application/octet-stream", "buffer": b"no state"}
     )
     sync_api.expect(page.locator("#states-problem")).to_contain_text("no whole safetensors file")
-    state = page.watch.bodies("v1/completions")[-1]
-    for stored in server.store.list("open"):
-        server.store.delete("open", stored.id)
     text = column.text
+    for press, again in (("Run", column.run), ("Fork here", lambda: column.press("Fork here"))):
+        for stored in server.store.list("open"):
+            server.store.delete("open", stored.id)
+        column.press(press)
+        alert = column.root.get_by_role("alert")
+        sync_api.expect(alert).to_contain_text("deleted, or never there. Try again")
+        again()
+        sync_api.expect(alert).to_be_hidden()
+    body = page.watch.bodies("v1/completions")[-1]
+    assert body["prompt"] == text and "state" not in body
+    assert Column(page, "B").text == column.text
+
+
+def test_what_is_cleared_stays_away(server, visit):
+    page = visit(server)
+    column = Column(page, "A")
+    column.set(Most_tokens=4000)
+    column.prompt.fill("ab")
     column.press("Run")
-    sync_api.expect(column.root.get_by_role("alert")).to_contain_text("Run again to read the text")
-    column.run(Most_tokens=5)
-    assert page.watch.bodies("v1/completions")[-1]["prompt"] == text and "state" not in state
+    sync_api.expect(column.root.locator(".text")).to_have_text(re.compile(".{10}"))
+    column.press("Clear")
+    column.wait("stopped")
+    wait(lambda: server.engine.num_running == 0)
+    assert column.text == "" and column.root.get_by_role("slider").count() == 0
+    column.run("cd", Most_tokens=5)
+    assert page.watch.bodies("v1/completions")[-1]["prompt"] == "cd"
+
+
+def test_no_cut_goes_through_a_character(server, visit):
+    page = visit(server)
+    a = Column(page, "A").run("🙂🙂", Temperature=0, Most_tokens=5)
+    a.cut(3)  # in UTF-16, as a browser counts, inside the second one
+    a.press("Fork here")
+    b = Column(page, "B")
+    assert b.text == "🙂🙂"
+    b.run(Temperature=0, Most_tokens=5)
+    assert b.text == a.text
 
 
 def test_a_stream_that_breaks_off_is_told(server, visit, monkeypatch):

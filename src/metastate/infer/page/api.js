@@ -48,6 +48,7 @@ export async function* stream(body, signal) {
   try {
     for (;;) {
       const { value, done } = await reader.read();
+      signal.throwIfAborted(); // what was on its way when the reader stopped is not wanted
       if (done) break;
       const lines = (rest + value).split("\n");
       rest = lines.pop();

@@ -46,7 +46,12 @@ class Column {
 
   get whole() { return this.parts.map((part) => part.text).join(""); }
   get length() { return this.parts.reduce((n, part) => n + part.text.length, 0); }
-  get cut() { return this.range.valueAsNumber; }
+
+  /** Where the slider stands, never inside a character of two code units. */
+  get cut() {
+    const at = this.range.valueAsNumber;
+    return /^[\uDC00-\uDFFF]/.test(this.whole.slice(at, at + 1)) ? at + 1 : at;
+  }
 
   settings() {
     return Object.fromEntries([...this.form.querySelectorAll(".settings input")].map((x) => [x.name, x.value]));
@@ -137,8 +142,8 @@ class Column {
       const seconds = ((performance.now() - started) / 1000).toFixed(1);
       this.say(`${reason === "stop" ? "the text ended: " : ""}${count(usage.completion_tokens)} tokens, ${seconds} s`);
     } catch (cause) {
-      if (cause.name === "AbortError") this.say("stopped");
-      else this.failed(cause);
+      this.say(cause.name === "AbortError" ? "stopped" : "failed");
+      if (cause.name !== "AbortError") this.failed(cause, mark);
     }
     this.controller = null;
     this.busy(false);
@@ -146,13 +151,12 @@ class Column {
     listStates();
   }
 
-  failed(cause) {
-    this.say("failed");
-    this.problem(cause.message);
-    if (cause.code === "state_not_found" && this.marks.length > (this.from ? 1 : 0)) {
-      this.marks.pop(); // the state is gone, its text is not: the next run reads it again
-      this.problem(`${cause.message} Run again to read the text anew.`);
-    }
+  /** Tell of an error; a stored state that is gone is forgotten where its text can be read again. */
+  failed(cause, mark) {
+    const replaceable = cause.code === "state_not_found" && mark && (mark.at > 0 || !this.from);
+    if (replaceable) this.marks.splice(this.marks.indexOf(mark), 1);
+    this.problem(cause.message + (replaceable ? ". Try again: the text is then read anew" : ""));
+    this.sayFork();
   }
 
   busy(is) {
@@ -198,7 +202,7 @@ class Column {
       new Column({ parts, marks, from: this.from, settings }).find(".prompt").focus();
       listStates();
     } catch (cause) {
-      this.problem(cause.message);
+      this.failed(cause, mark);
     }
   }
 

@@ -48,7 +48,7 @@ function sizes(state) {
     bar("This state", state.state_bytes, "own"),
     bar("A Transformer's cache", state.cache_bytes, "cache"),
     make("p", { className: "note" },
-      `After ${count(state.tokens_seen)} tokens, by now. The cache is that of keys and values at the same width, depth and number format.${even}`));
+      `By now, after ${count(state.tokens_seen)} tokens. The cache is that of keys and values at the same width, depth and number format.${even}`));
 }
 
 function select(label, options, onChange) {
