@@ -46,19 +46,28 @@ def run_serve(args: argparse.Namespace) -> None:
         max_slots=args.max_slots,
         max_waiting=args.max_waiting,
     )
+    warm_up(engine)
     with tempfile.TemporaryDirectory(prefix="metastate-") as own, listen(args) as listener:
         folder = args.state_dir or own
         store = StateStore(folder, model, max_states=max_states, max_bytes=max_bytes)
         server = make_server(create_app(engine, store, config, template), engine, config)
-        # Uvicorn raises the signal again once it has stopped; that is the end, and no failure.
+        # Uvicorn, which handles them, raises them again once it has stopped: that is no failure.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, signal.SIG_IGN)
         if not keys and not local:
             log(f"warning: everybody who reaches {args.host} may use this: see --api-key-file")
         host = f"[{args.host}]" if ":" in args.host else args.host
         log(f"serving {config.model_name} at http://{host}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
     log("stopped")
+
+
+def warm_up(engine: Engine) -> None:
+    """Let kernels compile now, not while the first client waits."""
+    job = engine.submit([engine.tokenizer.eod_id] * 64, max_tokens=2)
+    while job.finish_reason is None:
+        engine.step()
+    engine.totals.clear()
 
 
 def read_keys(path: str) -> tuple[str, ...]:
