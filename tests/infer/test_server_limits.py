@@ -102,9 +102,11 @@ def test_prompts_are_limited(tmp_path):
 
 
 def test_a_body_must_arrive_in_time(tmp_path):
+    half = b'{"prompt"'
     with served(tmp_path, body_timeout_s=0.3) as server:
-        with raw(server, request(b'{"prompt"', length=100)) as connection:
+        with raw(server, request(half, length=100)) as connection:
             assert b" 408 " in connection.recv(100)
+        error_of(server.client.post("/v1/completions", content=half), 400)
 
 
 def test_a_generation_must_end_in_time(tmp_path, pace):

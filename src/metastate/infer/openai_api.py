@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +54,8 @@ class Task:
 class Feed:
     """The texts of a task as they come, carried from the engine's thread to this event loop.
 
-    A reader who is more than `max_behind` pieces behind loses the jobs: nobody holds a slot by
-    reading slowly.
+    Pieces that came while the loop was busy are handed on as one. A reader who is more than
+    `max_behind` pieces behind loses the jobs: nobody holds a slot by reading slowly.
     """
 
     def __init__(self, engine: Engine, task: Task, config: ServerConfig) -> None:
@@ -62,8 +63,8 @@ class Feed:
         self.task, self.jobs = task, list[Job]()
         self.slow = False
         self._loop, self._limit = asyncio.get_running_loop(), config.max_behind
-        self._queue: asyncio.Queue[tuple[int, str | None, int]] = asyncio.Queue()
-        self._put_count = self._got_count = 0
+        self._events: deque[tuple[int, str | None, int]] = deque()
+        self._ready = asyncio.Event()
         try:
             for prompt in task.prompts:
                 for _ in range(task.request.n or 1):
@@ -79,35 +80,48 @@ class Feed:
                     )
                     self.jobs.append(job)
                     job.on_event(partial(self._put, index, job))
-        except MetaStateError:
+        except Exception:
             self.cancel()
             raise
 
     def _put(self, index: int, job: Job, piece: str | None) -> None:
         """Take an event, in the engine's thread."""
-        self._put_count += 1
-        if self._put_count - self._got_count > self._limit * len(self.jobs or [job]):
+        if piece is not None and not self.task.request.stream:
+            return  # the whole text is taken at its end
+        self._events.append((index, piece, len(job.tokens)))
+        if len(self._events) > self._limit * len(self.jobs):
             self.slow = True
             job.cancel()
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece, len(job.tokens)))
+            self._loop.call_soon_threadsafe(self._ready.set)
         except RuntimeError:  # the loop was closed: nobody listens any more
             job.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, str | None, int]]:
         """Yield the text's index, a piece of it or None at its end, and its tokens so far.
 
+        Where no stream was asked for there is only the end.
+
         Raises:
             ApiError: a text ended for another reason than its own end.
         """
         left = len(self.jobs)
         while left:
-            index, piece, num_tokens = await self._queue.get()
-            self._got_count += 1
-            if piece is None:
+            await self._ready.wait()
+            self._ready.clear()
+            texts: dict[int, tuple[str, int]] = {}
+            while self._events:
+                index, piece, num_tokens = self._events.popleft()
+                if piece is not None:
+                    texts[index] = (texts.get(index, ("", 0))[0] + piece, num_tokens)
+                    continue
+                if index in texts:
+                    yield index, *texts.pop(index)
                 left -= 1
                 self._check(self.jobs[index])
-            yield index, piece, num_tokens
+                yield index, None, num_tokens
+            for index, (text, num_tokens) in texts.items():
+                yield index, text, num_tokens
 
     def cancel(self) -> None:
         """End what has not ended."""
@@ -271,10 +285,10 @@ class OpenAI:
 
     async def _whole(self, feed: Feed, owner: str) -> dict[str, Any]:
         task, choices = feed.task, []
-        texts = [""] * len(feed.jobs)
-        async for index, piece, _ in feed:
-            texts[index] += piece or ""
-        for index, (job, text) in enumerate(zip(feed.jobs, texts, strict=True)):
+        async for _ in feed:
+            pass
+        for index, job in enumerate(feed.jobs):
+            text = job.result()
             logprobs = self._logprobs(task, job, 0, len(job.tokens))
             choice: dict[str, Any] = {"index": index, "logprobs": logprobs}
             if task.chat:
