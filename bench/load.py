@@ -5,8 +5,8 @@
 Starts `metastate serve CKPT` in a process of its own. First one client asks for every prompt alone;
 then all clients ask for the same prompts at once, streamed and whole in turn. No figures unless
 every greedy answer of the crowd equals the one it had alone and nothing failed but by 429, which
-clients answer by waiting and asking again. Only the ratio of the two throughputs says something of
-the server; both are of this machine.
+clients answer by waiting and asking again. The clients' own work shares the machine, so a token's
+processor time in the server says more of it than the throughput does.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Answer:
 
 
 @contextlib.contextmanager
-def serving(checkpoint: str, slots: int) -> Iterator[str]:
-    """Yield the url of a server process of `checkpoint`; it must leave with exit code 0."""
+def serving(checkpoint: str, slots: int) -> Iterator[tuple[str, int]]:
+    """Yield the url and the process of a server of `checkpoint`; it must leave with code 0."""
     command = [sys.executable, "-m", "metastate", "serve", checkpoint, "--port", "0"]
     command += ["--max-slots", str(slots), "--max-concurrent", "1000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -52,12 +52,19 @@ def serving(checkpoint: str, slots: int) -> Iterator[str]:
         found = re.search(r"http://\S+", said)
         if not found:
             raise SystemExit(said + process.stderr.read())
-        yield found[0]
+        yield found[0], process.pid
         process.send_signal(signal.SIGTERM)
         if process.wait(30):
             raise SystemExit(f"the server left with {process.returncode}")
     finally:
         process.kill()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has taken."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def prompt(index: int) -> str:
@@ -116,18 +123,21 @@ async def run(url: str, clients: int, args: argparse.Namespace) -> tuple[list, f
         return answers, time.perf_counter() - started, refused[429]
 
 
-def figures(clients: int, answers: list[Answer], seconds: float, refused: int) -> dict:
+def figures(
+    clients: int, answers: list[Answer], seconds: float, refused: int, cpu_s: float
+) -> dict:
     """Return one row of the table."""
 
     def percentile(values: list[float], q: float) -> float:
         return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
-    totals = [a.total_s for a in answers]
+    totals, tokens = [a.total_s for a in answers], sum(a.tokens for a in answers)
     firsts = [a.first_s for a in answers[::2]]  # streamed ones
     return {
         "clients": clients,
         "requests": len(answers),
-        "tokens_per_s": sum(a.tokens for a in answers) / seconds,
+        "tokens_per_s": tokens / seconds,
+        "cpu_us_per_token": 1e6 * cpu_s / tokens,
         "requests_per_s": len(answers) / seconds,
         "latency_p50_s": percentile(totals, 0.5),
         "latency_p90_s": percentile(totals, 0.9),
@@ -152,11 +162,13 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", "src")
     rows, texts = [], []
-    with serving(args.checkpoint, args.slots) as url:
+    with serving(args.checkpoint, args.slots) as (url, pid):
         for clients in (1, args.clients):
+            before = cpu_seconds(pid)
             answers, seconds, refused = asyncio.run(run(url, clients, args))
             texts.append([a.text for a in answers])
-            rows.append(figures(clients, answers, seconds, refused))
+            cpu_s = cpu_seconds(pid) - before
+            rows.append(figures(clients, answers, seconds, refused, cpu_s))
     wrong = [i for i, pair in enumerate(zip(*texts, strict=True)) if len(set(pair)) > 1]
     if wrong:
         raise SystemExit(
@@ -166,13 +178,16 @@ def main() -> None:
     names = [n for n in rows[0] if n != "requests"]
     print("  ".join(f"{n:>16}" for n in names))
     for row in rows:
-        cells = (format(row[n], ".3f" if n.endswith("_s") else ",d") for n in names)
+        cells = (format(row[n], ",d" if isinstance(row[n], int) else ".3f") for n in names)
         print("  ".join(f"{cell:>16}" for cell in cells))
     ratio = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
+    cpu_ratio = rows[0]["cpu_us_per_token"] / rows[1]["cpu_us_per_token"]
     print(
-        f"{args.clients} clients get {ratio:.2f} times the tokens a second of one; no text differs"
+        f"{args.clients} clients get {ratio:.2f} times the tokens a second of one, {cpu_ratio:.2f} "
+        "times those of a second of the server's processor time; no text differs"
     )
-    result = {"bench": "load", **vars(args), "rows": rows, "throughput_ratio": ratio}
+    result = {"bench": "load", **vars(args), "rows": rows}
+    result |= {"throughput_ratio": ratio, "cpu_ratio": cpu_ratio}
     print(json.dumps(result))
 
 
