@@ -38,6 +38,7 @@ CORE = {"torch", "numpy", "safetensors"}
 # the files named here. Some stand at the top of their files, which are imported when they are
 # needed: numba's kernels, lm_eval's model type, a subclass, and the server.
 SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.openai_")
+KERNELS = ("fused_kernels", "decode_kernels", "dot_kernels")
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
@@ -50,11 +51,12 @@ EXTRAS = {
     "zstandard": ("metastate.data",),
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
-    "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
+    "numba": tuple(f"metastate.ops.{name}" for name in ("cpu", *KERNELS)),
+    "llvmlite": ("metastate.ops.decode_kernels", "metastate.ops.dot_kernels"),  # numba's compiler
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn"), SERVER),
     "jinja2": SERVER,
 }
-AT_TOP = {"numba", "lm_eval", "fastapi", "starlette", "pydantic", "uvicorn"}
+AT_TOP = {"numba", "llvmlite", "lm_eval", "fastapi", "starlette", "pydantic", "uvicorn"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

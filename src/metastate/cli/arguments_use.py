@@ -60,4 +60,4 @@ def add_serve(parser: Parser) -> None:
         parser.add_argument(
             flag, type=float, default=seconds, metavar="X", help=f"{what} (default: {seconds:g})"
         )
-    add_flags(parser, "device")
+    add_flags(parser, "device", "dtype")

@@ -9,12 +9,16 @@ from collections.abc import Iterator
 import torch
 
 from metastate.errors import ConfigError
+from metastate.model.decode import store_bfloat16
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel
 
 
-def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
-    """Load the checkpoint `path` as `--device` and `--dtype` say."""
+def load_model(path: str, args: argparse.Namespace, *, decoding: bool = False) -> LanguageModel:
+    """Load the checkpoint `path` as `--device` and `--dtype` say.
+
+    With `decoding`, `--dtype bfloat16` stores the matrices so: every token reads all of them.
+    """
     model = load(path)
     try:
         model = model.to(torch.device(getattr(args, "device", "cpu")))
@@ -22,6 +26,8 @@ def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
         raise ConfigError(f"device {args.device!r} cannot be used: {error}") from error
     if getattr(args, "dtype", "float32") == "float64":
         model = model.double()
+    if decoding and getattr(args, "dtype", "float32") == "bfloat16":
+        store_bfloat16(model)
     return model.eval()
 
 

@@ -39,7 +39,7 @@ def run_serve(args: argparse.Namespace) -> None:
     max_states = _positive(args, "max_states")
     max_bytes = _positive(args, "max_state_mib") * 2**20
     template = ChatTemplate(*_template(args))
-    model = load_model(args.checkpoint, args)
+    model = load_model(args.checkpoint, args, decoding=True)
     engine = Engine(
         model,
         tokenizer_of(model, args.checkpoint),

@@ -12,6 +12,7 @@ from torch import Tensor
 from metastate.config import ModelConfig
 from metastate.data.tokenizer import StreamDecoder, Tokenizer
 from metastate.errors import ConfigError
+from metastate.infer.generate import inference
 from metastate.layers.common import RecurrentState
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
@@ -151,7 +152,7 @@ def inspect_prompt(
         {name: {"norms": [], "changes": []} for name in matrices} for matrices in _matrices(before)
     ]
     predicted: Tensor | None = None
-    with torch.no_grad():
+    with inference(model):
         for token in ids:
             nats = None if predicted is None else _short(-float(predicted[token]))
             tokens.append({"id": token, "text": decoder.push(token), "nats": nats})
