@@ -36,8 +36,10 @@ ROOT_NAMES = {"__version__"}  # what the package root itself holds; its other na
 
 CORE = {"torch", "numpy", "safetensors"}
 # Everything else belongs to an extra: it is imported inside the function that uses it, and only in
-# the files named here. Three stand at the top of their files, which are imported when they are
-# needed: numba's kernels, and subclasses of lm_eval's and transformers' types.
+# the files named here. Some stand at the top of their files, which are imported when they are
+# needed: numba's kernels, subclasses of lm_eval's and transformers' types, and the server.
+SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.openai_")
+KERNELS = ("fused_kernels", "decode_kernels", "dot_kernels")
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
@@ -51,9 +53,13 @@ EXTRAS = {
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
     "transformers": ("metastate.convert.hf",),
-    "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
+    "numba": tuple(f"metastate.ops.{name}" for name in ("cpu", *KERNELS)),
+    "llvmlite": ("metastate.ops.decode_kernels", "metastate.ops.dot_kernels"),  # numba's compiler
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn"), SERVER),
+    "jinja2": SERVER,
 }
-AT_TOP = {"numba", "lm_eval", "transformers"}
+SERVICE = {"fastapi", "starlette", "pydantic", "uvicorn"}
+AT_TOP = {"numba", "llvmlite", "lm_eval", "transformers"} | SERVICE
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FOREIGN = "metastate.convert.blinkdl"  # RWKV's own files are pickles: read with weights_only=True
 

@@ -100,6 +100,13 @@ COMMANDS = (
         ("data", "out"),
     ),
     Command(
+        "serve",
+        "serve a model over HTTP, as OpenAI's clients call it",
+        use.add_serve,
+        "serving:run_serve",
+        use.SERVE,
+    ),
+    Command(
         "grow",
         "make a model larger, its function unchanged",
         a.add_grow,

@@ -144,7 +144,7 @@ def run_generate(args: argparse.Namespace) -> None:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    model = load_model(args.checkpoint, args)
+    model = load_model(args.checkpoint, args, decoding=True)
     tokenizer = tokenizer_of(model, args.checkpoint)
     state = None
     if args.state_in:
@@ -154,20 +154,19 @@ def run_generate(args: argparse.Namespace) -> None:
     if prompt is None:
         prompt = "" if sys.stdin.isatty() or state else sys.stdin.read()
     pieces = []
-    with arithmetic(args):
-        text = generate(
-            model,
-            tokenizer,
-            prompt,
-            state=state,
-            sampling=sampling,
-            max_tokens=args.max_tokens,
-            stop=args.stop,
-        )
-        for piece in text:
-            pieces.append(piece)
-            if not args.json:
-                print(piece, end="", flush=True)
+    text = generate(
+        model,
+        tokenizer,
+        prompt,
+        state=state,
+        sampling=sampling,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+    )
+    for piece in text:
+        pieces.append(piece)
+        if not args.json:
+            print(piece, end="", flush=True)
     if not args.json:
         print()
     continuation = text.continuation

@@ -41,7 +41,7 @@ HELP = {
     "growth": "YAML file whose list `growth` says at which steps the model grows, and to what",
     "seed": "initial weights, order of the data, sampling",
     "device": "where to compute: cpu, cuda, cuda:1",
-    "dtype": "arithmetic of the matrix products: float32, bfloat16 (autocast) or float64",
+    "dtype": "arithmetic of the matrix products: float32, bfloat16 (mixed) or float64",
     "backend": "kernels of the recurrence: auto, cpu, chunked, reference",
     "compile": "fuse elementwise work with torch.compile; slow to start",
     "activation_checkpointing": "recompute layers in the backward pass: less memory, more time",

@@ -150,6 +150,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BusyError(
-                f"another process is training in {folder}; wait for it, or choose another --out"
+                f"another process works in {folder}; wait for it, or choose another folder"
             ) from None
         yield
