@@ -67,20 +67,24 @@ def resident_bytes() -> int:
 
 
 def make(config: ModelConfig) -> LanguageModel:
-    """Build a model with random weights large enough that everything matters."""
+    """Build a model with random weights, large enough that everything matters."""
     torch.manual_seed(0)
-    model = LanguageModel(config).eval()
-    torch.nn.init.normal_(model.embedding.weight, std=0.1)
-    for p in model.parameters():
-        if p.dim() == 2 and not p.any():  # an output that starts at zero would hide its layer
-            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    with torch.device("meta"):  # the real first values take longer than the measurement
+        model = LanguageModel(config).eval()
+    model.to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        if p.dim() == 1 or name.endswith((".mu", ".r_k")):
+            torch.nn.init.uniform_(p)
+        else:
+            torch.nn.init.normal_(p, std=max(p.shape[1], 100) ** -0.5)
     return model
 
 
 def in_bfloat16(model: LanguageModel) -> LanguageModel:
-    """Return a copy whose matrices are bfloat16."""
-    copy = LanguageModel(model.config).eval()
-    copy.load_state_dict(model.state_dict())
+    """Return a copy whose matrices are bfloat16; the rest is shared."""
+    with torch.device("meta"):
+        copy = LanguageModel(model.config).eval()
+    copy.load_state_dict(model.state_dict(), assign=True)
     store_bfloat16(copy)
     return copy
 
@@ -99,7 +103,10 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
             side()
             if i >= 2:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: quiet(values) for name, values in seconds.items()}
+    figures = {name: quiet(values) for name, values in seconds.items()}
+    if len(sides) > 1:
+        print(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in figures.items()))
+    return figures
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -177,6 +184,12 @@ def transformer_seconds(model: LanguageModel, context: int, rounds: int) -> tupl
     return seconds, decoder.get(0).num_bytes
 
 
+def read_in_bfloat16(model: LanguageModel, tokens: list[int]) -> None:
+    """Read a prompt as generation does."""
+    with inference(model):
+        model.features(torch.tensor([tokens]))
+
+
 def rwkv_package(rounds: int, prompt: int) -> dict | None:
     """Compare with the official package on the same weights; None where it is not installed."""
     if importlib.util.find_spec("rwkv") is None:
@@ -229,6 +242,7 @@ def rwkv_package(rounds: int, prompt: int) -> dict | None:
         {
             "rwkv": lambda: theirs.forward(list(tokens), None),
             "float32": lambda: model.features(torch.tensor([tokens])),
+            "bfloat16": lambda: read_in_bfloat16(half, tokens),
         },
         max(3, rounds // 8),
     )
@@ -240,7 +254,7 @@ def meta_state(args: argparse.Namespace) -> dict:
     model = make(preset(f"metastate-{args.size}"))
     half = in_bfloat16(model)
     errors = check(model, half)
-    state_bytes = {n: model.init_state(1).num_bytes for n in (1,)}[1]
+    state_bytes = model.init_state(1).num_bytes
     print(
         f"\n{'matrices':<10}{'batch':>6}{'ms/step':>10}{'tokens/s':>10}{'gain':>7}{'RSS grew':>10}"
     )
@@ -252,11 +266,11 @@ def meta_state(args: argparse.Namespace) -> dict:
                 f"{name:<10}{row['batch']:>6}{row['ms']:>10.1f}{row['tokens_per_s']:>10.1f}"
                 f"{row['gain']:>7.2f}{row['resident_growth_mib']:>6.1f} MiB"
             )
-    best = {name: {r["batch"]: r for r in rows if r["matrices"] == name} for name in ("float32",)}
+    single = rows[0]["ms"] / rows[0]["batch"]
     contexts, other = [], make(preset(f"transformer-{args.size}"))
     for context in args.contexts:
         seconds, cache = transformer_seconds(other, context, args.rounds)
-        ratio = seconds / (best["float32"][args.batches[0]]["ms"] / 1e3) * args.batches[0]
+        ratio = 1e3 * seconds / single
         contexts.append(
             {"context": context, "ms": 1e3 * seconds, "cache_bytes": cache, "ratio": ratio}
         )
@@ -292,7 +306,10 @@ def main() -> None:
             seconds["rwkv"] / seconds["bfloat16"]
         )
         prefill = rwkv["prefill_s"]
-        ratios["reading a prompt against it (wanted 5)"] = prefill["rwkv"] / prefill["float32"]
+        for name in ("float32", "bfloat16"):
+            ratios[f"reading {args.prompt} tokens against it, {name} (wanted 5)"] = (
+                prefill["rwkv"] / prefill[name]
+            )
     if not args.only_rwkv:
         result["metastate"] = meta_state(args)
         for row in result["metastate"]["rows"]:

@@ -13,16 +13,28 @@ from __future__ import annotations
 from typing import Any
 
 import numba as nb
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from metastate.ops.cpu_kernels import _pointer
+from metastate.ops.fused_kernels import _as_float
 
 LANES = 16
 ROWS, OUTPUTS = 4, 4  # a block: 16 sums stay in registers
 FLOAT, INT = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 BYTES = {"float32": 4, "bfloat16": 2}
+# Kernels that only others call need no way in from Python, which takes long to compile.
+INNER: Any = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+_inner: Any = nb.njit(**INNER)
 
 
 def _load(builder: Any, address: Any, kind: str, lanes: int) -> Any:
@@ -134,44 +146,78 @@ def _block(rows: int, outputs: int, kind: str) -> Any:
     return intrinsic(typed)
 
 
-_many_float32, _one_float32, _single_float32 = (
-    _block(*shape, "float32") for shape in ((ROWS, OUTPUTS), (1, OUTPUTS), (1, 1))
+_block_float32, _column_float32, _row_float32, _single_float32 = (
+    _block(*shape, "float32") for shape in ((ROWS, OUTPUTS), (ROWS, 1), (1, OUTPUTS), (1, 1))
 )
-_many_bfloat16, _one_bfloat16, _single_bfloat16 = (
-    _block(*shape, "bfloat16") for shape in ((ROWS, OUTPUTS), (1, OUTPUTS), (1, 1))
-)
+_column_bfloat16, _single_bfloat16 = (_block(*shape, "bfloat16") for shape in ((ROWS, 1), (1, 1)))
 
 
-@nb.njit(nogil=True, error_model="numpy")
+@_inner
+def _widen(source, n, to):  # type: ignore[no-untyped-def]
+    """Write the n bfloat16 values at `source` as float32 to `to`."""
+    values = _pointer(source, np.uint16(0))
+    for i in range(n):
+        to[i] = _as_float(np.int32(values[i]) << np.int32(16))
+
+
+@_inner
+def _stream(x, w, size, K, y, y_step, rows, add):  # type: ignore[no-untyped-def]
+    """One output of up to ROWS rows."""
+    if rows == ROWS:
+        if size == 4:
+            _column_float32(x, K * 4, w, 0, K, y, y_step, add)
+        else:
+            _column_bfloat16(x, K * 4, w, 0, K, y, y_step, add)
+        return
+    for r in range(rows):
+        if size == 4:
+            _single_float32(x + r * K * 4, 0, w, 0, K, y + r * y_step, 0, add)
+        else:
+            _single_bfloat16(x + r * K * 4, 0, w, 0, K, y + r * y_step, 0, add)
+
+
+@_inner
 def multiply(x, w, size, K, first, last, y, y_step, rows, add):  # type: ignore[no-untyped-def]
     """y[r, o] (+)= sum_k x[r, k] w[o, k] for r < rows, first <= o < last; `add` is 1 or 0.
 
     x [rows, K] and y float32, y's rows y_step bytes apart; w [..., K] float32 or bfloat16, `size`
     is 4 or 2 bytes. All by address.
+
+    The weights come from memory in its own order, one output after the other, which is faster than
+    several at a time (measured on one core: 19 against 15 GB/s, in bfloat16 23 against 11). Further
+    rows then find them in the cache, in bfloat16 widened once.
     """
-    x_step, step = K * 4, K * size
+    x_step = K * 4
+    wide = np.empty(OUTPUTS * K if size == 2 and rows > ROWS else 0, np.float32)
     o = first
-    while o + OUTPUTS <= last:
-        ws, ys = w + o * step, y + o * 4
+    while o < last:
+        n = min(OUTPUTS, last - o)
+        ws, ys = w + o * K * size, y + o * 4
         r = 0
-        while r + ROWS <= rows:
-            if size == 4:
-                _many_float32(x + r * x_step, x_step, ws, step, K, ys + r * y_step, y_step, add)
-            else:
-                _many_bfloat16(x + r * x_step, x_step, ws, step, K, ys + r * y_step, y_step, add)
+        if wide.size:
+            _widen(ws, n * K, wide)
+            ws = wide.ctypes.data
+        else:
+            r = min(rows, ROWS)
+            for i in range(n):
+                _stream(x, ws + i * K * size, size, K, ys + i * 4, y_step, r, add)
+        while n == OUTPUTS and r + ROWS <= rows:
+            _block_float32(x + r * x_step, x_step, ws, x_step, K, ys + r * y_step, y_step, add)
             r += ROWS
         while r < rows:
-            if size == 4:
-                _one_float32(x + r * x_step, x_step, ws, step, K, ys + r * y_step, y_step, add)
+            if n == OUTPUTS:
+                _row_float32(x + r * x_step, x_step, ws, x_step, K, ys + r * y_step, y_step, add)
             else:
-                _one_bfloat16(x + r * x_step, x_step, ws, step, K, ys + r * y_step, y_step, add)
+                for i in range(n):
+                    _stream(
+                        x + r * x_step,
+                        ws + i * K * 4,
+                        4,
+                        K,
+                        ys + r * y_step + i * 4,
+                        y_step,
+                        1,
+                        add,
+                    )
             r += 1
         o += OUTPUTS
-    while o < last:
-        ws, ys = w + o * step, y + o * 4
-        for r in range(rows):
-            if size == 4:
-                _single_float32(x + r * x_step, x_step, ws, step, K, ys + r * y_step, y_step, add)
-            else:
-                _single_bfloat16(x + r * x_step, x_step, ws, step, K, ys + r * y_step, y_step, add)
-        o += 1
