@@ -3,6 +3,7 @@
 import functools
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_refusals_come_at_once(model, engine):
     with pytest.raises(ShapeError, match="256"):
         engine.submit([3, 256])
     with pytest.raises(ConfigError, match="prompt"):
-        engine.submit("", state=model.init_state(1))
+        engine.submit("", state=replace(model.init_state(1), tokens_seen=1))
     with pytest.raises(StateError):
         engine.submit("a", state=make("transformer").init_state(1))
     with pytest.raises(StateError, match="2 rows"):

@@ -146,10 +146,12 @@ class StateFile:
         return file
 
     def check_tensors(self, path: str | os.PathLike[str]) -> None:
-        """Raise StateError unless names and dtypes are such as a state can have."""
+        """Raise StateError unless names, axes and dtypes are such as a state can have."""
         for name, x in self.tensors.items():
             if not NAME.fullmatch(name):
                 raise StateError(f"{path} holds {name[:80]!r}, which no state has")
+            if not x.dim():
+                raise StateError(f"{path}: {name} is a single number; no state holds one")
             if x.is_floating_point() and x.dtype not in DTYPES:
                 raise StateError(f"{path}: {name} is {x.dtype}; float16 to float64 needed")
 
