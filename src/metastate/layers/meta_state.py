@@ -25,6 +25,7 @@ from metastate.layers.common import (
     Growth,
     LowRank,
     Packing,
+    handed_on,
     last_of_rows,
     linear,
     low_rank_size,
@@ -214,17 +215,23 @@ class MetaState(nn.Module):
                 written = segment_norm(e, options.encoding_norm, self.segments)
             if options.query == "encoding":
                 q = written
-            initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
-            y, final = ops.meta_state(
-                x,
-                written,
-                q,
-                trajectory,
-                initial,
-                update=options.update,
-                first_size=self.segments[0],
-                backend=backend,
-            )
+
+            def run(e: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+                return ops.meta_state(
+                    x,
+                    e,
+                    q,
+                    trajectory,
+                    before,
+                    update=options.update,
+                    first_size=self.segments[0],
+                    backend=backend,
+                )
+
+            fresh = M.new_zeros(M.shape[1:])
+            M = handed_on(lambda e, before: run(e, before)[1], written, M, fresh, packing)
+            initial, _ = run_packed(M, fresh, packing)
+            y, final = run(written, initial)
             M = last_of_rows(final, packing)
             sources.append(y)
         if options.readout != "meta":

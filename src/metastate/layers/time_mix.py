@@ -21,6 +21,7 @@ from metastate.layers.common import (
     Growth,
     LowRank,
     Packing,
+    handed_on,
     last_of_rows,
     linear,
     low_rank_size,
@@ -161,7 +162,16 @@ class TimeMix(nn.Module):
         )
         v_first = v if v_first is None else v_first
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
-        initial, cu_seqlens = run_packed(S, self.initial_state(), packing)
+        fresh = self.initial_state()
+
+        def write(v: Tensor, before: Tensor) -> Tensor:
+            cu_seqlens = None if packing is None else packing.cu_seqlens
+            return ops.wkv7(
+                r, log_w, k, v, kappa, a, before, cu_seqlens=cu_seqlens, backend=backend
+            )[1]
+
+        S = handed_on(write, v, S, fresh, packing)
+        initial, cu_seqlens = run_packed(S, fresh, packing)
         y, trajectory = ops.wkv7_trajectory(
             r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
         )
