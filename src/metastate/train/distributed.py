@@ -149,7 +149,6 @@ class Team:
         return nn.parallel.DistributedDataParallel(
             objective,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 
