@@ -127,7 +127,7 @@ _MODEL_SIZES = (
 )
 _TRAIN_SIZES = (
     *("steps", "batch_size", "context", "accumulate", "lr", "clip", "eps"),
-    *("log_every", "valid_every", "valid_tokens", "checkpoint_every"),
+    *("log_every", "valid_every", "valid_tokens", "checkpoint_every", "context_parallel"),
 )
 
 
@@ -416,6 +416,9 @@ class TrainConfig:
     clip: float = 1.0
     z_loss: float = 1e-4
     seed: int = 0
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
+    shard_size: int = 0
+    context_parallel: int = 1
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     backend: str = "auto"
@@ -427,6 +430,7 @@ class TrainConfig:
     valid_every: int = 200
     valid_tokens: int = 65536
     checkpoint_every: int = 200
+    async_checkpoint: bool = False
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -441,6 +445,8 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; in [0, 1)")
         _fraction("train.old_lr_scale", self.old_lr_scale)
+        if self.shard_size < 0:
+            raise ConfigError(f"train.shard_size is {self.shard_size}; 0 or more processes")
         steps = [g.step for g in self.growth]
         if steps != sorted(set(steps)):
             raise ConfigError(f"train.growth has steps {steps}; each must be after the one before")

@@ -20,6 +20,8 @@ Train a model on prepared data.
 
 Settings come from their defaults, then --config, then flags, then --set. Ctrl-C finishes the step,
 writes a checkpoint and stops; --resume goes on exactly where that was, and needs only --out.
+
+With many GPUs: torchrun --nproc-per-node 8 -m metastate train --parallel fsdp ...; docs/scaling.md
 """
 
 GROW = """\

@@ -21,6 +21,7 @@ from metastate.layers.common import (
     Growth,
     LowRank,
     Packing,
+    handed_on,
     last_of_rows,
     linear,
     low_rank_size,
@@ -163,6 +164,14 @@ class TimeMix(nn.Module):
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
         start = None if packing is None else packing.start
         fresh = self.initial_state() if start is None else start.S[0]
+
+        def write(v: Tensor, before: Tensor) -> Tensor:
+            cu_seqlens = None if packing is None else packing.cu_seqlens
+            return ops.wkv7(
+                r, log_w, k, v, kappa, a, before, cu_seqlens=cu_seqlens, backend=backend
+            )[1]
+
+        S = handed_on(write, v, S, fresh, packing)
         initial, cu_seqlens = run_packed(S, fresh, packing)
         y, trajectory = ops.wkv7_trajectory(
             r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend

@@ -46,12 +46,17 @@ class RecurrentBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: RecurrentState,
+        state: RecurrentState | None,
         v_first: Tensor | None,
         packing: Packing | None,
         backend: str,
     ) -> tuple[Tensor, RecurrentState, Tensor | None, Tensor | None]:
-        """Return x [B, T, D], the new state, layer 0's v for the layers above, and a KL term."""
+        """Return x [B, T, D], the new state, layer 0's v for the layers above, and a KL term.
+
+        The state before the first token is made here if it is None: only while a sharded block
+        runs are its weights, parameter tokens among them, whole.
+        """
+        state = self.init_state(len(x)) if state is None else state
         y, S, time_shift, v_first, trajectory = self.time_mix(
             self.ln1(x), state.S, state.time_shift, v_first, packing, backend
         )
@@ -96,7 +101,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, state: AttentionState | None, resets: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        """Return x [B, T, D] and the new cache."""
+        """Return x [B, T, D] and the new cache; None before the first token means an empty one."""
+        state = self.init_state(len(x)) if state is None else state
         y, state = self.attention(self.ln1(x), state, resets)
         x = x + y
         return x + self.mlp(self.ln2(x)), state

@@ -33,19 +33,36 @@ def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the disk is full or the system refuses; the previous file is untouched.
     """
-    path = Path(path)
-    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    content = safetensors.torch.save(tensors, {"format": FORMAT})
-    atomic_write(path / "model.safetensors", content, error=CheckpointError)
-    config = {
+    write_tensors(model.state_dict(), Path(path) / "model.safetensors")
+    write_record(record(model), Path(path))
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a model's tensors to `file`; the errors of `save`."""
+    content = safetensors.torch.save(dense(tensors), {"format": FORMAT})
+    atomic_write(file, content, error=CheckpointError)
+
+
+def dense(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors as safetensors takes them: on the CPU, contiguous."""
+    return {k: x.detach().contiguous().cpu() for k, x in tensors.items()}
+
+
+def record(model: LanguageModel) -> dict[str, Any]:
+    """Return what config.json says of a model."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "model": to_dict(model.config),
-        "lineage": model.lineage,
+        "lineage": list(model.lineage),
         "step": model.step,
         "tokenizer": model.tokenizer_info,
     }
-    write_json(path / "config.json", config, error=CheckpointError)
+
+
+def write_record(record: dict[str, Any], folder: Path) -> None:
+    """Write `record` to config.json in `folder`; the errors of `save`."""
+    write_json(folder / "config.json", record, error=CheckpointError)
 
 
 def weights_hash(model: LanguageModel) -> str:

@@ -178,7 +178,8 @@ def _rows(x: Tensor) -> Any:
 
 
 def _vector(x: Tensor) -> Any:
-    return x.detach().float().contiguous().numpy()
+    # A copy: numpy() on a weight itself would keep FSDP from freeing it after the layer.
+    return x.detach().float().contiguous().clone().numpy()
 
 
 def _like(x: Tensor, count: int) -> list[Tensor]:
