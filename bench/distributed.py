@@ -4,7 +4,7 @@
     python bench/distributed.py --predict 8 64 what the same model says of 1.5B on 8 and 64 GPUs
 
 Held bytes are those of the local tensors after a step; sent ones are the sizes of what PyTorch's
-collectives were given, counted where they are dispatched; activations are the storages that autograd
+collectives were given, counted where they are dispatched; activations are the storages autograd
 saved. With --predict nothing runs: the formulas alone, so a prediction.
 """
 

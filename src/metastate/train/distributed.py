@@ -40,11 +40,6 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def is_restart() -> bool:
-    """Return whether torchrun started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 class Team:
     """The processes of a run and this one's place among them; every method is called by all.
 
@@ -57,6 +52,7 @@ class Team:
         group: the processes that share this one's rows, in the order of their tokens; None where
             rows are whole.
         saver: the group that writes the parts of a sharded model; None where a model is whole.
+        restarted: torchrun started the processes again after a failure.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, rank: int, size: int) -> None:
@@ -71,6 +67,10 @@ class Team:
                 self.group = group if row == self.data_rank else self.group
         if config.parallel in ("fsdp", "hsdp"):
             self.saver = dist.new_group(backend="gloo")
+
+        # Of a machine that lost none of its own processes torchrun counts no restart.
+        count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.restarted = any(n for [n] in self.everyone(count))
 
     def everyone(self, *values: float) -> list[list[float]]:
         """Return the `values` of all processes, one list a process, the same everywhere."""
@@ -150,6 +150,9 @@ class Team:
             objective,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            # Else it lays gradients out anew after the first step, so that a resumed run would add
+            # those of more than two processes in another order, and round them differently.
+            find_unused_parameters=True,
         )
 
     @contextmanager
@@ -242,7 +245,13 @@ def join(config: TrainConfig) -> Iterator[Team]:
     _check(config, size)
     if mine:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # torchrun's store outlives a restart, and in it the addresses of processes that died.
+            # Counts of restarts are the same on one machine only; docs/scaling.md for several.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         rank = dist.get_rank() if config.parallel != "none" else 0
         yield Team(config, device, rank, size)

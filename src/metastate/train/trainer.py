@@ -39,7 +39,7 @@ from metastate.train.checkpoint import (
     read_trainer,
     write_checkpoint,
 )
-from metastate.train.distributed import Team, is_restart, join, whole
+from metastate.train.distributed import Team, join, whole
 from metastate.train.log import RunLog, cut_log
 from metastate.train.memory import keep_freed_memory
 from metastate.train.optim import (
@@ -125,21 +125,14 @@ def train(
     """
     if not config.out:
         raise ConfigError("out is missing; name a folder for checkpoints and log")
-    resume = resume or (is_restart() and has_run(config.out))
     if config.seed < 0:
         raise ConfigError(f"seed is {config.seed}; 0 or more is needed")
-    if has_run(config.out) and not resume:
-        raise ConfigError(
-            f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
-        )
-    if resume and not has_run(config.out):
-        raise ConfigError(f"there is no run in {config.out}; leave out --resume, or correct --out")
-    if (Path(config.out) / "config.json").exists():
-        raise ConfigError(f"{config.out} already holds a checkpoint; choose another --out")
     if config.growth and grow is None:
         raise ConfigError("config.growth needs train(..., grow=metastate.growth.grow_in_training)")
     keep_freed_memory()
     with join(config) as team:
+        resume = resume or (team.restarted and has_run(config.out))
+        _check_out(config.out, resume)
         run = _Run(config, evaluate, progress, grow, team)
         run.use(*run.first_model(model, resume))
         with team.alone_in(run.out):
@@ -148,6 +141,18 @@ def train(
             run.start()
             with signals(run.interrupt):
                 return run.loop()
+
+
+def _check_out(out: str, resume: bool) -> None:
+    """Raise ConfigError unless the folder `out` is what `resume` says it is."""
+    if has_run(out) and not resume:
+        raise ConfigError(
+            f"{out} already holds a run; go on with it by --resume, or choose another --out"
+        )
+    if resume and not has_run(out):
+        raise ConfigError(f"there is no run in {out}; leave out --resume, or correct --out")
+    if (Path(out) / "config.json").exists():
+        raise ConfigError(f"{out} already holds a checkpoint; choose another --out")
 
 
 class _Run:
