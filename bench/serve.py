@@ -5,7 +5,7 @@
 Three comparisons, each only after both sides gave the same logits:
 
 - Meta-State: a step of the engine with n requests against a step with one, float32 and bfloat16
-  matrices; state bytes and resident memory after a few and after many tokens.
+  matrices; state bytes and resident memory over the tokens.
 - A Transformer of equal non-embedding parameters, one request at each context. Its cache is filled
   with random keys and values, since reading such a prompt would take hours.
 - RWKV-7 of 12 x 768 with vocabulary 65,536, the same random weights here and in the official
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from metastate.infer.engine import Engine
 from metastate.infer.generate import inference
 from metastate.infer.sampling import SamplingConfig
 from metastate.layers.attention import AttentionState
-from metastate.model.decode import NativeDecoder, make_decoder, store_bfloat16
+from metastate.model.decode import Decoder, NativeDecoder, make_decoder, store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
@@ -73,8 +74,10 @@ def make(config: ModelConfig) -> LanguageModel:
         model = LanguageModel(config).eval()
     model.to_empty(device="cpu")
     for name, p in model.named_parameters():
-        if p.dim() == 1 or name.endswith((".mu", ".r_k")):
-            torch.nn.init.uniform_(p)
+        if p.dim() == 1 and name.endswith(".weight"):
+            torch.nn.init.ones_(p)  # of a norm
+        elif p.dim() == 1 or name.endswith((".mu", ".r_k")):
+            torch.nn.init.uniform_(p, -0.5, 0.5)
         else:
             torch.nn.init.normal_(p, std=max(p.shape[1], 100) ** -0.5)
     return model
@@ -86,6 +89,19 @@ def in_bfloat16(model: LanguageModel) -> LanguageModel:
         copy = LanguageModel(model.config).eval()
     copy.load_state_dict(model.state_dict(), assign=True)
     store_bfloat16(copy)
+    return copy
+
+
+def rounded(half: LanguageModel) -> LanguageModel:
+    """Return a float32 copy of a bfloat16 model, its low-rank factors rounded as decoding does."""
+    with torch.device("meta"):
+        copy = LanguageModel(half.config).eval()
+    state = half.state_dict().items()
+    factors = (".A", ".B")
+    copy.load_state_dict(
+        {k: x.bfloat16().float() if k.endswith(factors) else x.float() for k, x in state},
+        assign=True,
+    )
     return copy
 
 
@@ -104,8 +120,7 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
             if i >= 2:
                 seconds[name].append(time.perf_counter() - started)
     figures = {name: quiet(values) for name, values in seconds.items()}
-    if len(sides) > 1:
-        print(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in figures.items()))
+    print(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in figures.items()))
     return figures
 
 
@@ -115,73 +130,46 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check(model: LanguageModel, half: LanguageModel, length: int = 24) -> dict[str, float]:
-    """Compare decoding with the parallel form, rows with each other, bfloat16 with float32."""
+    """Compare decoding with the parallel form, in both dtypes, and rows with each other."""
     tokens = torch.randint(model.config.vocab_size, (4, length))
-    whole, _ = model(tokens)
-    batch, alone, coarse = make_decoder(model, 4), make_decoder(model, 1), make_decoder(half, 4)
-    if not isinstance(batch, NativeDecoder):
-        sys.exit("the native decoder cannot run here (Numba on a CPU): no figures")
-    errors = {"decode": 0.0, "bfloat16": 0.0}
-    for t in range(length):
-        logits = batch.step(tokens[:, t].tolist())
-        errors["decode"] = max(errors["decode"], relative(logits, whole[:, t]))
-        if not torch.equal(alone.step([int(tokens[2, t])])[0], logits[2]):
-            sys.exit("a row's logits depend on its batch: no figures")
-        with inference(half):
-            rounded = coarse.step(tokens[:, t].tolist())
-        errors["bfloat16"] = max(errors["bfloat16"], relative(rounded, logits))
-    print(
-        f"{model.config.architecture}: decoding against one pass {errors['decode']:.1e}, ", end=""
-    )
-    print(f"bfloat16 against float32 {errors['bfloat16']:.1e}, rows equal bit by bit")
-    if not (errors["decode"] < 1e-4 and errors["bfloat16"] < 0.1):
+    errors = {}
+    for name, own, whole in (("float32", model, model), ("bfloat16", half, rounded(half))):
+        expected, _ = whole(tokens)
+        batch, alone = make_decoder(own, 4), make_decoder(own, 1)
+        if not isinstance(batch, NativeDecoder):
+            sys.exit("the native decoder cannot run here (Numba on a CPU): no figures")
+        errors[name] = 0.0
+        for t in range(length):
+            logits = batch.step(tokens[:, t].tolist())
+            errors[name] = max(errors[name], relative(logits, expected[:, t]))
+            if not torch.equal(alone.step([int(tokens[2, t])])[0], logits[2]):
+                sys.exit("a row's logits depend on its batch: no figures")
+    print(f"{model.config.architecture}: decoding against one pass {errors}, rows equal bit by bit")
+    if not max(errors.values()) < 1e-3:
         sys.exit("the forms disagree: no figures")
     return errors
 
 
-class Unending(ByteTokenizer):
-    """Bytes, but no token ends a document: every request runs as long as the clock does."""
-
-    eod_id = 0
-
-
-def by_batch(model: LanguageModel, batches: list[int], rounds: int) -> list[dict]:
-    """Time engine steps with ever more requests; tokens/s against those of one request."""
-    engine, rows = Engine(model, Unending(), max_slots=max(batches), max_waiting=999), []
+def running(model: LanguageModel, n: int) -> Engine:
+    """Return an engine in which n requests have begun to write and will never end."""
     model.head.weight.data[0] = 0  # never the likeliest: greedy decoding finds no end
-    running = 0
-    for n in batches:
-        while running < n:
-            engine.submit(f"request {running}", sampling=GREEDY, max_tokens=10**9)
-            running += 1
-            while engine.num_waiting or engine._joining:
-                engine.step()
-        first = resident_bytes()
-        seconds = in_turns({"step": engine.step}, rounds)["step"]
-        if engine.num_running != n:
-            sys.exit(f"{n} requests were to run, {engine.num_running} do: no figures")
-        rows.append(
-            {
-                "batch": n,
-                "ms": 1e3 * seconds,
-                "tokens_per_s": n / seconds,
-                "gain": n / seconds / (rows[0]["tokens_per_s"] if rows else n / seconds),
-                "resident_growth_mib": (resident_bytes() - first) / 2**20,
-            }
-        )
-    engine.stop(drain=False)
-    return rows
+    engine = Engine(model, ByteTokenizer(), max_slots=n, max_waiting=n)
+    for i in range(n):
+        engine.submit(f"request {i}", sampling=GREEDY, max_tokens=10**9)
+    while engine.totals["generated_tokens"] == 0 or engine.num_waiting:
+        engine.step()
+    engine.step()
+    return engine
 
 
-def transformer_seconds(model: LanguageModel, context: int, rounds: int) -> tuple[float, int]:
-    """Return the quiet seconds of one token at `context`, and the bytes of the cache."""
+def after_context(model: LanguageModel, context: int) -> Decoder:
+    """Return a Transformer's decoder with a full cache."""
     config = model.config
     shape = (1, config.num_heads, context, config.attention_size // config.num_heads)
     layers = (AttentionState(torch.randn(shape), torch.randn(shape)) for _ in model.blocks)
     decoder = make_decoder(model, 1)
     decoder.put(0, ModelState(tuple(layers), context))
-    seconds = in_turns({"step": lambda: decoder.step([5])}, rounds)["step"]
-    return seconds, decoder.get(0).num_bytes
+    return decoder
 
 
 def read_in_bfloat16(model: LanguageModel, tokens: list[int]) -> None:
@@ -250,35 +238,57 @@ def rwkv_package(rounds: int, prompt: int) -> dict | None:
 
 
 def meta_state(args: argparse.Namespace) -> dict:
-    """Measure Meta-State by batch size, and the Transformer at each context."""
-    model = make(preset(f"metastate-{args.size}"))
+    """Measure Meta-State by batch size and the Transformer at each context, all in turns."""
+    model, other = make(preset(f"metastate-{args.size}")), make(preset(f"transformer-{args.size}"))
     half = in_bfloat16(model)
     errors = check(model, half)
-    state_bytes = model.init_state(1).num_bytes
-    print(
-        f"\n{'matrices':<10}{'batch':>6}{'ms/step':>10}{'tokens/s':>10}{'gain':>7}{'RSS grew':>10}"
-    )
+    engines = {
+        (name, n): running(own, n)
+        for name, own in (("float32", model), ("bfloat16", half))
+        for n in args.batches
+    }
+    decoders = {context: after_context(other, context) for context in args.contexts}
+    sides: dict[str, Callable[[], object]] = {
+        f"{name} x {n}": engine.step for (name, n), engine in engines.items()
+    }
+    for context, decoder in decoders.items():
+        sides[f"Transformer {context}"] = partial(decoder.step, [5])
+    before = resident_bytes()
+    seconds = in_turns(sides, args.rounds)
     rows = []
-    for name, own in (("float32", model), ("bfloat16", half)):
-        for row in by_batch(own, args.batches, args.rounds):
-            rows.append({"matrices": name, **row})
-            print(
-                f"{name:<10}{row['batch']:>6}{row['ms']:>10.1f}{row['tokens_per_s']:>10.1f}"
-                f"{row['gain']:>7.2f}{row['resident_growth_mib']:>6.1f} MiB"
-            )
-    single = rows[0]["ms"] / rows[0]["batch"]
-    contexts, other = [], make(preset(f"transformer-{args.size}"))
-    for context in args.contexts:
-        seconds, cache = transformer_seconds(other, context, args.rounds)
-        ratio = 1e3 * seconds / single
-        contexts.append(
-            {"context": context, "ms": 1e3 * seconds, "cache_bytes": cache, "ratio": ratio}
-        )
+    for (name, n), engine in engines.items():
+        if engine.num_running != n:
+            sys.exit(f"{n} requests were to run, {engine.num_running} do: no figures")
+        taken, alone = seconds[f"{name} x {n}"], seconds[f"{name} x {args.batches[0]}"]
+        gain = n / taken * alone / args.batches[0]
+        rows.append({"matrices": name, "batch": n, "ms": 1e3 * taken, "gain": gain})
+    grown = resident_bytes()
+    state_bytes = [model.init_state(1).num_bytes]
+    single = engines["float32", args.batches[0]]
+    for _ in range(args.more):
+        single.step()
+    state_bytes.append(single._running[0]._draft.state.num_bytes)
+    print(f"\n{'matrices':<10}{'batch':>6}{'ms/step':>10}{'tokens/s':>10}{'gain':>8}")
+    for row in rows:
+        rate = 1e3 * row["batch"] / row["ms"]
         print(
-            f"Transformer, context {context:,}: {1e3 * seconds:.1f} ms a token, "
-            f"cache {cache / 2**20:,.0f} MiB; Meta-State's state {state_bytes / 2**20:.1f} MiB"
+            f"{row['matrices']:<10}{row['batch']:>6}{row['ms']:>10.1f}{rate:>10.1f}{row['gain']:>8.2f}"
         )
-    return {"rows": rows, "transformer": contexts, "state_bytes": state_bytes, "errors": errors}
+    contexts = []
+    for context, decoder in decoders.items():
+        taken, cache = seconds[f"Transformer {context}"], decoder.get(0).num_bytes
+        ratio = taken / seconds[f"float32 x {args.batches[0]}"]
+        contexts.append({"context": context, "ms": 1e3 * taken, "bytes": cache, "ratio": ratio})
+        print(f"Transformer at {context:,}: {1e3 * taken:.1f} ms, cache {cache / 2**20:,.0f} MiB")
+    memory = {
+        "state_bytes": state_bytes,
+        "resident_mib": [before / 2**20, grown / 2**20, resident_bytes() / 2**20],
+    }
+    print(
+        f"state after 0 and {args.more} more tokens {state_bytes}; resident MiB before, after the"
+    )
+    print(f"turns and after those {[round(x, 1) for x in memory['resident_mib']]}")
+    return {"rows": rows, "transformer": contexts, "errors": errors, **memory}
 
 
 @torch.no_grad()
@@ -290,6 +300,7 @@ def main() -> None:
     parser.add_argument("--batches", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--contexts", type=numbers, default=[4096, 32768])
     parser.add_argument("--rounds", type=int, default=20, help="timed steps a figure")
+    parser.add_argument("--more", type=int, default=200, help="tokens between looks at memory")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the rwkv prefill")
     parser.add_argument("--skip-rwkv", action="store_true")
     parser.add_argument("--only-rwkv", action="store_true")
