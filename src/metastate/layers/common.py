@@ -64,7 +64,7 @@ class Packing:
         cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), end])
         last = starts.sum(1).cumsum(0) - 1
         first = torch.cat([last.new_zeros(1), last[:-1] + 1])
-        return cls(resets, cu_seqlens, first, last, group)
+        return cls(resets, cu_seqlens, first, last, group=group)
 
     def initial(self, state: Tensor, fresh: Tensor) -> Tensor:
         """Return one initial state a sequence, [n, ...].

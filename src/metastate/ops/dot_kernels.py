@@ -157,7 +157,7 @@ def _widen(source, n, to):  # type: ignore[no-untyped-def]
     """Write the n bfloat16 values at `source` as float32 to `to`."""
     values = _pointer(source, np.uint16(0))
     for i in range(n):
-        to[i] = _as_float(np.int32(values[i]) << np.int32(16))
+        to[i] = _as_float(np.int32(values[i]) << np.int32(16))  # type: ignore[call-arg]
 
 
 @_inner
