@@ -106,7 +106,7 @@ def _load(typing_context, address):  # type: ignore[no-untyped-def]
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8, typ=ir.IntType(64))
+        return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(types.int64), build
 

@@ -46,7 +46,7 @@ def _load(builder: Any, address: Any, kind: str, lanes: int) -> Any:
     def load(scalar: Any) -> Any:
         kind = shape(scalar)
         pointer = builder.inttoptr(address, kind.as_pointer())
-        return builder.load(pointer, align=scalar_bytes, typ=kind)
+        return builder.load(pointer, align=scalar_bytes)
 
     scalar_bytes = BYTES[kind]
     if kind == "float32":
@@ -136,7 +136,7 @@ def _block(rows: int, outputs: int, kind: str) -> Any:
         for i, value in enumerate(sums):
             place = at(y, y_step, i // outputs, ir.Constant(INT, i % outputs), 4)
             pointer = builder.inttoptr(place, FLOAT.as_pointer())
-            total = builder.fadd(builder.load(pointer, align=4, typ=FLOAT), value)
+            total = builder.fadd(builder.load(pointer, align=4), value)
             builder.store(builder.select(adds, total, value), pointer, align=4)
         return context.get_dummy_value()
 
@@ -157,7 +157,7 @@ def _widen(source, n, to):  # type: ignore[no-untyped-def]
     """Write the n bfloat16 values at `source` as float32 to `to`."""
     values = _pointer(source, np.uint16(0))
     for i in range(n):
-        to[i] = _as_float(np.int32(values[i]) << np.int32(16))  # type: ignore[call-arg]
+        to[i] = _as_float(np.int32(values[i]) << np.int32(16))  # type: ignore[call-arg, arg-type]
 
 
 @_inner
