@@ -1,11 +1,18 @@
 """Shared fixtures."""
 
+import os
 import random
 
 import pytest
 import torch
 
 from metastate.data.prepare import prepare
+
+
+def pytest_configure(config):
+    """Interpret the GPU kernels on the CPU, unless this run is for a GPU (`-m gpu`)."""
+    if config.option.markexpr != "gpu":  # Triton looks once, when it is imported
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

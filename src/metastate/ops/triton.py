@@ -10,8 +10,8 @@ gradient comes back) and compute everything else again. A second memory with the
 Like ops/chunked.py, and unlike the CPU's kernels, this divides by the cumulative decay: RWKV-7's
 bound log w > -exp(-0.5) keeps float32 exact for a chunk, decays far beyond it do not.
 
-Half-precision inputs are multiplied in TF32 (T in float32), float32 ones exactly; sums and states
-are float32, for float64 inputs float64.
+Products of half-precision inputs are taken in TF32, others and those that make T in full precision;
+sums and states are float32, for float64 inputs float64.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ from metastate.ops.reference import Trajectory
 INTERPRETED = not isinstance(kernels.geometry_kernel, triton.runtime.JITFunction)
 
 
-def chunk_size(num_tokens: int, head_size: int) -> int:
-    """Return C: 64, or 32 where the head is too wide for shared memory; less for few tokens."""
-    largest = 64 if head_size <= 64 else 32
-    return min(largest, max(16, triton.next_power_of_2(num_tokens)))
+# Compiled for compute capability 8.0 and 9.0 the backward kernels take at most 80 KiB of shared
+# memory and hardly spill at C = 32; at 64 they take up to 160 KiB and spill kilobytes.
+CHUNK = 32
+
+
+def chunk_size(num_tokens: int) -> int:
+    """Return C: 32, or 16 (the least that a matrix product takes) for a few tokens."""
+    return CHUNK if num_tokens > 16 else 16
 
 
 def tile_sizes(head_size: int) -> tuple[int, int, int]:
@@ -96,11 +100,25 @@ class Launch:
                 N=self.N,
                 C=self.C,
                 DTYPE=tl.float64 if self.dtype == torch.float64 else tl.float32,
-                PRECISION="tf32" if self.half else "ieee",
-                num_warps=4 if constants["BK"] <= 32 else 8,
+                PRECISION="tf32" if self.half else precise(self.dtype),
+                num_warps=num_warps(constants["BK"]),
                 num_stages=1,
                 **constants,
             )
+
+
+def num_warps(columns: int) -> int:
+    """Return the warps of a program whose tiles are `columns` wide."""
+    return 4 if columns <= 32 else 8
+
+
+def precise(dtype: torch.dtype) -> str:
+    """Return how matrices of `dtype` are multiplied without losing digits.
+
+    In float32 a product is three of TF32 on the tensor cores: "ieee" would unroll into so many
+    scalar multiply-adds that a kernel takes minutes to compile and spills most of its registers.
+    """
+    return "ieee" if dtype == torch.float64 else "tf32x3"
 
 
 def num_slots(num_tokens: int, num_sequences: int, chunk: int) -> int:
@@ -128,7 +146,8 @@ def geometry(
     run = Launch.of(log_w, offsets, chunk, state.dtype)
     inverse = state.new_empty(run.num_slots, run.H, chunk, chunk)
     log_w, kappa, a = _contiguous(log_w, kappa, a)
-    run.chunks(kernels.geometry_kernel, log_w, kappa, a, inverse, LEVELS=chunk.bit_length() - 1)
+    options = {"LEVELS": chunk.bit_length() - 1, "SOLVE": precise(state.dtype)}
+    run.chunks(kernels.geometry_kernel, log_w, kappa, a, inverse, **options)
     return inverse
 
 
@@ -443,7 +462,7 @@ def wkv7(
 
     `inverse` is the geometry of an earlier pass with the same log_w, kappa, a and sequences.
     """
-    batch, length, _, size = r.shape
+    batch, length = r.shape[:2]
     needs_gradients = differentiable(r, log_w, k, v, kappa, a, state)
     if length == 1 and cu_seqlens is None and not needs_gradients:
         y, final = wkv7_step(r, log_w, k, v, kappa, a, state)
@@ -453,7 +472,7 @@ def wkv7(
         offsets = torch.arange(0, batch * length + 1, length, device=r.device)
     if inverse is None:
         longest = length if cu_seqlens is None else batch * length
-        chunk = chunk_size(longest, size)
+        chunk = chunk_size(longest)
         transition = (t.detach() for t in (log_w, kappa, a))
         inverse = geometry(*transition, state.detach(), offsets, chunk)
     inputs = (r, log_w, k, v, kappa, a, state, offsets, inverse)

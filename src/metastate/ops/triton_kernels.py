@@ -142,12 +142,13 @@ def geometry_kernel(  # type: ignore[no-untyped-def]
     BK: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
 ):
     """Write T = (I - A)^-1, A = strict_lower(alpha beta^T), of every chunk and head.
 
     Diagonal blocks double in size: the inverse of one of 2s is that of its halves, and T_2 A_21 T_1
     below the diagonal, so T += T A' T with A' the blocks A_21. Like forward substitution, and unlike
-    powers of A, it never makes a number much larger than those of T. In full precision always.
+    powers of A, it never makes a number much larger than those of T. SOLVE is its precision.
     """
     slot, head = tl.program_id(0), tl.program_id(1)
     start, count = chunk_at(offsets_, num_sequences, slot, C)
@@ -166,7 +167,7 @@ def geometry_kernel(  # type: ignore[no-untyped-def]
         for level in tl.static_range(1, LEVELS):
             size = 1 << level
             below = (row // (2 * size) == col // (2 * size)) & (row // size != col // size)
-            T += dot(dot(T, tl.where(below, A, 0.0), "ieee"), T, "ieee")
+            T += dot(dot(T, tl.where(below, A, 0.0), SOLVE), T, SOLVE)
         place = (slot * H + head).to(tl.int64) * C * C + row * C + col
         tl.store(T_ + place, T)
 
