@@ -35,8 +35,8 @@ ROOT_NAMES = {"__version__"}  # what the package root itself holds; its other na
 
 CORE = {"torch", "numpy", "safetensors"}
 # Everything else belongs to an extra: it is imported inside the function that uses it, and only in
-# the files named here. Two stand at the top of their files, which are imported when they are
-# needed: numba's kernels, and lm_eval's model type, a subclass.
+# the files named here. Three stand at the top of their files, which are imported when they are
+# needed: numba's kernels, Triton's, and lm_eval's model type, a subclass.
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
@@ -50,8 +50,9 @@ EXTRAS = {
     "datasets": ("metastate.data",),
     "tensorboard": ("metastate.train",),
     "numba": ("metastate.ops.cpu", "metastate.ops.fused_kernels"),
+    "triton": ("metastate.ops.triton",),
 }
-AT_TOP = {"numba", "lm_eval"}
+AT_TOP = {"numba", "lm_eval", "triton"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -183,7 +184,7 @@ HIDE_EXTRAS = """
 
 def run_without_extras(body):
     """Run `body` in a fresh interpreter that cannot import any extra."""
-    hidden = {*EXTRAS, "pandas", "scipy", "transformers", "triton"}
+    hidden = {*EXTRAS, "pandas", "scipy", "transformers", "fla"}
     code = textwrap.dedent(HIDE_EXTRAS.format(hidden=hidden)) + textwrap.dedent(body)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 

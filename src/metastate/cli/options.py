@@ -42,7 +42,7 @@ HELP = {
     "seed": "initial weights, order of the data, sampling",
     "device": "where to compute: cpu, cuda, cuda:1",
     "dtype": "arithmetic of the matrix products: float32, bfloat16 (autocast) or float64",
-    "backend": "kernels of the recurrence: auto, cpu, chunked, reference",
+    "backend": "kernels of the recurrence: auto, cpu, triton, chunked, reference, fla",
     "compile": "fuse elementwise work with torch.compile; slow to start",
     "activation_checkpointing": "recompute layers in the backward pass: less memory, more time",
     "document_reset": "start every document from an empty state, also inside a sequence",

@@ -62,16 +62,28 @@ def _runs_triton(device: torch.device) -> bool:
 
 def _interprets_triton(device: torch.device) -> bool:
     """Say whether Triton was imported as an interpreter, which takes tensors of the CPU."""
+    if device.type != "cpu":
+        return False
     from metastate.ops import triton
 
-    return device.type == "cpu" and triton.INTERPRETED
+    return triton.INTERPRETED
 
 
 def _module(backend: str, device: torch.device) -> Any:
     name = resolve_backend(backend, device)
-    if name in ("reference", "chunked"):
-        return {"reference": reference, "chunked": chunked}[name]
-    return importlib.import_module(f"metastate.ops.{name}")
+    if name == "cpu":
+        from metastate.ops import cpu
+
+        return cpu
+    if name == "triton":
+        from metastate.ops import triton
+
+        return triton
+    if name == "fla":
+        from metastate.ops import fla
+
+        return fla
+    return {"reference": reference, "chunked": chunked}[name]
 
 
 def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
