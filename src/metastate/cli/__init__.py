@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from metastate import __version__
 from metastate.cli import arguments as a
+from metastate.cli import arguments_use as use
 from metastate.cli.options import Parser
 from metastate.errors import ConfigError, MetaStateError
 
@@ -114,6 +115,13 @@ COMMANDS = (
     ),
     Command(
         "info", "parameters, FLOPs and state bytes of a model", a.add_info, "commands:run_info"
+    ),
+    Command(
+        "doctor",
+        "check every backend of this machine against the reference",
+        use.add_doctor,
+        "doctor:run_doctor",
+        use.DOCTOR,
     ),
 )
 
