@@ -15,6 +15,12 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_runtest_setup(item):
+    """Tests marked `gpu` need one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

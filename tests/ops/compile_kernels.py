@@ -1,6 +1,6 @@
 """Compile every GPU kernel for a compute capability, without a device; say what it takes.
 
-    python tests/ops/compile_kernels.py 90 64      capability 9.0, head size 64
+python tests/ops/compile_kernels.py 90 64      capability 9.0, head size 64
 """
 
 import sys

@@ -5,11 +5,11 @@ import types
 
 import pytest
 import torch
+from test_parity import NAMES, check, layer, make
 
 from metastate import ops
 from metastate.errors import ConfigError
 from metastate.ops import fla
-from test_parity import NAMES, check, layer, make
 from tolerance import TOLERANCE, relative_error
 
 

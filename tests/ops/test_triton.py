@@ -1,19 +1,27 @@
-"""The GPU kernels against the float64 reference: interpreted on a CPU, compiled on a GPU (`gpu`)."""
+"""The GPU kernels against the float64 reference, interpreted on a CPU or on a GPU (`gpu`)."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_parity import NAMES, check, make
 
 from metastate import ops
+from metastate.config import MetaStateConfig
 from metastate.errors import ConfigError
-from metastate.ops import triton
-from test_parity import NAMES, check, make
+from metastate.model.lm import LanguageModel
+from metastate.model.loss import lm_loss
+from metastate.model.presets import preset
 from tolerance import TOLERANCE, relative_error
+
+pytest.importorskip("triton", reason="Triton has no wheel for this system")
+triton = importlib.import_module("metastate.ops.triton")
 
 interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="the kernels are compiled here")
 F64 = torch.float64
@@ -42,6 +50,26 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(plain_new))
 
 
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Round the factors of every product as a GPU does: TF32 has 10 bits, here cut off."""
+    from triton._C.libtriton.ir import INPUT_PRECISION
+    from triton.runtime import interpreter
+
+    def coarse(x):
+        return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    def product(self, x, y, total, precision, _):
+        assert precision in (INPUT_PRECISION.TF32, INPUT_PRECISION.TF32x3)
+        a, b = coarse(x.data), coarse(y.data)
+        out = a @ b
+        if precision == INPUT_PRECISION.TF32x3:
+            out = out + (a @ coarse(y.data - b) + coarse(x.data - a) @ b)
+        return interpreter.TensorHandle(out + total.data, total.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)
+
+
 @interpreted
 @pytest.mark.parametrize("length", [1, 15, 49])
 def test_lengths(length, poisoned, short_chunks):
@@ -68,7 +96,7 @@ def test_packed_documents(poisoned, short_chunks):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_coarse_dtypes(dtype):
+def test_coarse_dtypes(dtype, tensor_cores):
     check("triton", 1, 64, 1, 64, dtype=dtype)
 
 
@@ -145,7 +173,7 @@ def test_strided_inputs_stay_as_they_are():
 
 
 @interpreted
-def test_a_removal_that_powers_of_A_would_lose():
+def test_a_removal_that_powers_of_A_would_lose(tensor_cores):
     """All removal keys equal, rate 1, hardly a decay: A^16 is of the order 10^8, T of 1."""
     inputs = make(1, 32, 1, 16, torch.float32)
     inputs["kappa"] = F.normalize(torch.ones_like(inputs["kappa"]), dim=-1)
@@ -168,9 +196,7 @@ def test_custom_ops_keep_their_promises():
     torch.library.opcheck(triton.geometry, (*transition, offsets, 16))
     inverse = triton.geometry(*transition, offsets, 16)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        triton.wkv7_forward, (*args, state, offsets, inverse), test_utils=tests
-    )
+    torch.library.opcheck(triton.wkv7_forward, (*args, state, offsets, inverse), test_utils=tests)
 
 
 @interpreted
@@ -188,6 +214,28 @@ def test_compiles_into_one_graph():
     torch.compile(layer, backend="aot_eager", fullgraph=True)(*compiled).backward()
     for a, b in zip(plain, compiled, strict=True):
         assert relative_error(b.grad, a.grad) < TOLERANCE[F64]
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"readout": "both", "query": "receptance"}])
+def test_a_model_with_documents(options, short_chunks):
+    """The default layer reads S a second time; with a meta state there is a second memory."""
+    config = preset(
+        "metastate-tiny",
+        **{"vocab_size": 31, "hidden_size": 32, "num_heads": 2, "num_layers": 1},
+        meta_state=MetaStateConfig(**options),
+    )
+    model = LanguageModel(config).double()
+    for p in model.parameters():
+        if not p.any():  # an output that starts at zero would hide its layer
+            torch.nn.init.normal_(p, std=0.1)
+    tokens, resets = torch.randint(31, (2, 19)), torch.rand(2, 19) < 0.1
+    found = {}
+    for model.backend in ("reference", "triton"):
+        loss = lm_loss(model, tokens, tokens.roll(-1, 1), resets=resets).loss
+        found[model.backend] = torch.autograd.grad(loss, tuple(model.parameters()))
+    for a, b in zip(found["reference"], found["triton"], strict=True):
+        assert relative_error(b, a) < 1e-9
 
 
 def test_where_it_runs(monkeypatch):

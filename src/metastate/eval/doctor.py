@@ -83,19 +83,17 @@ GPU_CASES = (
 
 def through_wkv7(x: dict[str, Tensor], case: Case, backend: str) -> dict[str, Tensor]:
     """Return y and the final state of ops.wkv7."""
-    cu_seqlens = case.cu_seqlens(x["r"].device)
-    args = [x[n] for n in NAMES]
-    y, state = ops.wkv7(*args, x["state"], cu_seqlens=cu_seqlens, backend=backend)
+    options: Any = {"cu_seqlens": case.cu_seqlens(x["r"].device), "backend": backend}
+    args: Any = [x[n] for n in (*NAMES, "state")]
+    y, state = ops.wkv7(*args, **options)
     return {"y": y, "state": state}
 
 
 def through_layer(x: dict[str, Tensor], case: Case, backend: str) -> dict[str, Tensor]:
     """Return what two readers and the meta state make of one trajectory."""
-    cu_seqlens = case.cu_seqlens(x["r"].device)
-    args = [x[n] for n in NAMES]
-    y, trajectory = ops.wkv7_trajectory(
-        *args, x["state"], cu_seqlens=cu_seqlens, backend=backend
-    )
+    options: Any = {"cu_seqlens": case.cu_seqlens(x["r"].device), "backend": backend}
+    args: Any = [x[n] for n in (*NAMES, "state")]
+    y, trajectory = ops.wkv7_trajectory(*args, **options)
     e = trajectory.read(x["x"], by=case.by)
     z, meta = ops.meta_state(
         x["x"],
@@ -334,11 +332,11 @@ def verdict(report: dict[str, Any]) -> str:
             worst = max(b["failures"], key=lambda row: row["error"])
             found.append(f"{place} WRONG: {describe_failure(worst)}{more}")
     installed = [f"{name} {v}" for name, v in report["versions"].items() if v]
-    place = [f"Python {report['python']}", report["platform"], f"{report['threads']} threads"]
+    system = [f"Python {report['python']}", report["platform"], f"{report['threads']} threads"]
     gpus = [f"{g['name']} ({g['capability']}, CUDA {report['cuda']})" for g in report["gpus"]]
     wrong = not all(b["right"] for b in report["backends"] if b["runs"])
     head = "OK" if not wrong else "WRONG" if not report["ok"] else "OK, but a backend is wrong"
-    return f"metastate doctor: {head} | {'; '.join(found)} | {', '.join(installed + place + gpus)}"
+    return f"metastate doctor: {head} | {'; '.join(found)} | {', '.join(installed + system + gpus)}"
 
 
 def doctor_table(report: dict[str, Any]) -> str:

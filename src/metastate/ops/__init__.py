@@ -42,9 +42,9 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         raise ConfigError("backend 'triton' needs Triton: pip install 'metastate[cuda]'")
     if backend == "triton" and not (_runs_triton(device) or _interprets_triton(device)):
         raise ConfigError(
-            f"backend 'triton' cannot run on {device}: it needs an NVIDIA GPU of compute capability "
-            "8.0 or later (on a CPU its kernels can only be interpreted, for tests: "
-            "TRITON_INTERPRET=1 in the environment); use 'auto'"
+            f"backend 'triton' cannot run on {device}: it needs an NVIDIA GPU of capability 8.0 or "
+            "later (on a CPU its kernels can only be interpreted, for tests: TRITON_INTERPRET=1 in "
+            "the environment); use 'auto'"
         )
     if backend == "fla":
         from metastate.ops import fla

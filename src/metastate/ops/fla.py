@@ -23,8 +23,7 @@ from metastate.ops.reference import Trajectory
 MODULE = "fla.ops.rwkv7"
 # Every argument that is passed. fla takes **kwargs, so a name that it no longer knows would vanish
 # in there; each must therefore stand in its signature.
-ARGUMENTS = ("r", "w", "k", "v", "a", "b", "scale", "initial_state", "output_final_state")
-ARGUMENTS += ("cu_seqlens",)
+ARGUMENTS = (*"rwkvab", "scale", "initial_state", "output_final_state", "cu_seqlens")
 
 
 def require(device: torch.device) -> None:

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metastate.errors import ConfigError
-from metastate.ops import triton_backward as backward_kernels
+from metastate.ops import triton_backward as backward
 from metastate.ops import triton_kernels as kernels
 from metastate.ops.links import differentiable, make_links
 from metastate.ops.reference import Trajectory
@@ -35,8 +35,8 @@ from metastate.ops.reference import Trajectory
 INTERPRETED = not isinstance(kernels.geometry_kernel, triton.runtime.JITFunction)
 
 
-# Compiled for compute capability 8.0 and 9.0 the backward kernels take at most 80 KiB of shared
-# memory and hardly spill at C = 32; at 64 they take up to 160 KiB and spill kilobytes.
+# Compiled for compute capability 8.0 and 9.0 no kernel takes more than 99 KiB of shared memory or
+# spills much at C = 32; at 64 the backward ones take up to 160 KiB and spill kilobytes.
 CHUNK = 32
 
 
@@ -83,8 +83,8 @@ class Launch:
         """Start a program a chunk and head."""
         grid = (self.num_slots, self.H)
         tile, _, _ = tile_sizes(self.N)
-        args = (*args, self.offsets, self.num_sequences)  # type: ignore[assignment]
-        self._start(kernel, grid, args, BK=tile, **constants)
+        given = (*args, self.offsets, self.num_sequences)
+        self._start(kernel, grid, given, BK=tile, **constants)
 
     def states(self, kernel: Any, *args: Tensor, **constants: Any) -> None:
         """Start a program a sequence, head and block of a state's rows."""
@@ -255,36 +255,14 @@ def wkv7_backward(
     P, dU = torch.empty_like(U), torch.empty_like(U)
     ends, dstate0 = torch.empty_like(starts), torch.empty_like(dstate)
     dlog_w, dk, dv, dkappa, da = (torch.empty_like(x) for x in (log_w, k, v, kappa, a))
-    shared = (log_w, kappa, a)
-    run.chunks(
-        backward_kernels.local_gradient_kernel, *readers, *shared, inverse, P, dU, TWO=two
-    )
-    run.states(
-        backward_kernels.state_gradient_kernel,
-        *readers,
-        *shared,
-        dstate,
-        P,
-        dU,
-        ends,
-        dstate0,
-        TWO=two,
-    )
-    run.chunks(
-        backward_kernels.value_gradient_kernel,
-        *readers,
-        log_w,
-        k,
-        kappa,
-        inverse,
-        dU,
-        ends,
-        dv,
-        TWO=two,
-    )
-    given = (product, log_w, k, v, kappa, a, U, dU, starts, ends)
-    grads = (dlog_w, dk, dkappa, da)
-    run.chunks(backward_kernels.key_gradient_kernel, *readers, *given, *grads, TWO=two)
+    given: Any = (*readers, log_w, kappa, a, inverse, P, dU)
+    run.chunks(backward.local_gradient_kernel, *given, TWO=two)
+    given = (*readers, log_w, kappa, a, dstate, P, dU, ends, dstate0)
+    run.states(backward.state_gradient_kernel, *given, TWO=two)
+    given = (*readers, log_w, k, kappa, inverse, dU, ends, dv)
+    run.chunks(backward.value_gradient_kernel, *given, TWO=two)
+    given = (*readers, product, log_w, k, v, kappa, a, U, dU, starts, ends)
+    run.chunks(backward.key_gradient_kernel, *given, dlog_w, dk, dkappa, da, TWO=two)
     return [dr.to(r.dtype), dlog_w, dk, dv, dkappa, da, dstate0]
 
 
@@ -433,8 +411,8 @@ class TritonTrajectory(Trajectory):
                 kept = wkv7_forward(*self.inputs)[2:]
             self.readers.append(by)
         U, starts, *links = kept
-        args = (*(t.detach() for t in given), offsets, U.detach(), starts.detach())
-        options = (inverse.shape[-1], by == "key")
+        args: Any = (*(t.detach() for t in given), offsets, U.detach(), starts.detach())
+        options: Any = (inverse.shape[-1], by == "key")
         if not differentiable(x, *links):
             return _read(x, *args, *options).to(x.dtype)
         return wkv7_read(x, links, *args, *options)

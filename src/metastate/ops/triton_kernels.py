@@ -1,4 +1,4 @@
-"""GPU kernels of the recurrence, forward: geometry, chunk-start states, reads. Equations: chunked.py.
+"""GPU kernels of the recurrence, forward: geometry, chunk-start states, reads, one token.
 
 A program holds a chunk of C tokens of one head (`slot` numbers the chunks of all sequences) or, in
 the one pass that is sequential, a block of a state's rows: given the geometry, the rows of S need
@@ -147,7 +147,7 @@ def geometry_kernel(  # type: ignore[no-untyped-def]
     """Write T = (I - A)^-1, A = strict_lower(alpha beta^T), of every chunk and head.
 
     Diagonal blocks double in size: the inverse of one of 2s is that of its halves, and T_2 A_21 T_1
-    below the diagonal, so T += T A' T with A' the blocks A_21. Like forward substitution, and unlike
+    below the diagonal, so T += T A' T with A' the blocks A_21. Like forward substitution, unlike
     powers of A, it never makes a number much larger than those of T. SOLVE is its precision.
     """
     slot, head = tl.program_id(0), tl.program_id(1)
