@@ -151,10 +151,8 @@ def training(bench: Bench, args: argparse.Namespace) -> list[dict]:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                if not 0 < float(out.nll) < 50:
-                    sys.exit(
-                        f"{model.config.architecture}: the loss is {float(out.nll)}; no figures"
-                    )
+                if not 0 < (nll := float(out.nll)) < 50:
+                    sys.exit(f"{model.config.architecture}: the loss is {nll}; no figures")
 
             row = {"architecture": architecture, "length": length, "batch": batch}
             rows.append(row)

@@ -22,7 +22,7 @@ def _small_cases(monkeypatch):
         doctor.Case("coarse", 1, 5, 1, 16, torch.bfloat16),
     )
     monkeypatch.setattr(doctor, "CASES", cases)
-    monkeypatch.setattr(doctor, "speed", lambda backend, device: 1.0)
+    monkeypatch.setattr(doctor, "speeds", lambda names, device: dict.fromkeys(names, 1.0))
 
 
 def entry(report, name):

@@ -128,6 +128,22 @@ def test_one_token_without_gradients():
 
 
 @interpreted
+@pytest.mark.parametrize("length", [1, 9])
+def test_autocast_rounds_nothing(length):
+    inputs = make(1, length, 1, 16, torch.float32)
+
+    def run():
+        args = [inputs[n] for n in (*NAMES, "state")]
+        y, trajectory = ops.wkv7_trajectory(*args, backend="triton")
+        return [y, trajectory.read(inputs["x"], by="value"), trajectory.read(inputs["x"])]
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+
+
+@interpreted
 def test_split_equals_whole(short_chunks):
     inputs = make(1, 40, 1, 16)
     args = [inputs[n] for n in NAMES]
