@@ -19,17 +19,18 @@ from metastate import errors
 
 if TYPE_CHECKING:
     from metastate import ops
-    from metastate.growth import grow, grow_state
+    from metastate.growth import grow, grow_state, upgrade
     from metastate.model.io import load, save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "errors", "grow", "grow_state", "load", "ops", "save"]
+__all__ = ["__version__", "errors", "grow", "grow_state", "load", "ops", "save", "upgrade"]
 
 _LAZY = {
     "grow": "metastate.growth",
     "grow_state": "metastate.growth",
     "load": "metastate.model.io",
     "save": "metastate.model.io",
+    "upgrade": "metastate.growth",
 }
 
 

@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 CONFIG_VERSION = 1
 ATTENTION = ("transformer", "tokenformer")  # architectures with a cache of keys and values
+# Metadata of fields that came later: at None they are not written, so that what was written before
+# (states with a hash of their config, settings of runs) is still equal to what is written now.
+LATER = {"written_if_set": True}
 
 
 def unknown_key_message(key: str, known: list[str], where: str) -> str:
@@ -91,7 +94,9 @@ def coerce_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return `config` as plain JSON-ready values; `from_dict` gives the same object back."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # tuples become lists
+    data = json.loads(json.dumps(dataclasses.asdict(config), default=str))  # tuples become lists
+    later = [f.name for f in dataclasses.fields(config) if f.metadata == LATER]
+    return {key: value for key, value in data.items() if value is not None or key not in later}
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +127,7 @@ _MODEL_SIZES = (
 )
 _TRAIN_SIZES = (
     *("steps", "batch_size", "context", "accumulate", "lr", "clip", "eps"),
-    *("log_every", "valid_every", "valid_tokens", "checkpoint_every"),
+    *("log_every", "valid_every", "valid_tokens", "checkpoint_every", "context_parallel"),
 )
 
 
@@ -157,8 +162,11 @@ class MetaStateConfig:
             raise ConfigError("meta_state.variational needs meta_state.encoder='cross'")
         if self.encoder != "cross" and self.latent_size is not None:
             raise ConfigError("meta_state.latent_size needs meta_state.encoder='cross'")
-        if self.readout == "encoding" and self.query != "input":
-            raise ConfigError("meta_state.query is unused when meta_state.readout='encoding'")
+        for name in ("query", "update", "encoding_norm") if self.readout == "encoding" else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"meta_state.{name} acts on M alone, and meta_state.readout='encoding' has none"
+                )
 
     @property
     def asks_by_receptance(self) -> bool:
@@ -186,10 +194,12 @@ class ModelConfig:
     V = vocab_size. The low-rank sizes of RWKV-7 follow its training code where they are None.
     ffn_size (F) is the hidden width of a feed-forward layer, 4 D unless given; a Meta-State block
     has none unless it is given, and then one beside its Meta-State layer, channel mixing as in
-    RWKV-7. A TokenFormer's layers have attention_slots and ffn_size learned slots, 0.75 D and 3 D
-    unless given. Growth sets input_slices (slices that the Meta-State heads cut x into, H unless
-    given; head h reads slice h mod input_slices), head_segments (a head's channels by growth step),
-    and first_slots (attention_slots and ffn_size that a TokenFormer began with).
+    RWKV-7. meta_layers and ffn_layers number the blocks (from 0) that have a Meta-State layer and
+    that feed-forward layer; None means all. A TokenFormer's layers have attention_slots and
+    ffn_size learned slots, 0.75 D and 3 D unless given. Growth sets input_slices (slices that the
+    Meta-State heads cut x into, H unless given; head h reads slice h mod input_slices),
+    head_segments (a head's channels by growth step), and first_slots (attention_slots and ffn_size
+    that a TokenFormer began with).
     """
 
     architecture: Literal["metastate", "rwkv7", "transformer", "tokenformer"] = "metastate"
@@ -209,6 +219,8 @@ class ModelConfig:
     gate_rank: int | None = None
     parameter_tokens: int = 0
     meta_state: MetaStateConfig = field(default_factory=MetaStateConfig)
+    meta_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
+    ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -270,6 +282,7 @@ class ModelConfig:
                 f"model.head_size {self.head_size} is below hidden_size / num_heads = "
                 f"{self.hidden_size // slices}"
             )
+        self._check_layers()
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
             raise ConfigError(f"meta_state.encoder_size {size} is above head_size {self.head_size}")
@@ -279,6 +292,40 @@ class ModelConfig:
                 f"meta_state.latent_size {latent} is not below head_size {self.head_size}; "
                 "the cross encoder compresses"
             )
+
+    def _check_layers(self) -> None:
+        """Check which blocks have which second layer; all of them is written as None."""
+        for name in ("meta_layers", "ffn_layers"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if self.architecture != "metastate":
+                raise ConfigError(f"model.{name} is for metastate, not for {self.architecture}")
+            layers = tuple(sorted(set(given)))
+            if not layers or layers[0] < 0 or layers[-1] >= self.num_layers:
+                raise ConfigError(
+                    f"model.{name} is {list(given)}; blocks from 0 to {self.num_layers - 1}, at "
+                    "least one"
+                )
+            object.__setattr__(self, name, layers if len(layers) < self.num_layers else None)
+        if self.ffn_layers is not None and not self.ffn_size:
+            raise ConfigError("model.ffn_layers needs model.ffn_size")
+        if self.architecture == "metastate":
+            for layer in range(self.num_layers):
+                if not any(self.second_layers(layer)):
+                    raise ConfigError(
+                        f"block {layer} has neither a Meta-State nor a feed-forward layer; name it "
+                        "in model.meta_layers or (with model.ffn_size) in model.ffn_layers"
+                    )
+
+    def second_layers(self, layer: int) -> tuple[bool, bool]:
+        """Return whether a recurrent block has a Meta-State layer, and a feed-forward layer."""
+        if self.architecture != "metastate":
+            return False, True
+        return (
+            self.meta_layers is None or layer in self.meta_layers,
+            bool(self.ffn_size) and (self.ffn_layers is None or layer in self.ffn_layers),
+        )
 
     @property
     def attention_size(self) -> int:
@@ -369,6 +416,9 @@ class TrainConfig:
     clip: float = 1.0
     z_loss: float = 1e-4
     seed: int = 0
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
+    shard_size: int = 0
+    context_parallel: int = 1
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     backend: str = "auto"
@@ -380,6 +430,7 @@ class TrainConfig:
     valid_every: int = 200
     valid_tokens: int = 65536
     checkpoint_every: int = 200
+    async_checkpoint: bool = False
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -394,6 +445,8 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; in [0, 1)")
         _fraction("train.old_lr_scale", self.old_lr_scale)
+        if self.shard_size < 0:
+            raise ConfigError(f"train.shard_size is {self.shard_size}; 0 or more processes")
         steps = [g.step for g in self.growth]
         if steps != sorted(set(steps)):
             raise ConfigError(f"train.growth has steps {steps}; each must be after the one before")

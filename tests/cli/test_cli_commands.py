@@ -160,6 +160,15 @@ def test_generate_streams_and_draws_the_same_text_again(checkpoint, run):
     assert first != run(*argv[:-1], "4")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_generate_in_other_arithmetic(checkpoint, tmp_path, run, dtype):
+    argv = ["generate", checkpoint, "--max-tokens", "8", "--temperature", "0", "--dtype", dtype]
+    state = tmp_path / "state.safetensors"
+    value = json.loads(run(*argv, "--prompt", "the state", "--json", "--state-out", state))
+    assert value["tokens"] == 8
+    assert run(*argv, "--state-in", state)
+
+
 def test_generate_goes_on_from_a_saved_state(checkpoint, tmp_path, run):
     def write(count, *more):
         argv = ["generate", checkpoint, "--max-tokens", str(count), "--temperature", "0", "--json"]

@@ -86,9 +86,9 @@ def test_a_run_brings_its_vocabulary_along(corpus, settings, tmp_path, run, refu
 
 
 def test_overrides_reach_the_model(settings, tmp_path, run):
-    run("train", "--config", settings, "--set", "model.meta_state.update=self", "--steps", 1)
+    run("train", "--config", settings, "--set", "model.meta_state.read=value", "--steps", 1)
     config = json.loads((tmp_path / "run" / "last" / "config.json").read_text())["model"]
-    assert config["meta_state"]["update"] == "self" and config["hidden_size"] == 16
+    assert config["meta_state"]["read"] == "value" and config["hidden_size"] == 16
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,13 @@ def test_a_sweep_s_seed_need_not_be_a_seed_of_its_size(few_words, tmp_path):
     assert [c.seed for c in cells] == [3, 3, 8, 8, 9, 9]
 
 
+def test_a_size_can_say_the_shape_of_one_model(few_words, tmp_path):
+    sizes = {"tiny": {"model": TINY, "shapes": {"RWKV-7": {"num_layers": 4, "ffn_size": 20}}}}
+    first, second = plan(suite_of(few_words, sizes=sizes), tmp_path)
+    assert (second.config.num_layers, second.config.ffn_size) == (4, 20)
+    assert first.config.num_layers != 4 and first.config.ffn_size != 20
+
+
 def test_results_hold_every_cell_with_its_curve_and_costs(finished):
     suite, out, results = finished
     assert [(r["model"], r["size"]) for r in results["rows"]] == [
@@ -213,6 +220,8 @@ def test_the_estimate_covers_what_is_left(finished, few_words, tmp_path):
         ({"models": {"a": {"presett": "rwkv7"}}}, "did you mean 'preset'"),
         ({"models": {"a": {"preset": "rwvk7"}}}, "did you mean 'rwkv7-tiny'"),
         ({"train": {"out": "x"}}, "train.out"),
+        ({"sizes": {"tiny": {"shapes": {"RWKV7": {}}}}}, "did you mean 'RWKV-7'"),
+        ({"sizes": {"tiny": {"shapes": {"RWKV-7": {"depth": 2}}}}}, "unknown key 'depth'"),
         ({"seeds": []}, "seeds"),
         ({"tokens_per_parameter": 0.0}, "tokens_per_parameter"),
     ],

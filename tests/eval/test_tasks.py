@@ -87,12 +87,21 @@ def test_labels_are_the_products_so_far():
             assert perms[label] == product
 
 
-def test_training_batches_have_every_length_and_about_as_many_tokens():
+def test_training_batches_reach_so_far_and_have_about_as_many_tokens():
     problem = WordProblem("Z3", 6)
-    shapes = [problem.training_batch(8, [0, i])[0].shape for i in range(60)]
-    assert {T for _, T in shapes} == {2, 3, 4, 5, 6}
+    shapes = [problem.training_batch(8, [0, i], 5)[0].shape for i in range(60)]
+    assert {T for _, T in shapes} == {2, 3, 4, 5}
+    assert sum(T == 5 for _, T in shapes) > 30
     assert all(48 - T < B * T <= 48 for B, T in shapes)
-    assert WordProblem("Z3", 1).training_batch(8, 0)[0].shape == (8, 1)
+    assert WordProblem("Z3", 1).training_batch(8, 0, 1)[0].shape == (8, 1)
+
+
+def test_the_reach_grows_to_the_first_length_that_is_not_mastered():
+    problem = WordProblem("Z3", 6)
+    assert problem.first_reach == 3 and WordProblem("Z3", 2).first_reach == 2
+    assert problem.next_reach(3, [1, 1, 0.95, 0.92, 0.5, 0.99]) == 5
+    assert problem.next_reach(3, [1, 1, 0.9, 1, 1, 1]) == 3
+    assert problem.next_reach(3, [1.0] * 6) == problem.next_reach(6, [0.0] * 6) == 6
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -13,7 +13,7 @@ import zero_shot_files as files
 from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
-from metastate.eval import zero_shot
+from metastate.eval import loss, zero_shot
 from metastate.eval.zero_shot import evaluate_items, loglikelihoods, score_tokens, stderr
 from metastate.eval.zero_shot_data import TASKS, Item, load_items
 from metastate.model.lm import LanguageModel
@@ -36,7 +36,7 @@ def data(tmp_path):
 
 @pytest.fixture(params=["metastate", "rwkv7", "transformer"])
 def model(request, monkeypatch):
-    monkeypatch.setattr(zero_shot, "CHUNK", 8)  # so that the state is carried and rows leave
+    monkeypatch.setattr(loss, "CHUNK", 8)  # so that the state is carried and rows leave
     monkeypatch.setattr(zero_shot, "LOGITS", 256 * 5)
     config = ModelConfig(
         architecture=request.param, vocab_size=256, hidden_size=16, num_layers=2, num_heads=2
@@ -83,7 +83,7 @@ def test_greedy_means_every_token_is_the_likeliest(model):
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_neither_batch_nor_chunk_nor_order_matters(model, monkeypatch, batch_size, chunk):
     alone = [loglikelihoods(model, BYTES, [pair])[0] for pair in PAIRS]
-    monkeypatch.setattr(zero_shot, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     for order in (range(len(PAIRS)), reversed(range(len(PAIRS)))):
         order = list(order)
         found = loglikelihoods(model, BYTES, [PAIRS[i] for i in order], batch_size=batch_size)

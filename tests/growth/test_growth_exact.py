@@ -193,7 +193,10 @@ def test_any_config_any_mixture(seed):
     if draw.random() < 0.3:
         meta |= {"encoder": "cross", "latent_size": 2, "variational": draw.random() < 0.5}
     heads = draw.choice([1, 2, 3])
-    meta["query"] = "input" if meta["readout"] == "encoding" else draw.choice(QUERIES)
+    if meta["readout"] == "encoding":  # no M, so what acts on it alone stays at its default
+        del meta["update"], meta["encoding_norm"]
+    else:
+        meta["query"] = draw.choice(QUERIES)
     dtype = draw.choice(list(EXACT))
     model = build(
         dtype,

@@ -1,5 +1,9 @@
 """Generation: streamed text, stop strings, and runs that go on exactly where another stopped."""
 
+import base64
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from metastate.errors import ConfigError, StateError
 from metastate.infer.generate import Continuation, StopMatcher, generate, num_real_tokens
 from metastate.infer.sampling import Sampler, SamplingConfig
 from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
 
 TOKENIZER = ByteTokenizer()
 TEXT = "größer → 日本語 🙂 end."  # characters of 1, 2, 3 and 4 bytes
@@ -262,3 +267,34 @@ def test_broken_notes_are_a_clear_error(model, tmp_path):
     run.state.save(tmp_path / "state", model.config)
     with pytest.raises(StateError, match="notes"):
         Continuation.load(tmp_path / "state", model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pending": [256]},
+        {"pending": [-1]},
+        {"pending": [True]},
+        {"pending": 3},
+        {"history": ["a"]},
+        {"recent": [1.5]},
+        {"shown": 1},
+        {"seed": "1"},
+        {"seed": 2**64},
+        {"generator": "AAAA"},
+        {"generator": 7},
+        {"generator": base64.b64encode(bytes(5056)).decode()},
+        {"state": 1},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_notes_that_no_generation_left_are_refused(tmp_path, change):
+    model = make("metastate")
+    continuation = greedy(model, max_tokens=2).drain().continuation
+    continuation.save(tmp_path / "s", model.config)
+    state = ModelState.load(tmp_path / "s", model)
+    notes = json.loads(state.extra["generation"]) | change
+    replace(state, extra={"generation": json.dumps(notes)}).save(tmp_path / "t", model.config)
+    with pytest.raises(StateError, match="notes are broken"):
+        Continuation.load(tmp_path / "t", model)

@@ -62,7 +62,8 @@ def at_random(number):
     for _ in range(number):
         options = {name: draw.choice(values) for name, values in CHOICES.items()}
         if options["readout"] == "encoding":
-            options["query"] = "input"
+            for name in ("query", "update", "encoding_norm"):  # these act on M alone
+                del options[name]
         if options["encoder"] == "cross":
             options |= {"latent_size": draw.choice([2, 3]), "variational": draw.random() < 0.5}
         yield MetaStateConfig(**options)

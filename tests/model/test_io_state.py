@@ -1,17 +1,24 @@
 """Checkpoints and states on disk: bitwise round trips, and every way a file can be wrong."""
 
+import copy
+import hashlib
 import json
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import GROWN, SIZES, WITH_M, build
 
 import metastate
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import CheckpointError, StateError
+from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
+from state_files import signed
+from tolerance import TOLERANCE, relative_error
 
 MODELS = {
     "metastate": GROWN | {"meta_state": MetaStateConfig(**WITH_M)},
@@ -178,18 +185,28 @@ def test_newer_versions(saved):
 
 
 def test_unknown_and_wrong_settings(saved):
-    settings = json.loads((saved / "config.json").read_text())["model"]
-    edit(saved, model=settings | {"num_layer": 3})
+    fields = json.loads((saved / "config.json").read_text())["model"]
+    edit(saved, model=fields | {"num_layer": 3})
     refused(saved, "unknown key 'num_layer' in model; did you mean 'num_layers'")
-    edit(saved, model=settings | {"meta_state": {"upadte": "self"}})
+    edit(saved, model=fields | {"meta_state": {"upadte": "self"}})
     refused(saved, "unknown key 'upadte'.*'update'")
-    edit(saved, model=settings | {"num_layers": "two"})
+    edit(saved, model=fields | {"num_layers": "two"})
     refused(saved, "num_layers is 'two'; int is needed")
     edit(saved, model=None)
     refused(saved, "mapping of settings is needed")
 
 
 # States.
+
+
+def parts_of(path):
+    with safetensors.safe_open(path, "pt") as file:
+        header = file.metadata()
+    return header, safetensors.torch.load_file(path)
+
+
+def write_signed(path, header, tensors):
+    path.write_bytes(signed(tensors, header))
 
 
 def run(model, state=None, tokens=TOKENS):
@@ -292,41 +309,223 @@ def test_foreign_states(model, tmp_path):
     with pytest.raises(StateError, match="no metastate state"):
         ModelState.load(tmp_path / "model.safetensors", model)
     run(model)[1].save(tmp_path / "s", model.config)
-    with safetensors.safe_open(tmp_path / "s", "pt") as file:
-        header = file.metadata()
-    tensors = safetensors.torch.load_file(tmp_path / "s")
+    header, tensors = parts_of(tmp_path / "s")
     for change, message in [
-        ({"version": "2"}, "version 2; install a newer"),
+        ({"version": "3"}, "version 3; install a newer"),
         ({"version": "x"}, "broken header"),
+        ({"version": "0"}, "broken header"),
+        ({"version": "-1"}, "broken header"),
         ({"tokens_seen": "many"}, "broken header"),
+        ({"tokens_seen": "-1"}, "broken header"),
+        ({"tokens_seen": "9" * 30}, "broken header"),
+        ({"tokens_seen": "9" * 9999}, "broken header"),
         ({"extra": "{"}, "broken header"),
+        ({"extra": "[]"}, "broken header"),
+        ({"extra": '{"a": 1}'}, "broken header"),
+        ({"extra": "[" * 100_000}, "broken header"),
         ({"config": None}, "broken header"),
     ]:
+        write_signed(tmp_path / "t", header | change, tensors)
+        with pytest.raises(StateError, match=message):
+            ModelState.load(tmp_path / "t", model)
+    for change in ({"digest": None}, {"digest": "0"}, {"tokens_seen": "7"}, {"weights": "0"}):
         new = {k: v for k, v in (header | change).items() if v is not None}
         safetensors.torch.save_file(tensors, tmp_path / "t", new)
-        with pytest.raises(StateError, match=message):
+        with pytest.raises(StateError, match="changed or damaged|broken header"):
             ModelState.load(tmp_path / "t", model)
 
 
 def test_states_with_wrong_tensors(tmp_path):
     model = made("metastate")
     run(model)[1].save(tmp_path / "s", model.config)
-    with safetensors.safe_open(tmp_path / "s", "pt") as file:
-        header = file.metadata()
-    tensors = safetensors.torch.load_file(tmp_path / "s")
+    header, tensors = parts_of(tmp_path / "s")
     S = tensors["layers.1.S"]
+    poisoned = S.clone()
+    poisoned[0, 0, 0, 0] = torch.nan
     missing = {k: v for k, v in tensors.items() if k != "layers.1.S"}
+    none = {k: v[:0].clone() for k, v in tensors.items()}
+    factors = {f"layers.{i}.token_{k}": S[0, :, :3] for i in (0, 1) for k in ("keys", "values")}
     for wrong, message in [
         (missing, "no whole state of layer 1"),
+        ({}, "no whole state of layer 0"),
+        (none, "holds no rows"),
         (tensors | {"layers.1.keys": S.clone()}, "no whole state of layer 1"),
+        (tensors | {"layers.1.token_keys": S.clone()}, "no whole state of layer 0"),
+        (tensors | {"layers.2.S": S.clone()}, "holds 3 layers, the model 2"),
+        (tensors | {"layers.99999999.S": S.clone()}, "which no state has"),
+        (tensors | {"layers.0.length": S.clone()}, "which no state has"),
+        (tensors | {"x" * 999: S.clone()}, "which no state has"),
         (tensors | {"layers.1.S": S[:1].clone()}, "layers.1.S is .1, 2, 8, 8., the model needs"),
         (tensors | {"layers.1.S": S[..., :3].clone()}, "layers.1.S is .2, 2, 8, 3."),
         ({k: v for k, v in tensors.items() if k != "layers.0.M"}, "layers.0.M is None"),
         (tensors | {"layers.0.S": S.long()}, "layers.0.S is torch.int64"),
+        (tensors | {"layers.0.S": S.to(torch.float8_e5m2)}, "float16 to float64 needed"),
+        (tensors | {"layers.0.S": S[0, 0, 0, 0]}, "layers.0.S is a single number"),
+        (tensors | {"layers.1.S": poisoned}, "layers.1.S is not finite"),
+        (factors | {"layers.0.token_keys": S[0, :, :2]}, "token_values is .*; floats .2, P, 8."),
+        (factors | {"layers.1.token_values": S[:, :, :3]}, "token_values is .*; floats"),
+        (factors | {"layers.1.token_keys": S[0, 0, 0]}, "token_keys is .*; floats"),
+        (factors | {"layers.1.token_keys": S[0, :, :3] * torch.inf}, "not finite"),
+        ({k: v for k, v in factors.items() if "1.token_v" not in k}, "no whole state of layer 1"),
     ]:
-        safetensors.torch.save_file(wrong, tmp_path / "t", header)
+        write_signed(tmp_path / "t", header, wrong)
         with pytest.raises(StateError, match=message):
             ModelState.load(tmp_path / "t", model)
+
+
+def test_caches_with_wrong_tensors(tmp_path):
+    model = made("transformer")
+    run(model)[1].save(tmp_path / "s", model.config)
+    header, tensors = parts_of(tmp_path / "s")
+    keys = tensors["layers.1.keys"]
+    for wrong, message in [
+        ({"layers.1.keys": keys[0, 0, 0]}, "no whole state of layer 1"),
+        ({"layers.1.keys": keys[:, :, :5]}, "layers.1.values is"),
+        ({"layers.1.values": keys[:, :1]}, "layers.1.values is"),
+        ({"layers.1.values": keys.long()}, "layers.1.values is"),
+        ({"layers.1.start": torch.tensor([0, 12])}, "layers.1.start is outside"),
+        ({"layers.1.start": torch.tensor([-1, 0])}, "layers.1.start is outside"),
+        ({"layers.1.start": torch.tensor([0.0, 0.0])}, "layers.1.start is"),
+        ({"layers.1.start": torch.tensor([0])}, "layers.1.start is"),
+        ({"layers.1.values": keys / 0}, "not finite"),
+        ({f"layers.{i}.{k}": keys[:, :, :7] for i in (1,) for k in ("keys", "values")}, "tokens"),
+    ]:
+        write_signed(tmp_path / "t", header, tensors | wrong)
+        with pytest.raises(StateError, match=message):
+            ModelState.load(tmp_path / "t", model)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_damaged_bit_goes_unseen(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    model = made("rwkv7")
+    if not (folder / "whole").exists():
+        state = run(model)[1]
+        state.extra["note"] = "some text"
+        state.save(folder / "whole", model.config)
+    content = bytearray((folder / "whole").read_bytes())
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    most = data.draw(st.sampled_from([16, header_end, len(content)]))
+    place = data.draw(st.integers(0, most - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / "flipped").write_bytes(content)
+    with pytest.raises(StateError):
+        ModelState.load(folder / "flipped", model)
+
+
+def test_files_of_version_1_still_load(model, tmp_path):
+    state = run(model)[1]
+    state.save(tmp_path / "s", model.config)
+    header, tensors = parts_of(tmp_path / "s")
+    old = {k: header[k] for k in ("format", "tokens_seen", "config", "extra")}
+    safetensors.torch.save_file(tensors, tmp_path / "old", old | {"version": "1"})
+    again = ModelState.load(tmp_path / "old", model)
+    assert again.tokens_seen == 12
+    assert torch.equal(run(model, again)[0], run(model, state)[0])
+
+
+def test_a_state_of_other_weights_needs_leave(model, tmp_path):
+    state = run(model)[1]
+    state.save(tmp_path / "s", model)
+    ModelState.load(tmp_path / "s", model)
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1e-3
+    with pytest.raises(StateError, match="other weights of this configuration.*--allow-other"):
+        ModelState.load(tmp_path / "s", model)
+    again = ModelState.load(tmp_path / "s", model, allow_other_weights=True)
+    for name, x in state.tensors().items():
+        assert torch.equal(again.tensors()[name], x), name
+
+
+def test_a_state_comes_in_the_models_number_format(tmp_path):
+    model = made("metastate", torch.float64)
+    state = run(model)[1]
+    state.save(tmp_path / "s", model)
+    single = made("metastate", torch.float32)
+    with pytest.raises(StateError, match="in another number format"):
+        ModelState.load(tmp_path / "s", single)
+    again = ModelState.load(tmp_path / "s", single, allow_other_weights=True)
+    assert {x.dtype for x in again.tensors().values()} == {torch.float32}
+    logits, expected = run(single, again)[0], run(model, state)[0]
+    assert relative_error(logits, expected) < TOLERANCE[torch.float32]
+
+
+def test_the_weights_hash_is_kept_until_the_weights_change(monkeypatch):
+    model = made("metastate")
+    made_anew = []
+    real = hashlib.sha256
+    monkeypatch.setattr("metastate.model.io.hashlib.sha256", lambda: made_anew.append(0) or real())
+    first = weights_hash(model)
+    assert weights_hash(model) == first and len(made_anew) == 1
+    assert weights_hash(copy.deepcopy(model)) == first and len(made_anew) == 2
+    weight = model.head.weight
+    with torch.no_grad():
+        weight[[0, 1]] = weight[[1, 0]]  # the sum of the bits stays
+    second = weights_hash(model)
+    assert second != first
+    weight.data.mul_(2)  # no version counter is raised
+    third = weights_hash(model)
+    assert third not in (first, second)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)  # nor by fused optimizers
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert weights_hash(model) not in (first, second, third)
+
+
+# Rows.
+
+
+def test_stacked_states_are_the_batch(model):
+    alone = [run(model, None, TOKENS[i : i + 1])[1] for i in (0, 1)]
+    both = ModelState.stack(alone)
+    assert both.batch_size == 2 and both.tokens_seen == 12
+    logits, _ = run(model, both)
+    for i, part in enumerate(both.unstack()):
+        torch.testing.assert_close(run(model, part, TOKENS[i : i + 1])[0][0], logits[i])
+        for name, x in part.tensors().items():
+            assert torch.equal(x, alone[i].tensors()[name]), name
+            assert x.data_ptr() != both.tensors()[name].data_ptr()
+    assert ModelState.stack([both, both[0]]).batch_size == 3
+
+
+def test_stacking_keeps_document_starts():
+    model = made("transformer")
+    resets = torch.zeros(2, 12, dtype=torch.bool)
+    resets[0, 5] = True
+    with torch.no_grad():
+        _, state = model(TOKENS, resets=resets)
+        plain = run(model)[1]
+    mixed = ModelState.stack([plain, state])
+    assert torch.equal(mixed.layers[0].start, torch.tensor([0, 0, 5, 0]))
+    assert torch.equal(run(model, mixed[2:])[0], run(model, state)[0])
+
+
+def test_what_cannot_be_stacked_is_refused():
+    state, cache = run(made("metastate"))[1], run(made("transformer"))[1]
+    longer = run(made("transformer"), cache)[1]
+    deep = run(made("metastate", num_layers=3))[1]
+    without = run(made("encoding", **GROWN))[1]
+    for states, message in [
+        ([], "no states"),
+        ([state, cache], "different shapes"),
+        ([cache, longer], "different shapes"),
+        ([state, without], "different shapes"),
+        ([state, deep], "different numbers of layers"),
+    ]:
+        with pytest.raises(StateError, match=message):
+            ModelState.stack(states)
+
+
+def test_one_row_expands(model):
+    state = run(model, None, TOKENS[:1])[1]
+    rows = state.expand(2)
+    logits, end = run(model, rows)
+    for i in (0, 1):
+        torch.testing.assert_close(run(model, state, TOKENS[i : i + 1])[0][0], logits[i])
+    assert end.batch_size == 2
+    with pytest.raises(StateError, match="holds 2 rows; take one"):
+        rows.expand(2)
 
 
 def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):

@@ -114,9 +114,9 @@ def test_unknown_presets_name_the_nearest(name, hint):
 
 
 def test_overrides():
-    config = preset("metastate-tiny", num_layers=2, meta_state={"update": "input"})
+    config = preset("metastate-tiny", num_layers=2, meta_state={"read": "value"})
     assert config.num_layers == 2
-    assert config.meta_state == MetaStateConfig(update="input")
+    assert config.meta_state == MetaStateConfig(read="value")
     paper = preset("paper-tiny", meta_state={"output_norm": "group"}).meta_state
     assert (paper.update, paper.output_norm) == ("self", "group")  # the others stay the paper's
     wider = preset("metastate-tiny", hidden_size=256)
@@ -139,6 +139,9 @@ def test_overrides():
         ({"meta_state": {"encoder_size": 65}}, "encoder_size 65 is above head_size 64"),
         ({"meta_state": {"encoder": "cross", "latent_size": 64}}, "latent_size 64"),
         ({"meta_state": {"variational": True}}, "variational needs"),
+        ({"meta_state": {"update": "self"}}, "meta_state.update acts on M alone"),
+        ({"meta_state": {"encoding_norm": "rms"}}, "meta_state.encoding_norm acts on M alone"),
+        ({"meta_state": {"query": "encoding"}}, "meta_state.query acts on M alone"),
         ({"head_segments": [64, 1]}, "must be positive and sum to head_size 64"),
     ],
 )

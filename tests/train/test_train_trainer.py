@@ -23,7 +23,7 @@ from metastate.data.prepare import prepare
 from metastate.errors import ConfigError, DataError, TrainingError
 from metastate.model.io import read_tensors
 from metastate.model.loss import lm_loss
-from metastate.train import trainer
+from metastate.train import distributed, trainer
 from metastate.train.checkpoint import read_trainer, saved_config
 from metastate.train.trainer import WALL_CLOCK, train
 
@@ -280,7 +280,7 @@ def test_carried_state_is_used_and_matters(config, monkeypatch):
         assert state is None or not any(x.requires_grad for x in state.tensors().values())
         return lm_loss(model, tokens, targets, state, **options)
 
-    monkeypatch.setattr(trainer, "lm_loss", spy)
+    monkeypatch.setattr(distributed, "lm_loss", spy)
     train(config(steps=4, carry_state=True, document_reset=False))
     assert seen == [(None, [True, True]), *((16 * i, [False, False]) for i in (1, 2, 3))]
 

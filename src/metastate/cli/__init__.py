@@ -90,12 +90,44 @@ COMMANDS = (
         ("tasks",),
     ),
     Command("generate", "continue a text", a.add_generate, "commands:run_generate", a.GENERATE),
+    Command("chat", "chat in the terminal", use.add_chat, "chat:run_chat", use.CHAT),
+    Command(
+        "tune-state",
+        "train the state that documents start from",
+        use.add_tune_state,
+        "tuning:run_tune_state",
+        use.TUNE_STATE,
+        ("data", "out"),
+    ),
+    Command(
+        "serve",
+        "serve a model over HTTP, as OpenAI's clients call it",
+        use.add_serve,
+        "serving:run_serve",
+        use.SERVE,
+    ),
     Command(
         "grow",
         "make a model larger, its function unchanged",
         a.add_grow,
         "growing:run_grow",
         a.GROW,
+        ("out",),
+    ),
+    Command(
+        "upgrade",
+        "put Meta-State layers into an RWKV-7, its function unchanged",
+        use.add_upgrade,
+        "upgrading:run_upgrade",
+        use.UPGRADE,
+        ("out",),
+    ),
+    Command(
+        "convert",
+        "checkpoints of other programs to ours and back",
+        use.add_convert,
+        "converting:run_convert",
+        use.CONVERT,
         ("out",),
     ),
     Command(
@@ -114,7 +146,10 @@ COMMANDS = (
         a.TASKS,
     ),
     Command(
-        "info", "parameters, FLOPs and state bytes of a model", a.add_info, "commands:run_info"
+        "info",
+        "parameters, FLOPs and state bytes of a model; what a state file holds",
+        a.add_info,
+        "commands:run_info",
     ),
     Command(
         "doctor",

@@ -20,6 +20,8 @@ Train a model on prepared data.
 
 Settings come from their defaults, then --config, then flags, then --set. Ctrl-C finishes the step,
 writes a checkpoint and stops; --resume goes on exactly where that was, and needs only --out.
+
+With many GPUs: torchrun --nproc-per-node 8 -m metastate train --parallel fsdp ...; docs/scaling.md
 """
 
 GROW = """\
@@ -91,6 +93,15 @@ def add_model(parser: Parser) -> None:
     )
 
 
+def add_other_weights(parser: Parser) -> None:
+    """Add `--allow-other-weights`."""
+    parser.add_argument(
+        "--allow-other-weights",
+        action="store_true",
+        help="take a state that other weights of the same configuration made",
+    )
+
+
 def add_demo(parser: Parser) -> None:
     """Add the options of `metastate demo`."""
     parser.add_argument(
@@ -157,6 +168,10 @@ def add_eval(parser: Parser) -> None:
     parser.add_argument(
         "--limit-tokens", type=int, metavar="N", help="score about so many tokens (default: all)"
     )
+    parser.add_argument(
+        "--state", metavar="FILE", help="let every document start from this state (tune-state)"
+    )
+    add_other_weights(parser)
     add_json(parser)
 
 
@@ -227,8 +242,11 @@ def add_generate(parser: Parser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
-    parser.add_argument("--state-in", metavar="FILE", help="go on from a state of --state-out")
+    parser.add_argument(
+        "--state-in", metavar="FILE", help="go on from a state of --state-out or tune-state"
+    )
     parser.add_argument("--state-out", metavar="FILE", help="keep the state for later")
+    add_other_weights(parser)
     add_flags(parser, "device", "dtype")
     add_json(parser)
 
@@ -324,6 +342,10 @@ def add_tasks(parser: Parser) -> None:
 
 def add_info(parser: Parser) -> None:
     """Add the options of `metastate info`."""
-    parser.add_argument("model", metavar="CKPT|PRESET", help="a checkpoint's folder, or a preset")
+    parser.add_argument(
+        "model",
+        metavar="CKPT|PRESET|STATE",
+        help="a checkpoint's folder, a preset, or a state file",
+    )
     add_flags(parser, "context", context=1024)
     add_json(parser)

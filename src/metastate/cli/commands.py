@@ -17,6 +17,8 @@ from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model import presets
 from metastate.model.io import load, tokenizer_of
+from metastate.model.state import ModelState
+from metastate.model.state_file import StateFile
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -46,7 +48,10 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    """`metastate info`: what a checkpoint or preset is."""
+    """`metastate info`: what a checkpoint, a preset or a state file is."""
+    if Path(args.model).is_file():
+        print_state(args)
+        return
     is_preset = args.model in presets.NAMES and not Path(args.model).exists()
     # A preset is described from its config alone: the large ones would not fit in memory.
     model = presets.preset(args.model) if is_preset else load(args.model)
@@ -56,12 +61,33 @@ def run_info(args: argparse.Namespace) -> None:
         print(describe_table(model, args.context))
 
 
+def print_state(args: argparse.Namespace) -> None:
+    """Print what the state file `args.model` says."""
+    values = StateFile.read(args.model).to_json()
+    if args.json:
+        print_json({"file": args.model} | values)
+        return
+    tensors, extra = values.pop("tensors"), values.pop("extra")
+    for key, value in values.items():
+        shown = f"{value:,}" if isinstance(value, int) else value or "not recorded"
+        print(f"{key.replace('_', ' '):<14}{shown}")
+    for name, shape in tensors.items():
+        print(f"  {name:<28}{shape}")
+    for name, text in extra.items():
+        print(f"  note {name:<23}{text if len(text) < 120 else f'{len(text):,} characters'}")
+
+
 def run_eval(args: argparse.Namespace) -> None:
     """`metastate eval`: stateful and windowed loss on a split."""
     model = load_model(args.checkpoint, args)
     data = PreparedData.open(args.data)
     data.check_vocab(model.config.vocab_size, model.tokenizer_info)
     split = data.split(args.split)
+    start = None
+    if args.state:
+        start = ModelState.load(
+            args.state, model, allow_other_weights=args.allow_other_weights
+        ).expand(1)
     results = []
     for mode, context in (("stateful", None), ("windowed", args.context)):
         with bar(f"eval, {mode}", "tokens") as show, arithmetic(args):
@@ -74,12 +100,14 @@ def run_eval(args: argparse.Namespace) -> None:
                 by_position=args.by_position,
                 limit_tokens=args.limit_tokens,
                 batch_size=args.batch_size,
+                start=start,
                 progress=show,
             )
         results.append(result)
     stateful, windowed = results
     if args.json:
-        values = {"checkpoint": args.checkpoint, "data": args.data, "split": args.split}
+        names = ("checkpoint", "data", "split", "state")
+        values = {name: getattr(args, name) for name in names}
         print_json(values | stateful.to_json() | {"windowed": windowed.to_json()})
     else:
         print(eval_table(results))
@@ -116,32 +144,34 @@ def run_generate(args: argparse.Namespace) -> None:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    model = load_model(args.checkpoint, args)
+    model = load_model(args.checkpoint, args, decoding=True)
     tokenizer = tokenizer_of(model, args.checkpoint)
-    state = Continuation.load(args.state_in, model) if args.state_in else None
+    state = None
+    if args.state_in:
+        leave = args.allow_other_weights
+        state = Continuation.load(args.state_in, model, allow_other_weights=leave)
     prompt = args.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() or state else sys.stdin.read()
     pieces = []
-    with arithmetic(args):
-        text = generate(
-            model,
-            tokenizer,
-            prompt,
-            state=state,
-            sampling=sampling,
-            max_tokens=args.max_tokens,
-            stop=args.stop,
-        )
-        for piece in text:
-            pieces.append(piece)
-            if not args.json:
-                print(piece, end="", flush=True)
+    text = generate(
+        model,
+        tokenizer,
+        prompt,
+        state=state,
+        sampling=sampling,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+    )
+    for piece in text:
+        pieces.append(piece)
+        if not args.json:
+            print(piece, end="", flush=True)
     if not args.json:
         print()
     continuation = text.continuation
     if args.state_out:
-        continuation.save(args.state_out, model.config)
+        continuation.save(args.state_out, model)
     if args.json:
         print_json(
             {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from metastate.cli.progress import log, print_json
-from metastate.data.files import atomic_write
+from metastate.data.files import atomic_write, check_free, whole_folder
 from metastate.data.loader import PreparedData
-from metastate.errors import CheckpointError, ConfigError, DataError
+from metastate.errors import CheckpointError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
 from metastate.model.io import (
     checkpoint_folder,
@@ -38,10 +37,8 @@ SAMPLE_TOKENS = 512
 def run_grow(args: argparse.Namespace) -> None:
     """Grow the checkpoint, check that its function stayed, write it whole, and report."""
     folder, out = Path(args.checkpoint), Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; choose another --out")
-    read_config(folder)  # a preset's name is no checkpoint
-    model, folder = load(folder).eval(), checkpoint_folder(folder)
+    check_free(out)
+    model, folder = open_parent(folder)
     grown = grow(
         model,
         head_size=args.head_size,
@@ -55,30 +52,43 @@ def run_grow(args: argparse.Namespace) -> None:
     )
     tokens, of_what = sample_tokens(model, folder, args.data)
     report = growth_report(model, grown, tokens)
-    change = report["logits"]["relative"]
-    if args.init == "zero" and not change <= EXACT:
-        raise CheckpointError(
-            f"the grown model's logits differ by {change:.1e} of the largest (rounding is below "
-            f"{EXACT:.0e}), so it does not compute what {folder} does; nothing was written. This "
-            "is a fault of this program: please report it with this message and the command"
-        )
+    if args.init == "zero":
+        check_exact(report, folder)
     write(out, folder, model, grown)
     if args.json:
         print_json({"out": str(out), "checkpoint": str(folder), "init": args.init, **report})
     else:
         print(report_table(report, of_what))
-        if not (out / MOMENTS).exists():
-            log(
-                f"{folder} has no moments of the optimizer (RUN/last has): training starts new ones"
-            )
-        log(f"written to {out}; train it with: metastate train --from {out} --data ... --out ...")
+        say_written(out, folder)
+
+
+def open_parent(path: str | os.PathLike[str]) -> tuple[LanguageModel, Path]:
+    """Return the model of a checkpoint, and the folder that it lies in."""
+    read_config(path)  # a preset's name is no checkpoint
+    return load(path).eval(), checkpoint_folder(path)
+
+
+def check_exact(report: dict[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if a `growth_report` shows another function than the parent's."""
+    change = report["logits"]["relative"]
+    if not change <= EXACT:
+        raise CheckpointError(
+            f"the new model's logits differ by {change:.1e} of the largest (rounding is below "
+            f"{EXACT:.0e}), so it does not compute what {folder} does; nothing was written. This "
+            "is a fault of this program: please report it with this message and the command"
+        )
+
+
+def say_written(out: Path, folder: Path) -> None:
+    """Say where the new checkpoint is, and what to do with it."""
+    if not (out / MOMENTS).exists():
+        log(f"{folder} has no moments of the optimizer (RUN/last has): training starts new ones")
+    log(f"written to {out}; train it with: metastate train --from {out} --data ... --out ...")
 
 
 def write(out: Path, folder: Path, model: LanguageModel, grown: LanguageModel) -> None:
     """Write the grown checkpoint, with the moments and the carried state of the old one if any."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(out, error=CheckpointError) as temporary:
         save(grown, temporary)
         if (folder / MOMENTS).exists():
             known = whole_moments(read_tensors(folder / MOMENTS), model)
@@ -89,12 +99,6 @@ def write(out: Path, folder: Path, model: LanguageModel, grown: LanguageModel) -
             state.save(temporary / CARRIED, grown.config)
         if model.tokenizer_info is not None:
             tokenizer_of(model, folder).save(temporary)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, out)
-    except OSError as cause:
-        raise CheckpointError(f"{out} cannot be written: {cause}") from cause
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sample_tokens(model: LanguageModel, folder: Path, data: str | None) -> tuple[Tensor, str]:

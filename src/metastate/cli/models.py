@@ -9,19 +9,28 @@ from collections.abc import Iterator
 import torch
 
 from metastate.errors import ConfigError
+from metastate.model.decode import store_bfloat16
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel
 
 
-def load_model(path: str, args: argparse.Namespace) -> LanguageModel:
-    """Load the checkpoint `path` as `--device` and `--dtype` say."""
+def load_model(path: str, args: argparse.Namespace, *, decoding: bool = False) -> LanguageModel:
+    """Load the checkpoint `path` as `--device` and `--dtype` say.
+
+    With `decoding`, `--dtype bfloat16` stores the matrices so: every token reads all of them.
+    """
     model = load(path)
     try:
         model = model.to(torch.device(getattr(args, "device", "cpu")))
     except RuntimeError as error:
         raise ConfigError(f"device {args.device!r} cannot be used: {error}") from error
-    if getattr(args, "dtype", "float32") == "float64":
+    dtype = getattr(args, "dtype", "float32")
+    if dtype == "float64":
         model = model.double()
+    elif dtype == "float32" and model.embedding.weight.element_size() < 4:
+        model = model.float()  # stored in 16 bits
+    if decoding and dtype == "bfloat16":
+        store_bfloat16(model)
     return model.eval()
 
 

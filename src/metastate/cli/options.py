@@ -40,8 +40,12 @@ HELP = {
     "old_lr_scale": "after growth: factor of the learning rate of what was there before; 0 freezes",
     "growth": "YAML file whose list `growth` says at which steps the model grows, and to what",
     "seed": "initial weights, order of the data, sampling",
+    "parallel": "what torchrun's processes do: none, ddp (a copy of the model each), fsdp (a part "
+    "each), hsdp (parts within a machine, copies between)",
+    "shard_size": "hsdp: processes that share one copy; 0 means those of a machine",
+    "context_parallel": "processes that share the tokens of each sequence",
     "device": "where to compute: cpu, cuda, cuda:1",
-    "dtype": "arithmetic of the matrix products: float32, bfloat16 (autocast) or float64",
+    "dtype": "arithmetic of the matrix products: float32, bfloat16 (mixed) or float64",
     "backend": "kernels of the recurrence: auto, cpu, triton, chunked, reference, fla",
     "compile": "fuse elementwise work with torch.compile; slow to start",
     "activation_checkpointing": "recompute layers in the backward pass: less memory, more time",
@@ -51,6 +55,7 @@ HELP = {
     "valid_every": "steps between validations",
     "valid_tokens": "tokens of a validation",
     "checkpoint_every": "steps between checkpoints",
+    "async_checkpoint": "write checkpoints beside the training, from a copy in memory",
     "tensorboard": "also write TensorBoard events (needs the package tensorboard)",
 }
 
@@ -118,7 +123,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any setting by its dotted name, as in model.meta_state.update=self; repeatable",
+        help="any setting by its dotted name, as in model.meta_state.read=value; repeatable",
     )
 
 

@@ -16,9 +16,9 @@ from metastate.eval.loss import held_out
 from metastate.eval.plots import loss_curve
 from metastate.growth import grow_in_training, grown_config
 from metastate.model.io import read_config
-from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.train.checkpoint import saved_config
+from metastate.train.distributed import is_first
 from metastate.train.trainer import LOG, TrainResult, train
 
 CURVE = "loss.png"
@@ -38,12 +38,15 @@ def run_train(args: argparse.Namespace) -> int:
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing; see `metastate train --help`")
     result = train_with_bar(config, args.resume)
+    if not is_first():
+        return 0
     if args.json:
         print_json(to_dict(result) | {"out": str(result.out)})
     if result.interrupted is not None:
         name = signal.Signals(result.interrupted).name
         log(f"stopped by {name} after step {result.step:,}; go on with --resume")
-        return 128 + result.interrupted
+        # torchrun would start again what ends with an error.
+        return 128 + result.interrupted if config.parallel == "none" else 0
     return 0
 
 
@@ -69,6 +72,8 @@ def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
             resume=resume,
             grow=grow_in_training,
         )
+    if not is_first():
+        return result
     log(f"{result.step:,} steps, {result.tokens:,} tokens; checkpoint {result.out / 'last'}")
     if result.best_loss is not None:
         log(f"best held-out loss {result.best_loss:.4f} nats/token at step {result.best_step:,}")
@@ -80,10 +85,11 @@ def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     return result
 
 
-def validation(config: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]] | None:
+def validation(config: TrainConfig) -> Callable[..., dict[str, Any]] | None:
     """Return what scores the model on the valid split, or None where there is no such split."""
     data = PreparedData.open(config.data)
     if not data.record["splits"].get("valid", {}).get("tokens"):
-        log(f"{config.data} has no valid split: training goes on without validation")
+        if is_first():
+            log(f"{config.data} has no valid split: training goes on without validation")
         return None
     return held_out(data, config)

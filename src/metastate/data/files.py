@@ -7,11 +7,12 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metastate.errors import BusyError, MetaStateError, TrainingError
+from metastate.errors import BusyError, ConfigError, MetaStateError, TrainingError
 
 LOCK = ".lock"
 
@@ -56,6 +57,37 @@ def atomic_write(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    out: str | os.PathLike[str], *, error: type[MetaStateError] = TrainingError
+) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` when the block ends; after an error nothing does.
+
+    Raises:
+        ConfigError: `out` holds something already. error: the system refuses.
+    """
+    out = Path(out)
+    check_free(out)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, out)
+        sync_folder(out.parent)
+    except OSError as cause:
+        raise error(f"{out} cannot be written: {cause}") from cause
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: str | os.PathLike[str]) -> None:
+    """Raise ConfigError if a file, or a folder with something in it, is at `out`."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; choose another --out")
 
 
 def write_json(
@@ -118,6 +150,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BusyError(
-                f"another process is training in {folder}; wait for it, or choose another --out"
+                f"another process works in {folder}; wait for it, or choose another folder"
             ) from None
         yield

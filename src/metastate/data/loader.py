@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +175,12 @@ class PreparedData:
             return cls(folder, record)
         except (ValueError, KeyError, TypeError) as cause:
             raise DataError(f"{folder / RECORD} is broken ({cause!r}); prepare again") from cause
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what tells this data from any other: tokenizer and contents."""
+        record = {key: self.record[key] for key in ("tokenizer", "splits")}
+        return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

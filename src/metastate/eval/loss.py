@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
 CUT = 1024  # with `limit_tokens`, tokens that any document may give
@@ -97,9 +98,10 @@ def evaluate(
     by_position: bool = False,
     limit_tokens: int | None = None,
     batch_size: int = 16,
+    start: ModelState | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Score held-out documents, each alone and from a fresh state.
+    """Score held-out documents, each alone and from a fresh state (or from `start`).
 
     Every document is the sequence eod, x_1, ..., x_n, eod; the loss is the mean of
     -log p(x_t | eod, x_<t) over x_1, ..., x_n and the final eod.
@@ -118,8 +120,9 @@ def evaluate(
             books do not use them up, a document gives at most the larger of `CUT` and a 16th
             (more where the split has too few documents); the bytes of a document that is cut are
             taken in proportion. None scores all.
-        batch_size: documents a forward; short ones are packed more, at most `CHUNK` * batch_size
-            tokens a forward.
+        batch_size: documents a forward; short ones are packed more (`read_in_chunks`).
+        start: one row that every document (or window) starts from in place of the model's own
+            first state.
         progress: called with (tokens done, tokens in all) after every forward.
 
     Raises:
@@ -144,21 +147,31 @@ def evaluate(
     if not split.num_tokens:
         raise DataError(f"the {split.name} split holds no tokens; prepare more text")
     lengths, pieces = _pieces(split.dataset.lengths, limit_tokens, context)
+    owners = np.array([piece.document for piece in pieces])
     nats = np.zeros(len(lengths))
     buckets = np.zeros((2, 64))  # sums and counts
     total, done = int(lengths.sum()), 0
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(pieces, batch_size):
-            for rows, position, nll in _score(model, split, batch):
-                document = np.array([p.document for p in batch])[rows]
-                nats += np.bincount(document, nll, len(nats))
-                bucket = np.frexp(position + 1.0)[1] - 1
-                buckets += [np.bincount(bucket, w, 64) for w in (nll, None)]
-                done += len(nll)
-                if progress is not None:
-                    progress(done, total)
+        chunks = read_in_chunks(
+            model,
+            np.array([piece.length for piece in pieces]),
+            lambda i: _text(split, pieces[i]),
+            batch_size,
+            split.eod_id,
+            start,
+        )
+        for batch, first, x, targets, valid in chunks:
+            keep = torch.from_numpy(valid).to(x.device)
+            nll = token_losses(model, x[keep], targets[keep]).double().cpu().numpy()
+            rows, offset = np.nonzero(valid)
+            nats += np.bincount(owners[batch][rows], nll, len(nats))
+            bucket = np.frexp(first + offset + 1.0)[1] - 1
+            buckets += [np.bincount(bucket, w, 64) for w in (nll, None)]
+            done += len(nll)
+            if progress is not None:
+                progress(done, total)
     finally:
         model.train(was_training)
     text_bytes = np.rint(split.text_bytes * (lengths / split.dataset.lengths))
@@ -191,14 +204,15 @@ def evaluate(
     return EvalResult(mode, context, tally(scored), domains, positions)
 
 
-def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], dict[str, Any]]:
+def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, Any]]:
     """Return what scores a model of `run` on the valid split of its data, as `train` wants it.
 
-    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides.
+    Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides. A
+    second argument is what documents start from, as `tune` wants it.
     """
     split = data.split("valid")
 
-    def score(model: LanguageModel) -> dict[str, Any]:
+    def score(model: LanguageModel, start: ModelState | None = None) -> dict[str, Any]:
         scores = evaluate(
             model,
             split,
@@ -206,6 +220,7 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], 
             context=run.context,
             by_domain=len(data.domain_names) > 1,
             limit_tokens=run.valid_tokens,
+            start=start,
         ).to_json()
         domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
         kept = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -217,7 +232,7 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[[LanguageModel], 
 def _pieces(
     lengths: np.ndarray, limit: int | None, context: int | None
 ) -> tuple[np.ndarray, list[_Piece]]:
-    """Return how much of each document is scored, and the pieces, longest first."""
+    """Return how much of each document is scored, and the pieces."""
     scored = lengths.copy()
     if limit is not None and limit < lengths.sum():
         most = max(CUT, limit // 16)
@@ -231,53 +246,70 @@ def _pieces(
         window = context or int(scored[i])
         for first in range(0, int(scored[i]), window):
             pieces.append(_Piece(int(i), first, min(window, int(scored[i]) - first)))
-    return scored, sorted(pieces, key=lambda p: -p.length)
+    return scored, pieces
 
 
-def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[Sequence[_Piece]]:
-    """Cut the sorted pieces into batches of about equal work."""
-    first = 0
-    while first < len(pieces):
-        short = max(1, CHUNK // pieces[first].length)
-        rows = batch_size * min(short, 8)  # the state of a row costs memory too
-        yield pieces[first : first + rows]
-        first += rows
+def _text(split: Split, piece: _Piece) -> np.ndarray:
+    """Return the token before a piece, and its own."""
+    text = split.checked(split.dataset[piece.document])
+    before = text[piece.first - 1] if piece.first else split.eod_id
+    return np.concatenate([[before], text[piece.first : piece.first + piece.length]])
 
 
 @torch.no_grad()
-def _score(
-    model: LanguageModel, split: Split, batch: Sequence[_Piece]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Run a batch chunk by chunk; yield (row, position, nats) of the tokens of each chunk.
+def read_in_chunks(
+    model: LanguageModel,
+    lengths: np.ndarray,
+    text_of: Callable[[int], np.ndarray],
+    batch_size: int,
+    fill: int,
+    start: ModelState | None = None,
+) -> Iterator[tuple[np.ndarray, int, Tensor, Tensor, np.ndarray]]:
+    """Read texts in chunks of `CHUNK` tokens, the state carried: memory does not grow with length.
 
-    Rows are sorted, so those that ended are the last ones: they leave the batch with their state.
+    Texts of like length go together, longest first, padded on the right; a row that ended leaves
+    the batch with its state. Short ones are packed more, at most `CHUNK` * batch_size tokens.
+
+    Args:
+        model: on any device, in eval mode.
+        lengths: [n] tokens of each text that are read, 1 or more.
+        text_of: returns text i, lengths[i] + 1 ids: what is read, and each token's successor.
+        batch_size: texts a forward.
+        fill: id that fills the rows.
+        start: one row that every text starts from in place of the model's own first state.
+
+    Yields:
+        For each chunk the numbers of its texts [B], its first position, the features x [B, W, D],
+        the successors [B, W], and where both belong to a text, bool [B, W].
     """
     device = next(model.parameters()).device
-    texts = []
-    for piece in batch:
-        text = split.checked(split.dataset[piece.document])
-        before = text[piece.first - 1] if piece.first else split.eod_id
-        texts.append(np.concatenate([[before], text[piece.first : piece.first + piece.length]]))
-    state = None
-    for first in range(0, batch[0].length, CHUNK):
-        texts = [t for t in texts if len(t) - 1 > first]
-        width = min(CHUNK, len(texts[0]) - 1 - first)
-        tokens = np.full((len(texts), width + 1), split.eod_id)
-        for row, text in enumerate(texts):
-            part = text[first : first + width + 1]
-            tokens[row, : len(part)] = part
-        used = np.array([min(width, len(t) - 1 - first) for t in texts])
-        valid = np.arange(width) < used[:, None]
-        moved = torch.from_numpy(tokens).to(device)
-        if state is not None and len(texts) < state.batch_size:
-            state = state[: len(texts)]
-        x, state, _ = model.features(moved[:, :-1], state)
-        keep = torch.from_numpy(valid).to(device)
-        nll = token_losses(model, x[keep], moved[:, 1:][keep])
-        rows, offset = np.nonzero(valid)
-        yield rows, first + offset, nll.double().cpu().numpy()
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        rows = batch_size * min(max(1, CHUNK // int(lengths[order[0]])), 8)  # states cost too
+        batch, order = order[:rows], order[rows:]
+        texts = [text_of(int(i)) for i in batch]
+        state = None if start is None else start.expand(len(batch))
+        for first in range(0, int(lengths[batch[0]]), CHUNK):
+            batch = batch[lengths[batch] > first]
+            width = min(CHUNK, int(lengths[batch[0]]) - first)
+            tokens = np.full((len(batch), width + 1), fill)
+            for row in range(len(batch)):
+                part = texts[row][first : first + width + 1]
+                tokens[row, : len(part)] = part
+            moved = torch.from_numpy(tokens).to(device)
+            if state is not None and len(batch) < state.batch_size:
+                state = state[: len(batch)]
+            x, state, _ = model.features(moved[:, :-1], state)
+            yield (
+                batch,
+                first,
+                x,
+                moved[:, 1:],
+                np.arange(width) < (lengths[batch] - first)[:, None],
+            )
 
 
+@torch.no_grad()
 def token_losses(model: LanguageModel, x: Tensor, targets: Tensor) -> Tensor:
     """Return -log p(target), [n] float32, for features x [n, D], a few logits at a time."""
     rows = max(1, LOGITS // model.config.vocab_size)

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from metastate.config import ModelConfig, TrainConfig, from_dict, merge, to_dict
+from metastate.config import (
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    merge,
+    to_dict,
+    unknown_key_message,
+)
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel
@@ -40,12 +47,14 @@ class SuiteSize:
     """One size: a preset's (`preset`, else the size's own name), and changes for every model.
 
     `parameters`, without embedding and head, is what `match_params` fits every model to; the first
-    model's own count unless given. `seeds` and `tokens_per_parameter` replace the suite's.
+    model's own count unless given. `shapes` are changes for one model by its name, which say what a
+    fit would guess. `seeds` and `tokens_per_parameter` replace the suite's.
     """
 
     preset: str | None = None
     parameters: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
     tokens_per_parameter: float | None = None
@@ -108,6 +117,11 @@ class Suite:
             raise ConfigError(
                 f"suite.baseline is {self.baseline!r}; the models are {', '.join(self.models)}"
             )
+        for key, size in self.sizes.items():
+            for name in size.shapes:
+                if name not in self.models:
+                    where = f"suite.sizes.{key}.shapes"
+                    raise ConfigError(unknown_key_message(name, list(self.models), where))
         if not self.seeds or self.tokens_per_parameter <= 0 or self.points < 1:
             raise ConfigError("suite needs seeds, tokens_per_parameter above 0 and points")
 
@@ -233,6 +247,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
         target = size.parameters
         for name, side in suite.models.items():
             changes = merge(merge({"vocab_size": data.vocab_size}, size.model), side.model)
+            changes = merge(changes, size.shapes.get(name) or {})
             config = preset(f"{side.preset}-{size.preset or size_name}", **changes)
             target = target or count(config)
             if match_params:

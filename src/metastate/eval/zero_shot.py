@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import CheckpointError, ConfigError
-from metastate.eval.loss import CHUNK, LOGITS
+from metastate.eval.loss import LOGITS, read_in_chunks
 from metastate.eval.zero_shot_data import TASKS, Item, check_tasks
 from metastate.model.lm import LanguageModel
 
@@ -137,41 +137,27 @@ def score_tokens(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
-    texts = [[eod_id, *context, *continuation] for context, continuation in pairs]
-    first = [1 + len(context) for context, _ in pairs]  # the first token that is scored
+    texts = [np.array([eod_id, *context, *continuation]) for context, continuation in pairs]
+    first = np.array([len(context) for context, _ in pairs])  # where scoring begins
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
-    order = sorted(
-        (i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i])
-    )
-    total, done = sum(len(texts[i]) - 1 for i in order), 0
-    device = next(model.parameters()).device
+    scored = [i for i, (_, continuation) in enumerate(pairs) if continuation]
+    lengths = np.array([len(texts[i]) - 1 for i in scored], dtype=np.int64)
+    total, done = int(lengths.sum()), 0
     was_training = model.training
     model.eval()
     try:
-        while order:
-            rows = batch_size * min(max(1, CHUNK // len(texts[order[0]])), 8)
-            batch, order = order[:rows], order[rows:]
-            state = None
-            for start in range(0, len(texts[batch[0]]) - 1, CHUNK):
-                batch = [i for i in batch if len(texts[i]) - 1 > start]
-                width = min(CHUNK, len(texts[batch[0]]) - 1 - start)
-                tokens = np.full((len(batch), width + 1), eod_id)
-                scored = np.zeros((len(batch), width), dtype=bool)
-                for row, i in enumerate(batch):
-                    part = texts[i][start : start + width + 1]
-                    tokens[row, : len(part)] = part
-                    scored[row, max(0, first[i] - 1 - start) : len(part) - 1] = True
-                    done += len(part) - 1
-                moved, keep = (torch.from_numpy(a).to(device) for a in (tokens, scored))
-                if state is not None and len(batch) < state.batch_size:
-                    state = state[: len(batch)]
-                x, state, _ = model.features(moved[:, :-1], state)
-                log_p, best = _token_scores(model, x[keep], moved[:, 1:][keep])
-                owner = np.array(batch)[np.nonzero(scored)[0]]
-                np.add.at(sums, owner, log_p)
-                np.logical_and.at(greedy, owner, best)
-                if progress is not None:
-                    progress(done, total)
+        chunks = read_in_chunks(model, lengths, lambda i: texts[scored[i]], batch_size, eod_id)
+        for batch, start, x, targets, valid in chunks:
+            owners = np.array(scored)[batch]
+            asked = valid & (start + np.arange(valid.shape[1]) >= first[owners][:, None])
+            keep = torch.from_numpy(asked).to(x.device)
+            log_p, best = _token_scores(model, x[keep], targets[keep])
+            owner = owners[np.nonzero(asked)[0]]
+            np.add.at(sums, owner, log_p)
+            np.logical_and.at(greedy, owner, best)
+            done += int(valid.sum())
+            if progress is not None:
+                progress(done, total)
     finally:
         model.train(was_training)
     if not np.isfinite(sums).all():

@@ -84,9 +84,15 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         changes |= {"input_slices": config.input_slices, "head_size": config.head_size}
         changes["head_segments"] = config.head_segments
         if "head_size" in wanted:
-            added = wanted["head_size"] - config.head_size
             changes["head_size"] = wanted["head_size"]
-            changes["head_segments"] = (*config.head_segments, added)
+            segment = wanted["head_size"] - config.head_size
+            changes["head_segments"] = (*config.head_segments, segment)
+        # A new block has the layers of the top one, of which it starts as a copy.
+        for name in ("meta_layers", "ffn_layers"):
+            layers = getattr(config, name)
+            if layers is not None and config.num_layers - 1 in layers:
+                added = range(config.num_layers, wanted.get("num_layers", config.num_layers))
+                changes[name] = (*layers, *added)
         if kind == "metastate" and meta.encoder == "cross":
             latent = meta.latent_size or max(1, config.head_size // 2)
             changes["meta_state"] = dataclasses.replace(meta, latent_size=latent)
@@ -152,9 +158,9 @@ def grow(
         head_size: N, channels of a head and of its states; new ones form a growth segment.
         num_heads: H; new heads read the slices of x of old ones in turn.
         parameter_tokens: P, pairs (k_p, v_p) that make up the state before the first token.
-        num_layers: L; new blocks go on top.
-        ffn_size: F, hidden channels of a feed-forward layer; a Meta-State block without one gets
-            one.
+        num_layers: L; new blocks go on top and have the layers of the block that was there.
+        ffn_size: F, hidden channels of a feed-forward layer; where no Meta-State block has one, all
+            get one.
         attention_slots: A, slots of a TokenFormer's projections.
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
@@ -206,13 +212,18 @@ def grow(
         for axis in AXES
         if getattr(parent, axis) != getattr(config, axis)
     }
-    step |= {"init": init, "seed": seed, "step": model.step, "parent": weights_hash(model)}
-    grown.lineage = [*model.lineage, step | {"before": to_dict(parent)}]
+    inherit(grown, model, step | {"init": init, "seed": seed})
+    return grown.to(like.device).train(model.training)
+
+
+def inherit(grown: LanguageModel, model: LanguageModel, step: dict[str, Any]) -> None:
+    """Give `grown` what its parent `model` is known by, and its lineage one more `step`."""
+    step = step | {"step": model.step, "parent": weights_hash(model)}
+    grown.lineage = [*model.lineage, step | {"before": to_dict(model.config)}]
     grown.step = model.step
     grown.tokenizer_info = model.tokenizer_info
     grown.backend = model.backend
     grown.activation_checkpointing = model.activation_checkpointing
-    return grown.to(like.device).train(model.training)
 
 
 def _copy_top(grown: LanguageModel, num_old: int) -> None:
@@ -254,11 +265,13 @@ def grow_moments(
 
     Returns:
         The same keys with the shapes of `grown`; parameters that the parent did not have are left
-        out, so that an optimizer starts them from nothing.
+        out, so that an optimizer starts them from nothing, and so are those that `grown` has not.
     """
     out, parts = {}, regions(grown, parent)
     for key, value in moments.items():
         name = key.partition(":")[2]
+        if name not in parts:
+            continue
         old = parts[name].old
         assert old is not None
         if value.dim():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ def logits_change(
 ) -> dict[str, float | int]:
     """Return how far the logits of two models are apart on the same tokens.
 
+    Weights of 16 bits are widened to float32, where rounding cannot hide what else differs.
+
     Args:
         before: the parent.
         after: the grown model, of the same vocabulary.
@@ -24,16 +27,23 @@ def logits_change(
     Returns:
         max_abs = max |after - before|, relative = max_abs / max |before|, and the number of tokens.
     """
-    training = before.training, after.training
-    a, b = before.eval()(tokens)[0], after.eval()(tokens)[0]
-    before.train(training[0])
-    after.train(training[1])
+    a, b = _logits(before, tokens), _logits(after, tokens)
     largest = float((b - a).abs().max())
     return {
         "max_abs": largest,
         "relative": largest / max(float(a.abs().max()), 1e-30),
         "tokens": tokens.numel(),
     }
+
+
+def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Return the model's logits in evaluation mode, in float32 at least."""
+    if model.embedding.weight.element_size() < 4:
+        model = copy.deepcopy(model).float()
+    training = model.training
+    logits = model.eval()(tokens)[0]
+    model.train(training)
+    return logits
 
 
 def growth_report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import time
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from metastate.config import ModelConfig
 from metastate.data.tokenizer import StreamDecoder, Tokenizer
-from metastate.errors import ConfigError, StateError
+from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.infer.sampling import Sampler, SamplingConfig
+from metastate.model.decode import Decoder, make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Continuation:
     seed: int | None = None
     generator: Tensor | None = None
 
-    def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
-        """Write the state of a model with `config` and, in the same file, the rest.
+    def save(self, path: str | os.PathLike[str], model: LanguageModel | ModelConfig) -> None:
+        """Write the state of `model` and, in the same file, the rest.
 
         Raises:
             StateError: the file cannot be written.
@@ -61,16 +63,22 @@ class Continuation:
             raw = self.generator.numpy().tobytes()
             fields["generator"] = base64.b64encode(raw).decode("ascii")
         extra = self.state.extra | {"generation": json.dumps(fields)}
-        replace(self.state, extra=extra).save(path, config)
+        replace(self.state, extra=extra).save(path, model)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: LanguageModel) -> Continuation:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: LanguageModel,
+        *,
+        allow_other_weights: bool = False,
+    ) -> Continuation:
         """Read what `save` wrote; a bare state file is a continuation with nothing pending.
 
         Raises:
             StateError: the file is no state of `model`, or its notes are broken.
         """
-        state = ModelState.load(path, model)
+        state = ModelState.load(path, model, allow_other_weights=allow_other_weights)
         try:
             fields = json.loads(state.extra.get("generation", "{}"))
             raw = fields.pop("generator", None)
@@ -78,9 +86,24 @@ class Continuation:
                 fields["generator"] = torch.tensor(list(base64.b64decode(raw)), dtype=torch.uint8)
             for name in ("pending", "history", "recent"):
                 fields[name] = tuple(fields.get(name, ()))
-            return cls(state, **fields)
-        except (TypeError, ValueError) as cause:
+            found = cls(state, **fields)
+            found._check_notes(model.config.vocab_size)
+            return found
+        except (AttributeError, RecursionError, RuntimeError, TypeError, ValueError) as cause:
             raise StateError(f"{path}: the generation's notes are broken ({cause})") from cause
+
+    def _check_notes(self, vocab_size: int) -> None:
+        """Raise ValueError or RuntimeError if a file says what no generation can have left."""
+        for token in (*self.pending, *self.history, *self.recent):
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ValueError(f"token {token!r}; ids run from 0 to {vocab_size - 1}")
+        if not isinstance(self.shown, str):
+            raise ValueError(f"the text shown is {self.shown!r}")
+        seed = 0 if self.seed is None else self.seed
+        if type(seed) is not int or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed {seed!r}")
+        if self.generator is not None:
+            torch.Generator().set_state(self.generator)
 
 
 @dataclass
@@ -144,12 +167,17 @@ class StopMatcher:
         return out
 
 
-class Generation(Iterator[str]):
-    """The pieces of text as they come; everything else about the run is an attribute.
+class Draft:
+    """One text in the making: everything about a generation but running the model.
+
+    Whoever runs the model lets `prefill` read all of `pending` but the last token, has the draft
+    `enter` a row of a decoder, and hands the logits that its pending token gives to `write`, until
+    there is a `finish_reason`.
 
     Attributes:
+        pending: tokens given or sampled that the model has not consumed, at least one.
         tokens: sampled so far.
-        finish_reason: "length", "eod" or "stop"; None while it runs.
+        finish_reason: "length", "eod", "stop", or what `end` was told; None while it runs.
         statistics: tokens and seconds.
         seed: of the generator, also when it was drawn.
     """
@@ -163,37 +191,42 @@ class Generation(Iterator[str]):
         sampling: SamplingConfig,
         max_tokens: int,
         stop: Sequence[str],
-        prefill_chunk: int,
     ) -> None:
-        if max_tokens < 0 or prefill_chunk < 1:
-            raise ConfigError(
-                f"max_tokens is {max_tokens}, prefill_chunk {prefill_chunk}; at least 0 and 1"
-            )
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if max_tokens < 0:
+            raise ConfigError(f"max_tokens is {max_tokens}; it must be 0 or more")
+        size = model.config.vocab_size
+        if tokenizer.vocab_size > size:
             raise ConfigError(
                 f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
-                f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
+                f"{size}; use the tokenizer that the model was trained with"
             )
-        self.model, self.tokenizer = model, tokenizer
-        self.max_tokens, self.prefill_chunk = max_tokens, prefill_chunk
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.statistics = Statistics()
         before = Continuation(state) if isinstance(state, ModelState) else state
+        if before is not None and not before.state.tokens_seen and not before.pending:
+            before = replace(before, pending=(tokenizer.eod_id,))  # as every document begins
         encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), model.config.vocab_size))
+        self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), size))
         self._decoder = StreamDecoder(tokenizer)
         self._state: ModelState | None = None
+        self._place: tuple[Decoder, int] | None = None
         if before is None:
             # In training every document begins behind an end of document.
-            self._pending = [tokenizer.eod_id, *encoded]
+            self.pending = [tokenizer.eod_id, *encoded]
             self._history: tuple[int, ...] = ()
             self._matcher = StopMatcher(stop)
         else:
             before.state.check(model)
+            if before.state.batch_size != 1:
+                raise StateError(
+                    f"the state holds {before.state.batch_size} rows, a text goes on from one; "
+                    "take a row of it with state[i]"
+                )
             self._state = before.state
-            self._pending = [*before.pending, *encoded]
-            if not self._pending:
+            self.pending = [*before.pending, *encoded]
+            if not self.pending:
                 raise ConfigError(
                     "nothing to go on from: a bare state holds no next token; give a prompt, or a "
                     "state that `generate` saved"
@@ -207,9 +240,83 @@ class Generation(Iterator[str]):
             if before.generator is not None and sampling.seed in (None, before.seed):
                 self._sampler.seed = before.seed or 0
                 self._sampler.generator.set_state(before.generator)
+        wrong = [t for t in self.pending if not 0 <= t < size]
+        if wrong:
+            raise ShapeError(f"the prompt holds token {wrong[0]}; ids run from 0 to {size - 1}")
         self._sampler.observe(encoded)
         self.seed = self._sampler.seed
         self._shown = self._matcher.text[: self._matcher.num_shown]
+
+    @property
+    def state(self) -> ModelState | None:
+        """The state after every consumed token; None before the first."""
+        return self._state if self._place is None else self._place[0].get(self._place[1])
+
+    def enter(self, decoder: Decoder, row: int) -> None:
+        """Let the state live in a row of `decoder`, where the tokens are decoded."""
+        decoder.put(row, self.state or self.model.init_state(1))
+        self._state, self._place = None, (decoder, row)
+
+    def leave(self) -> None:
+        """Take the state back."""
+        self._state, self._place = self.state, None
+
+    @property
+    def continuation(self) -> Continuation:
+        """What to save so that a later run goes on exactly."""
+        return Continuation(
+            self.state or self.model.init_state(1),
+            tuple(self.pending),
+            self._history,
+            self._shown,
+            tuple(self._sampler.recent),
+            self._sampler.seed,
+            self._sampler.generator.get_state(),
+        )
+
+    def write(self, logits: Tensor) -> str:
+        """Choose the next token by `logits` [V], what `pending` led to; return text to show.
+
+        Raises:
+            StateError: the logits are not finite.
+        """
+        self.pending = []
+        token = self._sampler.sample(logits)
+        self.pending = [token]
+        self.tokens.append(token)
+        self.statistics.decode_tokens += 1
+        self._history = (*self._history, token)[-StreamDecoder.LIMIT :]
+        ended = token == self.tokenizer.eod_id
+        text = self._decoder.finish() if ended else self._decoder.push(token)
+        piece, stopped = self._matcher.push(text)
+        piece = self._show(piece)
+        if stopped:
+            self.finish_reason = "stop"
+            return piece
+        return piece + (self.end("eod") if ended else self.end_if_full())
+
+    def end_if_full(self) -> str:
+        """End with "length" after `max_tokens`; return the rest of the text."""
+        return self.end("length") if len(self.tokens) == self.max_tokens else ""
+
+    def end(self, reason: str) -> str:
+        """End the text; return what was held back because it might have become a stop string."""
+        self.finish_reason = reason
+        return self._show(self._matcher.finish())
+
+    def _show(self, piece: str) -> str:
+        text = self._shown + piece
+        self._shown = text[len(text) - min(len(text), self._matcher.context) :]
+        return piece
+
+
+class Generation(Iterator[str]):
+    """The pieces of text as they come; `draft` holds everything else about the run."""
+
+    def __init__(self, draft: Draft, prefill_chunk: int) -> None:
+        if prefill_chunk < 1:
+            raise ConfigError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
+        self.draft, self.prefill_chunk = draft, prefill_chunk
         self._pieces = self._run()
 
     def __iter__(self) -> Generation:
@@ -225,78 +332,93 @@ class Generation(Iterator[str]):
         return self
 
     @property
+    def tokens(self) -> list[int]:
+        """Sampled so far."""
+        return self.draft.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """One of "length", "eod" and "stop"; None while it runs."""
+        return self.draft.finish_reason
+
+    @property
+    def statistics(self) -> Statistics:
+        """Tokens and seconds."""
+        return self.draft.statistics
+
+    @property
+    def seed(self) -> int:
+        """Seed of the generator, also when it was drawn."""
+        return self.draft.seed
+
+    @property
     def state(self) -> ModelState | None:
         """The state after all consumed tokens; None before the first."""
-        return self._state
+        return self.draft.state
 
     @property
     def continuation(self) -> Continuation:
         """What to save so that a later run goes on exactly; valid after every piece."""
-        return Continuation(
-            self._state or self.model.init_state(1),
-            tuple(self._pending),
-            self._history,
-            self._shown,
-            tuple(self._sampler.recent),
-            self._sampler.seed,
-            self._sampler.generator.get_state(),
-        )
+        return self.draft.continuation
 
     def _run(self) -> Iterator[str]:
-        started = time.perf_counter()
-        # The last token stays pending, so that a run of no tokens can be continued as well.
-        while len(self._pending) > 1:
-            chunk = self._pending[: min(self.prefill_chunk, len(self._pending) - 1)]
-            self._consume(chunk)
-            self.statistics.prefill_tokens += len(chunk)
-        self.statistics.prefill_s = time.perf_counter() - started
-        while self.finish_reason is None:
-            if len(self.tokens) == self.max_tokens:
-                self.finish_reason = "length"
-                break
+        draft = self.draft
+        while prefill(draft, self.prefill_chunk):
+            pass
+        piece = draft.end_if_full()
+        if draft.finish_reason is None:
+            decoder = make_decoder(draft.model, 1)
+            draft.enter(decoder, 0)
+        while draft.finish_reason is None:
             started = time.perf_counter()
-            logits = self._consume(self._pending)
-            token = self._sampler.sample(logits)
-            self._pending = [token]
-            self.tokens.append(token)
-            self.statistics.decode_tokens += 1
-            self.statistics.decode_s += time.perf_counter() - started
-            self._history = (*self._history, token)[-StreamDecoder.LIMIT :]
-            if token == self.tokenizer.eod_id:
-                text, self.finish_reason = self._decoder.finish(), "eod"
-            else:
-                text = self._decoder.push(token)
-            piece, stopped = self._matcher.push(text)
-            if stopped:
-                self.finish_reason = "stop"
-            if piece:
-                yield self._show(piece)
-        if self.finish_reason != "stop":
-            rest = self._matcher.finish()
-            if rest:
-                yield self._show(rest)
+            with inference(draft.model):
+                logits = decoder.step(draft.pending)
+            piece = draft.write(logits[0])
+            draft.statistics.decode_s += time.perf_counter() - started
+            if piece and draft.finish_reason is None:
+                yield piece
+        if piece:
+            yield piece
 
-    def _show(self, piece: str) -> str:
-        text = self._shown + piece
-        self._shown = text[len(text) - min(len(text), self._matcher.context) :]
-        return piece
 
-    @torch.no_grad()
-    def _consume(self, tokens: list[int]) -> Tensor:
-        """Run the model over `tokens`, keep the state, return the logits [V] of the last one."""
-        was_training = self.model.training
+@contextlib.contextmanager
+def inference(model: LanguageModel) -> Iterator[None]:
+    """Run the model without gradients and in evaluation mode, which is put back afterwards.
+
+    A model whose matrices are bfloat16 (model.decode.store_bfloat16) multiplies in bfloat16.
+    """
+    was_training, half = model.training, model.head.weight.dtype == torch.bfloat16
+    if was_training:
+        model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(model.head.weight.device.type, torch.bfloat16)
+            if half
+            else contextlib.nullcontext(),
+        ):
+            yield
+    finally:
         if was_training:
-            self.model.eval()
-        try:
-            device = next(self.model.parameters()).device
-            x, self._state, _ = self.model.features(
-                torch.tensor([tokens], device=device), self._state
-            )
-            self._pending = self._pending[len(tokens) :]
-            return self.model.head(x[:, -1:])[0, 0]
-        finally:
-            if was_training:
-                self.model.train()
+            model.train()
+
+
+def prefill(draft: Draft, chunk: int) -> bool:
+    """Let the model read up to `chunk` tokens of the prompt; False when one token is left.
+
+    The last token stays pending, so that a run of no tokens can be continued as well.
+    """
+    tokens = draft.pending[: min(chunk, len(draft.pending) - 1)]
+    if not tokens:
+        return False
+    started = time.perf_counter()
+    with inference(draft.model):
+        x = torch.tensor([tokens], device=draft.model.embedding.weight.device)
+        _, draft._state, _ = draft.model.features(x, draft.state)
+    del draft.pending[: len(tokens)]
+    draft.statistics.prefill_tokens += len(tokens)
+    draft.statistics.prefill_s += time.perf_counter() - started
+    return True
 
 
 def generate(
@@ -331,18 +453,11 @@ def generate(
 
     Raises:
         ConfigError: a setting is out of range, the tokenizer has more ids than the model, or there
-        is nothing to go on from. StateError: the state is another model's.
+        is nothing to go on from. ShapeError: a token of the prompt is none of the model's.
+        StateError: the state is another model's; or, later, the logits are not finite.
     """
-    return Generation(
-        model,
-        tokenizer,
-        prompt,
-        state,
-        sampling or SamplingConfig(),
-        max_tokens,
-        stop,
-        prefill_chunk,
-    )
+    draft = Draft(model, tokenizer, prompt, state, sampling or SamplingConfig(), max_tokens, stop)
+    return Generation(draft, prefill_chunk)
 
 
 def num_real_tokens(tokenizer: Tokenizer) -> int:

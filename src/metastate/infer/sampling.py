@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metastate.errors import ConfigError
+from metastate.errors import ConfigError, StateError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ class Sampler:
             self.recent.extend(tokens)
 
     def sample(self, logits: Tensor) -> int:
-        """Choose one token by its logits [V] (any float dtype) and observe it."""
+        """Choose one token by its logits [V] (any float dtype) and observe it.
+
+        Raises:
+            StateError: the logits are not finite.
+        """
         probabilities = self.probabilities(logits)
         if self.config.temperature == 0:
             token = int(probabilities.argmax())
@@ -74,9 +78,14 @@ class Sampler:
         return token
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probabilities to draw from, [num_tokens] float32 on the CPU."""
+        """Return the probabilities to draw from, [num_tokens] float32 on the CPU; see `sample`."""
         config = self.config
         logits = logits[: self.num_tokens].to("cpu", torch.float32, copy=True)
+        if not logits.max().isfinite():  # a NaN is the largest of all
+            raise StateError(
+                "the model's logits are not finite; its weights or the state that it goes on from "
+                "are broken"
+            )
         if config.repetition_penalty != 1 and self.recent:
             index = torch.tensor(sorted({t for t in self.recent if t < len(logits)}))
             seen, penalty = logits[index], config.repetition_penalty

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate.errors import ShapeError
-from metastate.ops import fused
+from metastate.ops import context, fused
 
 # Optimizer groups. A layer's `optimizer_groups()` names one for each parameter that it owns.
 MATRIX = "matrix"  # weight decay, learning rate x 1
@@ -39,15 +40,20 @@ class Packing:
             start is always an offset; it resets the state only where `resets` says so.
         first: [B] int64, the index of the sequence that starts row b.
         last: [B] int64, the index of the sequence that ends row b.
+        start: one row whose S and M a document of this layer starts from; None means the layer's
+            own S_0, and M zero.
+        group: the ranks that share the rows, each T tokens of them; None where rows are whole.
     """
 
     resets: Tensor
     cu_seqlens: Tensor
     first: Tensor
     last: Tensor
+    start: RecurrentState | None = None
+    group: dist.ProcessGroup | None = None
 
     @classmethod
-    def from_resets(cls, resets: Tensor) -> Packing:
+    def from_resets(cls, resets: Tensor, group: dist.ProcessGroup | None = None) -> Packing:
         """Compute the offsets once for all layers from `resets` [B, T] bool."""
         if resets.dtype != torch.bool or resets.dim() != 2:
             raise ShapeError(f"resets must be bool [B, T]; got {resets.dtype} {list(resets.shape)}")
@@ -58,7 +64,7 @@ class Packing:
         cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), end])
         last = starts.sum(1).cumsum(0) - 1
         first = torch.cat([last.new_zeros(1), last[:-1] + 1])
-        return cls(resets, cu_seqlens, first, last)
+        return cls(resets, cu_seqlens, first, last, group)
 
     def initial(self, state: Tensor, fresh: Tensor) -> Tensor:
         """Return one initial state a sequence, [n, ...].
@@ -105,6 +111,8 @@ def token_shift(
 ) -> list[Tensor]:
     """Return x_t + (x_{t-1} - x_t) mu_i for every row of mu [I, D]; `last` [B, D] is x_{-1}."""
     resets = None if packing is None else packing.resets
+    if packing is not None and packing.group is not None:
+        last = context.last_before(x[:, -1], last, packing.group)
     return fused.token_mix(x, last, mu, resets, fused=fused.can_fuse(x, backend))
 
 
@@ -115,6 +123,33 @@ def run_packed(
     if packing is None:
         return state, None
     return packing.initial(state, fresh), packing.cu_seqlens
+
+
+def handed_on(
+    write: Callable[[Tensor, Tensor], Tensor],
+    value: Tensor,
+    state: Tensor,
+    fresh: Tensor,
+    packing: Packing | None,
+) -> Tensor:
+    """Return the states before this rank's tokens, [B, H, N, N]: `state` where rows are whole.
+
+    Args:
+        write: (what the tokens write [B, T, H, N], one state a sequence) -> the states after them;
+            it must be affine in the two together, and writing zeros must write nothing.
+        value: what the tokens write.
+        state: the states before the first token of all, [B, H, N, N].
+        fresh: what a new document starts from, [H, N, N].
+        packing: where documents start, and the ranks that share the rows.
+    """
+    if packing is None or packing.group is None:
+        return state
+    none = torch.zeros_like(state)
+    B = last_of_rows(write(value, packing.initial(none, fresh)), packing)
+    # A document that starts here cuts the row off from what came before: its A is zero.
+    unit = packing.initial(context.unit_state(none), none[0])
+    A = last_of_rows(write(torch.zeros_like(value), unit), packing)
+    return context.state_before(A, B, state, packing.group)
 
 
 def last_of_rows(state: Tensor, packing: Packing | None) -> Tensor:

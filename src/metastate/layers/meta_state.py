@@ -25,6 +25,7 @@ from metastate.layers.common import (
     Growth,
     LowRank,
     Packing,
+    handed_on,
     last_of_rows,
     linear,
     low_rank_size,
@@ -159,7 +160,8 @@ class MetaState(nn.Module):
             y = self.activate(y) if factor is None else y * factor
         if self.gate is not None:
             y = y * self.gate(x_g, torch.sigmoid)
-        return self.output(y), M, new_shift, kl
+        # The kernels compute in float32, also of a model whose weights are stored in 16 bits.
+        return self.output(y.to(self.output.weight.dtype)), M, new_shift, kl
 
     def encode(
         self, x: Tensor, asked: Tensor, trajectory: ops.Trajectory
@@ -214,17 +216,24 @@ class MetaState(nn.Module):
                 written = segment_norm(e, options.encoding_norm, self.segments)
             if options.query == "encoding":
                 q = written
-            initial, _ = run_packed(M, M.new_zeros(M.shape[1:]), packing)
-            y, final = ops.meta_state(
-                x,
-                written,
-                q,
-                trajectory,
-                initial,
-                update=options.update,
-                first_size=self.segments[0],
-                backend=backend,
-            )
+
+            def run(e: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+                return ops.meta_state(
+                    x,
+                    e,
+                    q,
+                    trajectory,
+                    before,
+                    update=options.update,
+                    first_size=self.segments[0],
+                    backend=backend,
+                )
+
+            start = None if packing is None or packing.start is None else packing.start.M
+            fresh = M.new_zeros(M.shape[1:]) if start is None else start[0]
+            M = handed_on(lambda e, before: run(e, before)[1], written, M, fresh, packing)
+            initial, _ = run_packed(M, fresh, packing)
+            y, final = run(written, initial)
             M = last_of_rows(final, packing)
             sources.append(y)
         if options.readout != "meta":

@@ -21,6 +21,7 @@ from metastate.layers.common import (
     Growth,
     LowRank,
     Packing,
+    handed_on,
     last_of_rows,
     linear,
     low_rank_size,
@@ -161,13 +162,24 @@ class TimeMix(nn.Module):
         )
         v_first = v if v_first is None else v_first
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
-        initial, cu_seqlens = run_packed(S, self.initial_state(), packing)
+        start = None if packing is None else packing.start
+        fresh = self.initial_state() if start is None else start.S[0]
+
+        def write(v: Tensor, before: Tensor) -> Tensor:
+            cu_seqlens = None if packing is None else packing.cu_seqlens
+            return ops.wkv7(
+                r, log_w, k, v, kappa, a, before, cu_seqlens=cu_seqlens, backend=backend
+            )[1]
+
+        S = handed_on(write, v, S, fresh, packing)
+        initial, cu_seqlens = run_packed(S, fresh, packing)
         y, trajectory = ops.wkv7_trajectory(
             r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
         )
         fuse = fuse and len(self.norm.segments) == 1
         g = self.gate(x_g, torch.sigmoid)
-        out = self.output(fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse))
+        y = fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse)
+        out = self.output(y.to(self.output.weight.dtype))
         shift = x[:, -1].clone()  # a view would keep all of x alive in the state
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
 

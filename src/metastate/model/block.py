@@ -18,7 +18,7 @@ class RecurrentBlock(nn.Module):
     """Time mixing, then the Meta-State layer, RWKV-7's channel mixing, or both side by side.
 
     x = x + TimeMix(ln1(x))                                  also yields the WKV trajectory S_t
-    x = x + MetaState(ln2(x), S_t) + ChannelMix(ln2(x))      the second where `ffn_size` is given
+    x = x + MetaState(ln2(x), S_t) + ChannelMix(ln2(x))      each where `second_layers` says so
     RWKV-7: x = x + ChannelMix(ln2(x))
     """
 
@@ -28,9 +28,9 @@ class RecurrentBlock(nn.Module):
         self.ln1 = nn.LayerNorm(config.hidden_size)
         self.time_mix = TimeMix(config, layer)
         self.ln2 = nn.LayerNorm(config.hidden_size)
-        is_meta = config.architecture == "metastate"
-        self.meta_state = MetaState(config) if is_meta else None
-        self.channel_mix = None if is_meta and not config.ffn_size else ChannelMix(config, layer)
+        has_meta_state, has_channel_mix = config.second_layers(layer)
+        self.meta_state = MetaState(config) if has_meta_state else None
+        self.channel_mix = ChannelMix(config, layer) if has_channel_mix else None
 
     def init_state(self, batch_size: int) -> RecurrentState:
         """Return the state before the first token: S_0, everything else zero."""
@@ -46,12 +46,17 @@ class RecurrentBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: RecurrentState,
+        state: RecurrentState | None,
         v_first: Tensor | None,
         packing: Packing | None,
         backend: str,
     ) -> tuple[Tensor, RecurrentState, Tensor | None, Tensor | None]:
-        """Return x [B, T, D], the new state, layer 0's v for the layers above, and a KL term."""
+        """Return x [B, T, D], the new state, layer 0's v for the layers above, and a KL term.
+
+        The state before the first token is made here if it is None: only while a sharded block
+        runs are its weights, parameter tokens among them, whole.
+        """
+        state = self.init_state(len(x)) if state is None else state
         y, S, time_shift, v_first, trajectory = self.time_mix(
             self.ln1(x), state.S, state.time_shift, v_first, packing, backend
         )
@@ -96,7 +101,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, state: AttentionState | None, resets: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        """Return x [B, T, D] and the new cache."""
+        """Return x [B, T, D] and the new cache; None before the first token means an empty one."""
+        state = self.init_state(len(x)) if state is None else state
         y, state = self.attention(self.ln1(x), state, resets)
         x = x + y
         return x + self.mlp(self.ln2(x)), state

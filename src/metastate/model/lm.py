@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
-from metastate.errors import ShapeError, StateError
+from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.layers.common import MATRIX, Growth, Packing, linear
 from metastate.model.block import RecurrentBlock, TransformerBlock, block_groups
 from metastate.model.state import ModelState
@@ -61,18 +63,22 @@ class LanguageModel(nn.Module):
         """Return the detached state before the first token for `batch_size` rows."""
         if batch_size < 1:
             raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
-        return self._fresh(batch_size).detach()
+        layers = tuple(block.init_state(batch_size) for block in self.blocks)  # type: ignore[operator]
+        return ModelState(layers).detach()
 
     @cached_property
     def empty_state(self) -> ModelState:
         """One row's state on the meta device: what every state of this model must look like."""
         return self.init_state(1).to("meta")
 
-    def _fresh(self, batch_size: int) -> ModelState:
-        return ModelState(tuple(block.init_state(batch_size) for block in self.blocks))  # type: ignore[operator]
-
     def features(
-        self, tokens: Tensor, state: ModelState | None = None, *, resets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        resets: Tensor | None = None,
+        start: ModelState | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, ModelState, Tensor | None]:
         """Run everything but the head.
 
@@ -81,6 +87,11 @@ class LanguageModel(nn.Module):
             state: what came before, from `init_state` or an earlier call; None means nothing. It is
                 not changed. Gradients flow through it unless it was detached.
             resets: [B, T] bool, True where a document starts: the state returns to its start there.
+            start: one row to start from in place of `init_state`: where there is no state, and, S
+                and M of it, at every reset. Gradients flow through it. For recurrent models.
+            group: the ranks that share the rows: each gives T tokens of them, in the order of the
+                ranks, and all call this together. `state` is then the same on every rank, and the
+                state returned is the one after this rank's tokens.
 
         Returns:
             ln_out(x) [B, T, D], the state after the last token, and the KL term of variational
@@ -89,44 +100,68 @@ class LanguageModel(nn.Module):
         Raises:
             ShapeError: tokens or resets have the wrong shape, dtype or range.
             StateError: the state is of another model or batch size.
+            ConfigError: a `group` for a model that is not recurrent.
         """
         self._check_tokens(tokens, resets)
         batch, length = tokens.shape
-        if state is None:
-            state = self._fresh(batch)
-        elif not torch.compiler.is_compiling():
+        if start is not None:
+            if not self.recurrent:
+                raise StateError("only a recurrent model can start from a state other than its own")
+            if not torch.compiler.is_compiling():
+                start.check(self)
+            state = start.expand(batch) if state is None else state
+        if state is not None and not torch.compiler.is_compiling():
             state.check(self)
             if state.batch_size != batch:
                 raise StateError(
                     f"the state holds {state.batch_size} rows, the tokens have {batch}; take rows "
                     "of it with state[i]"
                 )
+        before = [None] * len(self.blocks) if state is None else state.layers
         x = self.embedding(tokens)
         kl: Tensor | None = None
         layers: list[Any] = []
         if self.recurrent:
-            packing = None if resets is None else Packing.from_resets(resets)
+            packing = None
+            if resets is not None or group is not None:
+                resets = (
+                    tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
+                )
+                packing = Packing.from_resets(resets, group)
             backend = ops.resolve_backend(self.backend, tokens.device)
             x, v_first = self.ln0(x), None
-            for block, old in zip(self.blocks, state.layers, strict=True):
+            for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
+                if packing is not None and start is not None:
+                    packing = replace(packing, start=start.layers[i])  # type: ignore[arg-type]
                 args = (x, old, v_first, packing, backend)
                 x, new, v_first, term = self._run(block, *args)
                 layers.append(new)
                 if term is not None:
                     kl = term if kl is None else kl + term
+        elif group is not None:
+            raise ConfigError(
+                "only a recurrent model can hand on its state; a transformer's sequences cannot be "
+                "split over processes here"
+            )
         else:
-            for block, old in zip(self.blocks, state.layers, strict=True):
+            for block, old in zip(self.blocks, before, strict=True):
                 x, new = self._run(block, x, old, resets)
                 layers.append(new)
+        seen = 0 if state is None else state.tokens_seen
         if kl is not None:
             kl = kl * self.config.meta_state.kl_weight
-        return self.ln_out(x), ModelState(tuple(layers), state.tokens_seen + length), kl
+        return self.ln_out(x), ModelState(tuple(layers), seen + length), kl
 
     def forward(
-        self, tokens: Tensor, state: ModelState | None = None, *, resets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        resets: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Return logits [B, T, V] and the state after the last token; arguments as `features`."""
-        x, state, _ = self.features(tokens, state, resets=resets)
+        x, state, _ = self.features(tokens, state, resets=resets, group=group)
         return self.head(x), state
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
@@ -197,12 +232,14 @@ class LanguageModel(nn.Module):
             attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
             return forward + attention, backward + 2 * attention
         assert config.head_size is not None
-        unit = config.num_layers * config.num_heads * config.head_size**2
-        forward, backward = forward + 10 * unit, backward + 26 * unit
-        if config.architecture == "metastate":
-            forward, backward = forward + 2 * unit, backward + 10 * unit
-            if config.meta_state.readout != "encoding":
-                forward, backward = forward + 10 * unit, backward + 26 * unit
+        unit = config.num_heads * config.head_size**2
+        writers, readers = config.num_layers, 0
+        for layer in range(config.num_layers):
+            if config.second_layers(layer)[0]:
+                readers += 1
+                writers += config.meta_state.readout != "encoding"
+        forward += (10 * writers + 2 * readers) * unit
+        backward += (26 * writers + 10 * readers) * unit
         return forward, backward
 
     def _products(self, name: str, p: Tensor) -> int:
@@ -210,8 +247,9 @@ class LanguageModel(nn.Module):
         no_factor = (".mu", ".r_k", ".token_keys", ".token_values")
         if p.dim() < 2 or name == "embedding.weight" or name.endswith(no_factor):
             return 0
-        if name.endswith(".receptance.weight") and self.config.architecture == "metastate":
-            return 2 if self.config.meta_state.asks_by_receptance else 1
+        if name.endswith(".receptance.weight"):
+            reads_twice = self.config.second_layers(int(name.split(".")[1]))[0]
+            return 2 if reads_twice and self.config.meta_state.asks_by_receptance else 1
         return self.config.num_heads if name.endswith(".projection") else 1
 
     def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from metastate.errors import ShapeError
@@ -42,7 +43,9 @@ def lm_loss(
     state: ModelState | None = None,
     *,
     resets: Tensor | None = None,
+    start: ModelState | None = None,
     z_loss: float = 0.0,
+    group: dist.ProcessGroup | None = None,
 ) -> LossOutput:
     """Run the model and score the next tokens.
 
@@ -56,7 +59,10 @@ def lm_loss(
         targets: [B, T] int64, below the vocabulary size, or -100 where nothing is to be learned.
         state: the state before the first token, None for the start.
         resets: [B, T] bool, True where a document starts.
+        start: one row that documents start from in place of the model's own state.
         z_loss: weight of lse^2, which keeps the logits' scale near zero.
+        group: the ranks that share the rows, as in `LanguageModel.features`; the mean is over this
+            rank's tokens.
 
     Raises:
         ShapeError: targets have another shape than tokens, or lie outside the vocabulary.
@@ -70,7 +76,7 @@ def lm_loss(
     scored = targets != IGNORE
     if not bool(((targets >= 0) & (targets < size))[scored].all()):
         raise ShapeError(f"targets must be {IGNORE} or in 0..{size - 1}, the model's vocabulary")
-    x, state, kl = model.features(tokens, state, resets=resets)
+    x, state, kl = model.features(tokens, state, resets=resets, start=start, group=group)
     num_tokens = int(scored.sum())
     # Selecting all rows would copy them, so do that only where some are ignored.
     everything = num_tokens == targets.numel()

@@ -71,7 +71,7 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
         letters, rule = axes.get(name, ("", ""))
         if name in before:
             old = _apart(before[name], letters.split(), old_sizes)
-        elif rule == IDENTITY and _in_block_of(name, parent):
+        elif rule == IDENTITY and any(n.startswith(_layer_of(name)) for n in before):
             old = (p.shape[0], old_sizes["N"])
         else:
             out[name] = Regions(None, {"": whole})
@@ -90,9 +90,9 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
     return out
 
 
-def _in_block_of(name: str, config: ModelConfig) -> bool:
-    """Say whether a parameter is in a block that a model of `config` has too."""
-    return int(name.split(".")[1]) < config.num_layers
+def _layer_of(name: str) -> str:
+    """Return what the names of the parameters of the same layer begin with."""
+    return name[: name.rindex(".") + 1]
 
 
 def _apart(p: Tensor, letters: list[str], sizes: dict[str, int]) -> tuple[int, ...]:

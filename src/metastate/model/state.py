@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from metastate.config import ATTENTION, ModelConfig
-from metastate.data.files import atomic_write
 from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
+from metastate.model.state_file import StateFile, config_hash
 
 if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
 
 LayerState = RecurrentState | AttentionState
-FORMAT = "metastate-state"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,57 @@ class ModelState:
             rows = slice(rows, rows + 1 or None)
         return self.map(lambda x: x[rows])
 
+    @classmethod
+    def stack(cls, states: Sequence[ModelState]) -> ModelState:
+        """Return the rows of all `states` as one batch, in order.
+
+        tokens_seen is the largest of theirs; notes stay where all have the same.
+
+        Raises:
+            StateError: there are none, they are of different models, or key-value caches of
+                different lengths, whose positions do not line up.
+        """
+        if not states:
+            raise StateError("no states to stack; give at least one")
+        layers = []
+        for i, parts in enumerate(zip(*(s.layers for s in states), strict=False)):
+            try:
+                layers.append(_joined(parts))
+            except (TypeError, RuntimeError):
+                raise StateError(
+                    f"layer {i} of the states has different shapes; only states of one model, "
+                    "and key-value caches of one length, can be stacked"
+                ) from None
+        if any(len(s.layers) != len(layers) for s in states):
+            raise StateError("the states have different numbers of layers: different models")
+        extra = states[0].extra if all(s.extra == states[0].extra for s in states) else {}
+        return cls(tuple(layers), max(s.tokens_seen for s in states), extra)
+
+    def unstack(self) -> list[ModelState]:
+        """Return every row as a state of its own that shares no memory with the others."""
+        return [self[i].clone() for i in range(self.batch_size)]
+
+    def expand(self, batch_size: int) -> ModelState:
+        """Return a state of one row as `batch_size` equal rows, the memory shared.
+
+        Raises:
+            StateError: it has more rows than one.
+        """
+        if self.batch_size != 1:
+            raise StateError(f"the state holds {self.batch_size} rows; take one, as state[0]")
+        return self.map(lambda x: x.expand(batch_size, *x.shape[1:]))
+
     @property
     def batch_size(self) -> int:
         """Number of rows B."""
         layer = self.layers[0]
         return (layer.S if isinstance(layer, RecurrentState) else layer.keys).shape[0]
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens in a key-value cache; 0 in recurrent states, which hold none."""
+        layer = self.layers[0]
+        return layer.length if isinstance(layer, AttentionState) else 0
 
     @property
     def num_bytes(self) -> int:
@@ -92,65 +132,88 @@ class ModelState:
                     out[f"layers.{i}.{f.name}"] = value
         return out
 
-    def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
-        """Write the state as safetensors, atomically, with a hash of its model's `config`."""
-        header = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "tokens_seen": str(self.tokens_seen),
-            "config": config_hash(config),
-            "extra": json.dumps(self.extra),
-        }
-        # Copies, since tensors of a state may share memory, which safetensors refuses.
-        tensors = {
-            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in self.tensors().items()
-        }
-        atomic_write(path, safetensors.torch.save(tensors, header), error=StateError)
+    def save(self, path: str | os.PathLike[str], model: LanguageModel | ModelConfig) -> None:
+        """Write the state as safetensors, atomically, with hashes of its `model`.
+
+        A configuration alone will do where weights and state are kept together, as in a checkpoint:
+        the file then fits any weights.
+
+        Raises:
+            StateError: the file cannot be written.
+        """
+        if isinstance(model, ModelConfig):
+            config, weights = model, ""
+        else:
+            config, weights = model.config, _weights_hash(model)
+        StateFile(
+            self.tensors(),
+            self.tokens_seen,
+            config.architecture,
+            config_hash(config),
+            weights,
+            self.extra,
+        ).write(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: LanguageModel) -> ModelState:
-        """Read a state for `model`.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: LanguageModel,
+        *,
+        allow_other_weights: bool = False,
+    ) -> ModelState:
+        """Read a state for `model`, in the model's number format and on its device.
+
+        A tuned start (`metastate tune-state`) saved as parameter tokens becomes one row that has
+        seen nothing: S_0 + V_P^T K_P in every layer, S_0 the model's own.
+
+        Args:
+            path: the file.
+            model: of the configuration that the state was made with.
+            allow_other_weights: take a state that other weights of this configuration made, as
+                those before more training; what it then means is for the caller to know.
 
         Raises:
             StateError: the file is missing, corrupt, no state, newer, or of another model.
         """
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise StateError(f"no state file at {path}") from None
-        except (safetensors.SafetensorError, OSError) as cause:
-            raise StateError(
-                f"{path} is no whole safetensors file ({cause}); it is corrupt or cut "
-                "off: make the state again"
-            ) from None
-        if header.get("format") != FORMAT:
-            raise StateError(f"{path} is a safetensors file but no metastate state")
-        try:
-            version, tokens_seen = int(header["version"]), int(header["tokens_seen"])
-            made_by, extra = header["config"], json.loads(header["extra"])
-        except (KeyError, ValueError) as cause:
-            raise StateError(
-                f"{path} has a broken header ({cause!r}); make the state again"
-            ) from None
-        if version > VERSION:
-            raise StateError(f"{path} has version {version}; install a newer metastate")
-        if made_by != config_hash(model.config):
+        file = StateFile.read(path)
+        if file.config != config_hash(model.config):
             raise StateError(f"{path} was made by a model of another configuration; use that model")
+        if file.weights and not allow_other_weights and file.weights != _weights_hash(model):
+            raise StateError(
+                f"{path} was made with other weights of this configuration (before more training, "
+                "or in another number format), to which its numbers need not mean the same; use "
+                "that checkpoint, or allow it with allow_other_weights, --allow-other-weights"
+            )
         kind = AttentionState if model.config.architecture in ATTENTION else RecurrentState
-        layers = []
-        for i in range(model.config.num_layers):
+        device = next(model.parameters()).device
+        layers: list[LayerState] = []
+        for i, fresh in enumerate(model.init_state(1).layers):
             prefix = f"layers.{i}."
-            fields = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            fields = {
+                k[len(prefix) :]: v.to(device)
+                for k, v in file.tensors.items()
+                if k.startswith(prefix)
+            }
             try:
-                layers.append(kind(**fields))
-            except TypeError:
+                layer = _expanded(fresh, **fields) if file.is_start else kind(**fields)  # type: ignore[arg-type]
+            except (TypeError, IndexError):
                 raise StateError(f"{path} holds no whole state of layer {i}") from None
-        state = cls(tuple(layers), tokens_seen, extra)
+            layers.append(layer)
+        if len(file.layers) > len(layers):
+            raise StateError(f"{path} holds {len(file.layers)} layers, the model {len(layers)}")
+        state = cls(tuple(layers), file.tokens_seen, file.extra)
+        if not state.batch_size:
+            raise StateError(f"{path} holds no rows; make the state again")
         state.check(model)
-        return state.to(next(model.parameters()).device)
+        pairs = zip(state.layers, model.empty_state.layers, strict=True)
+        state = cls(tuple(_converted(*pair) for pair in pairs), file.tokens_seen, file.extra)
+        for name, x in state.tensors().items():
+            if not torch.isfinite(x).all():
+                raise StateError(f"{path}: {name} is not finite everywhere; make the state again")
+            if name.endswith(".start") and not bool(((x >= 0) & (x < state.tokens_held)).all()):
+                raise StateError(f"{path}: {name} is outside the tokens that the cache holds")
+        return state
 
     def check(self, model: LanguageModel) -> None:
         """Raise StateError unless this state fits `model`."""
@@ -164,8 +227,9 @@ class ModelState:
                     f"the state's layer {i} is a {type(own).__name__}, the model needs a "
                     f"{type(fresh).__name__}"
                 )
-            if isinstance(own, AttentionState):
-                continue  # the layer itself checks a cache, whose length is free
+            if isinstance(own, AttentionState) and isinstance(fresh, AttentionState):
+                self._check_cache(own, fresh, i)
+                continue
             for name, needed in vars(fresh).items():
                 found = getattr(own, name)
                 if found is not None and not found.is_floating_point():
@@ -179,8 +243,75 @@ class ModelState:
                         f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
                     )
 
+    def _check_cache(self, own: AttentionState, fresh: AttentionState, layer: int) -> None:
+        """Raise StateError unless a cache, whose length is free, fits the layer."""
+        heads, size = fresh.keys.shape[1], fresh.keys.shape[3]
+        needed = [self.batch_size, heads, own.keys.shape[2], size]
+        for name, x in (("keys", own.keys), ("values", own.values)):
+            if list(x.shape) != needed or not x.is_floating_point():
+                raise StateError(
+                    f"the state's layers.{layer}.{name} is {x.dtype} {list(x.shape)}, the model "
+                    f"needs floats {needed}"
+                )
+        if own.length != self.tokens_held:
+            raise StateError(
+                f"the state's layers.{layer} holds {own.length} tokens, its first layer "
+                f"{self.tokens_held}"
+            )
+        start = own.start
+        if start is not None and (start.dtype, list(start.shape)) != (torch.int64, needed[:1]):
+            raise StateError(
+                f"the state's layers.{layer}.start is {start.dtype} {list(start.shape)}, the model "
+                f"needs int64 {needed[:1]}"
+            )
 
-def config_hash(config: ModelConfig) -> str:
-    """Return the SHA-256 of a configuration, in hexadecimal."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+
+def _converted(own: LayerState, fresh: LayerState) -> LayerState:
+    """Return a layer's loaded state in the number formats of a fresh one."""
+    changes = {
+        name: x.to(getattr(fresh, name).dtype)
+        for name, x in vars(own).items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    return dataclasses.replace(own, **changes)  # type: ignore[arg-type]
+
+
+def _expanded(fresh: LayerState, token_keys: Tensor, token_values: Tensor) -> RecurrentState:
+    """Return a fresh layer's state with S_0 + V_P^T K_P for factors [H, P, N]."""
+    if not isinstance(fresh, RecurrentState):
+        raise TypeError("a key-value cache has no S")
+    H, N = fresh.S.shape[1:3]
+    for name, x in (("token_keys", token_keys), ("token_values", token_values)):
+        if x.dim() != 3 or x.shape != (H, token_keys.shape[1], N) or not x.is_floating_point():
+            raise StateError(
+                f"{name} is {x.dtype} {list(x.shape)}; floats [{H}, P, {N}] are needed"
+            )
+    S = fresh.S + token_values.to(fresh.S.dtype).mT @ token_keys.to(fresh.S.dtype)
+    return dataclasses.replace(fresh, S=S)
+
+
+def _joined(parts: Sequence[LayerState]) -> LayerState:
+    """Return one layer's rows of several states; TypeError or RuntimeError where they differ."""
+    first = parts[0]
+    if any(type(part) is not type(first) for part in parts):
+        raise TypeError("recurrent states and caches")
+    if isinstance(first, AttentionState):
+        caches: list[AttentionState] = list(parts)  # type: ignore[arg-type]
+        keys, values = (torch.cat(t) for t in zip(*(c.visible() for c in caches), strict=True))
+        start = None
+        if any(c.start is not None for c in caches):
+            none = [c.keys.new_zeros(len(c.keys), dtype=torch.int64) for c in caches]
+            pairs = zip(caches, none, strict=True)
+            start = torch.cat([zero if c.start is None else c.start for c, zero in pairs])
+        return AttentionState(keys, values, start)
+    fields: dict[str, Tensor | None] = {}
+    for name in vars(first):
+        own = [getattr(part, name) for part in parts]
+        fields[name] = None if all(x is None for x in own) else torch.cat(own)
+    return RecurrentState(**fields)  # type: ignore[arg-type]
+
+
+def _weights_hash(model: LanguageModel) -> str:
+    from metastate.model.io import weights_hash  # which imports the model, and that this module
+
+    return weights_hash(model)

@@ -289,7 +289,7 @@ def _save_read(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _read_gradients(ctx: Any, de: Tensor) -> tuple[Any, ...]:
-    x, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
+    x, *saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
     dx, product = wkv7_read_backward(de, x, *saved, ctx.by_key)
     state_side = product.dtype
     sides = (de, x) if ctx.by_key else (x, de)

@@ -34,14 +34,14 @@ def token_mix(
         fused: use the native kernel; the caller knows that it can run (`can_fuse`).
 
     Returns:
-        I tensors [B, T, D] in x's dtype.
+        I tensors [B, T, D] in x's dtype (fused: mu's, which autocast does not round).
     """
     if fused:
         batch, length, _ = x.shape
         keep = (
             x.new_ones(batch, length, dtype=torch.float32) if resets is None else (~resets).float()
         )
-        return _call(_TokenMix, x, last, mu, keep)
+        return [y.to(mu.dtype) for y in _call(_TokenMix, x, last, mu, keep)]
     shifted = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], 1)
     if resets is not None:
         shifted = shifted.masked_fill(resets.unsqueeze(-1), 0)
@@ -158,8 +158,14 @@ def unit(x: Tensor, *, fused: bool = False) -> Tensor:
 
 
 def can_fuse(x: Tensor, backend: str) -> bool:
-    """Say whether the native kernels serve x: on a CPU, not float64, not while torch compiles."""
-    return backend == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    """Say whether the native kernels serve x: on a CPU, not float64, not while torch compiles.
+
+    They answer in float32, which autocast's products take and those of a bfloat16 model do not.
+    """
+    if backend != "cpu" or torch.compiler.is_compiling():
+        return False
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype == torch.float32 or (narrow and torch.is_autocast_enabled("cpu"))
 
 
 def _call(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -172,7 +178,8 @@ def _rows(x: Tensor) -> Any:
 
 
 def _vector(x: Tensor) -> Any:
-    return x.detach().float().contiguous().numpy()
+    # A copy: numpy() on a weight itself would keep FSDP from freeing it after the layer.
+    return x.detach().float().contiguous().clone().numpy()
 
 
 def _like(x: Tensor, count: int) -> list[Tensor]:

@@ -7,7 +7,8 @@ OUT/checkpoints/step-00000200/   model.safetensors, config.json   what metastate
 OUT/last, OUT/best               links to the newest one and to the one of the best held-out loss
 
 A folder is written under a temporary name, every file fsynced, and only then renamed: a folder
-with its final name is whole. The links are replaced by rename, old folders deleted last.
+with its final name is whole. The links are replaced by rename, old folders deleted last. The files
+are the same whatever processes wrote them, so any others can go on.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
-import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from metastate.config import TrainConfig, from_dict, to_dict
+from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
 from metastate.data.files import atomic_write, sync_folder, write_json
 from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
+from metastate.train.distributed import is_sharded, placed, save_sharded
 from metastate.train.optim import GroupedAdamW, moments, step_count
 
 # What may differ between a run and its continuation: its end, where things are, what is reported.
 MAY_CHANGE = {
     *("steps", "data", "out", "log_every", "valid_every", "valid_tokens", "checkpoint_every"),
-    "tensorboard",
+    *("tensorboard", "parallel", "shard_size", "context_parallel", "async_checkpoint"),
 }
 VERSION = 1
-MOMENTS, CARRIED = "optimizer.safetensors", "state.safetensors"
+MODEL, MOMENTS, CARRIED = "model.safetensors", "optimizer.safetensors", "state.safetensors"
 RUN = "run.json"  # the settings of the run, written before its first step
 
 
@@ -68,6 +74,55 @@ class TrainerState:
     version: int = VERSION
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, of one moment of a run.
+
+    Attributes:
+        trainer: everything but tensors.
+        weights: of the model, by name; parts of them where the model is sharded.
+        moments: of the optimizer, likewise.
+        record: what config.json says.
+        carried: the state that the next batch continues from, of all rows.
+        model: the model's shape.
+    """
+
+    trainer: TrainerState
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    record: dict[str, Any]
+    carried: ModelState | None
+    model: ModelConfig
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        optimizer: GroupedAdamW,
+        trainer: TrainerState,
+        carried: ModelState | None = None,
+        *,
+        copy: bool = False,
+    ) -> Snapshot:
+        """Take what is there now; with `copy` into memory of its own, so that training may go on.
+
+        Args:
+            model: as it is after trainer.step updates.
+            optimizer: of `make_optimizer`.
+            trainer: everything else.
+            carried: the state that the next batch continues from.
+            copy: see above; the memory of the weights and moments is taken once more.
+        """
+
+        def kept(x: Tensor) -> Tensor:
+            return x.detach().to("cpu", copy=copy)
+
+        weights = {k: kept(x) for k, x in model.state_dict().items()}
+        own = {k: kept(x) for k, x in moments(optimizer).items()}
+        carried = carried if carried is None else carried.map(kept)
+        return cls(trainer, weights, own, io.record(model), carried, model.config)
+
+
 def save_checkpoint(
     out: str | os.PathLike[str],
     model: LanguageModel,
@@ -75,16 +130,22 @@ def save_checkpoint(
     trainer: TrainerState,
     carried: ModelState | None = None,
 ) -> Path:
+    """Take a Snapshot and write it; arguments as `Snapshot.of`, the rest as `write_checkpoint`."""
+    return write_checkpoint(out, Snapshot.of(model, optimizer, trainer, carried))
+
+
+def write_checkpoint(
+    out: str | os.PathLike[str], snapshot: Snapshot, group: dist.ProcessGroup | None = None
+) -> Path:
     """Write a checkpoint, point `last` (and `best`) to it, and delete those nobody needs.
 
     Kept are the newest, and the model of the best.
 
     Args:
         out: folder of the run.
-        model: as it is after trainer.step updates.
-        optimizer: of `make_optimizer`.
-        trainer: everything else.
-        carried: the state that the next batch continues from.
+        snapshot: what to write.
+        group: the processes that hold the snapshot's parts and call this together; None where this
+            one has everything. All must see the same folder.
 
     Returns:
         The checkpoint's folder.
@@ -92,24 +153,33 @@ def save_checkpoint(
     Raises:
         TrainingError: the disk is full or the system refuses; the checkpoint before is whole.
     """
+    trainer = snapshot.trainer
     folder = Path(out) / "checkpoints"
     final = folder / _name(trainer.step)
     temporary = folder / f".{final.name}.tmp"
-    assert not final.exists(), f"{final} is whole already"
+    leads = group is None or group.rank() == 0
     try:
-        for leftover in folder.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
-        io.save(model, temporary)
-        tensors = {k: v.contiguous().cpu() for k, v in moments(optimizer).items()}
-        atomic_write(temporary / MOMENTS, safetensors.torch.save(tensors))
-        if carried is not None:
-            carried.save(temporary / CARRIED, model.config)
-        write_json(temporary / "trainer.json", to_dict(trainer))
-        os.replace(temporary, final)
-        sync_folder(folder)
-        _publish(Path(out), trainer)
+        if leads:
+            assert not final.exists(), f"{final} is whole already"
+            for leftover in folder.glob(".step-*.tmp"):
+                shutil.rmtree(leftover)
+        if group is None:
+            io.write_tensors(snapshot.weights, temporary / MODEL)
+            atomic_write(temporary / MOMENTS, safetensors.torch.save(io.dense(snapshot.moments)))
+        else:
+            dist.barrier(group)  # nobody writes into what is being cleared away
+            save_sharded(temporary, {MODEL: snapshot.weights, MOMENTS: snapshot.moments}, group)
+        if leads:
+            io.write_record(snapshot.record, temporary)
+            if snapshot.carried is not None:
+                snapshot.carried.save(temporary / CARRIED, snapshot.model)
+            write_json(temporary / "trainer.json", to_dict(trainer))
+            os.replace(temporary, final)
+            sync_folder(folder)
+            _publish(Path(out), trainer)
     except (OSError, CheckpointError, TrainingError) as cause:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if leads:
+            shutil.rmtree(temporary, ignore_errors=True)
         before = find_checkpoint(out)
         kept = f"{before} is whole" if before else "there was none before"
         raise TrainingError(
@@ -119,10 +189,52 @@ def save_checkpoint(
     return final
 
 
+class Writer:
+    """Writes one checkpoint at a time, in the caller or, `beside` it, in a thread.
+
+    In a thread, an error is raised by the next call; a write waits for the one before.
+    """
+
+    def __init__(self, beside: bool) -> None:
+        self.pool = ThreadPoolExecutor(1, "checkpoint") if beside else None
+        self.under_way: Future[Any] | None = None
+
+    def write(self, job: Callable[[], Any]) -> None:
+        """Run `job`, which writes a checkpoint.
+
+        Raises:
+            TrainingError: this one, or beside the caller the one before, could not be written.
+        """
+        self.wait()
+        if self.pool is None:
+            job()
+        else:
+            self.under_way = self.pool.submit(job)
+
+    def wait(self) -> None:
+        """Return when everything is written; TrainingError if it could not be."""
+        job, self.under_way = self.under_way, None
+        if job is not None:
+            job.result()
+
+
 def load_checkpoint(
-    out: str | os.PathLike[str], model: LanguageModel, optimizer: GroupedAdamW
+    out: str | os.PathLike[str],
+    model: LanguageModel,
+    optimizer: GroupedAdamW,
+    *,
+    repair: bool = True,
 ) -> tuple[TrainerState, ModelState | None]:
     """Load the newest checkpoint of `out` into `model` and `optimizer`, in place.
+
+    A sharded model takes its parts out of the whole tensors, whatever processes wrote them.
+
+    Args:
+        out: folder of the run.
+        model: of the checkpoint's shape.
+        optimizer: of `make_optimizer` on it.
+        repair: set the links right where a kill came between the folder's rename and theirs; one
+            process does it.
 
     Returns:
         The trainer's state and the carried state, if there was one.
@@ -135,14 +247,16 @@ def load_checkpoint(
     if folder is None:
         raise CheckpointError(f"{out} holds no checkpoint; start the run without --resume")
     trainer = read_trainer(folder)
-    tensors = io.read_tensors(folder / "model.safetensors")
-    io.check_tensors(tensors, model.state_dict(), folder / "model.safetensors")
-    model.load_state_dict(tensors)
+    tensors, own = io.read_tensors(folder / MODEL), model.state_dict()
+    io.check_tensors(tensors, own, folder / MODEL)
+    model.load_state_dict(
+        {k: placed(x, own[k]) if is_sharded(own[k]) else x for k, x in tensors.items()}
+    )
     _load_moments(optimizer, folder / MOMENTS)
     state_file = folder / CARRIED
     carried = ModelState.load(state_file, model) if state_file.exists() else None
-    # A kill may have come between the rename of the folder and that of the links.
-    _publish(Path(out), trainer)
+    if repair:
+        _publish(Path(out), trainer)
     return trainer, carried
 
 
@@ -233,8 +347,7 @@ def _load_moments(optimizer: GroupedAdamW, file: Path) -> None:
                         f"{file}: {key} of {name} is {list(state[key].shape)}, the model needs "
                         f"{list(p.shape)}"
                     )
-                # Into memory laid out as the optimizer's own, which a mapped file's is not.
-                state[key] = torch.empty_like(p, requires_grad=False).copy_(state[key])
+                state[key] = placed(state[key], p)
             if state:
                 state["step"] = step_count(state["step"], p, group)
             optimizer.state[p] = state

@@ -14,6 +14,7 @@ from metastate.errors import ConfigError
 from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
+from metastate.train.distributed import placed
 
 # group -> (factor of the learning rate, whether weight decay applies)
 RULES = {MATRIX: (1.0, True), VECTOR: (1.0, False), DECAY_BASE: (2.0, False)}
@@ -233,16 +234,15 @@ def adopt_moments(optimizer: GroupedAdamW, whole: dict[str, Tensor]) -> None:
             optimizer.state[p] = {
                 key: step_count(value, p, group)  # type: ignore[arg-type]
                 if key == "step"
-                else torch.empty_like(p, requires_grad=False).copy_(
-                    value if region is None else region.of(value)  # type: ignore[arg-type]
-                )
+                else placed(value if region is None else region.of(value), p)  # type: ignore[arg-type]
                 for key, value in own.items()
             }
 
 
 def step_count(value: Tensor, p: Tensor, group: dict[str, Any]) -> Tensor:
     """Return a count of steps where the optimizer needs it: beside p if fused, else on the CPU."""
-    return value.to(p.device if group["fused"] else "cpu", torch.float32, copy=True)
+    count = value.reshape(())  # a vector of one where it was saved sharded
+    return count.to(p.device if group["fused"] else "cpu", torch.float32, copy=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -11,33 +10,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metastate import __version__
 from metastate.config import GrowthStep, TrainConfig, to_dict
-from metastate.data.files import alone_in, atomic_write, write_json
+from metastate.data.files import write_json
 from metastate.data.loader import Batch, BatchSource, PreparedData
-from metastate.errors import ConfigError, DivergedError, TrainingError
+from metastate.errors import ConfigError, DivergedError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
-from metastate.model.loss import IGNORE, lm_loss
+from metastate.model.loss import IGNORE
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
 from metastate.train.checkpoint import (
     MOMENTS,
     RUN,
+    Snapshot,
     TrainerState,
+    Writer,
     check_same_run,
     find_checkpoint,
     has_run,
     load_checkpoint,
     read_trainer,
-    save_checkpoint,
+    write_checkpoint,
 )
+from metastate.train.distributed import Team, join, whole
+from metastate.train.log import RunLog, cut_log
 from metastate.train.memory import keep_freed_memory
 from metastate.train.optim import (
     adopt_moments,
@@ -99,6 +102,9 @@ def train(
 
     The first SIGINT or SIGTERM finishes the step and writes a checkpoint; the second one kills.
 
+    With config.parallel every process of torchrun calls this with the same arguments; the first one
+    writes. After a failure torchrun starts all again, and they go on from the last checkpoint.
+
     Args:
         config: all settings.
         evaluate: scores the model on held-out text; its result has "nats_per_token" and goes into
@@ -121,25 +127,32 @@ def train(
         raise ConfigError("out is missing; name a folder for checkpoints and log")
     if config.seed < 0:
         raise ConfigError(f"seed is {config.seed}; 0 or more is needed")
-    if has_run(config.out) and not resume:
-        raise ConfigError(
-            f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
-        )
-    if resume and not has_run(config.out):
-        raise ConfigError(f"there is no run in {config.out}; leave out --resume, or correct --out")
-    if (Path(config.out) / "config.json").exists():
-        raise ConfigError(f"{config.out} already holds a checkpoint; choose another --out")
     if config.growth and grow is None:
         raise ConfigError("config.growth needs train(..., grow=metastate.growth.grow_in_training)")
     keep_freed_memory()
-    run = _Run(config, evaluate, progress, grow)
-    run.use(*run.first_model(model, resume))
-    with alone_in(run.out):
-        if resume:
-            run.restore()
-        run.start()
-        with _signals(run.interrupt):
-            return run.loop()
+    with join(config) as team:
+        resume = resume or (team.restarted and has_run(config.out))
+        _check_out(config.out, resume)
+        run = _Run(config, evaluate, progress, grow, team)
+        run.use(*run.first_model(model, resume))
+        with team.alone_in(run.out):
+            if resume:
+                run.restore()
+            run.start()
+            with signals(run.interrupt):
+                return run.loop()
+
+
+def _check_out(out: str, resume: bool) -> None:
+    """Raise ConfigError unless the folder `out` is what `resume` says it is."""
+    if has_run(out) and not resume:
+        raise ConfigError(
+            f"{out} already holds a run; go on with it by --resume, or choose another --out"
+        )
+    if resume and not has_run(out):
+        raise ConfigError(f"there is no run in {out}; leave out --resume, or correct --out")
+    if (Path(out) / "config.json").exists():
+        raise ConfigError(f"{out} already holds a checkpoint; choose another --out")
 
 
 class _Run:
@@ -151,10 +164,12 @@ class _Run:
         evaluate: Callable[[LanguageModel], dict[str, Any]] | None,
         progress: Callable[..., None] | None,
         grow: Grow | None,
+        team: Team,
     ) -> None:
-        self.config, self.evaluate, self.progress, self.grow = config, evaluate, progress, grow
+        self.config, self.evaluate, self.grow = config, evaluate, grow
+        self.team, self.device = team, team.device
+        self.progress = progress if team.rank == 0 else None
         self.out = Path(config.out)
-        self.device = _device(config.device)
         self.data = data = PreparedData.open(config.data)
         self.source = BatchSource(
             data.split("train"),
@@ -163,14 +178,15 @@ class _Run:
             config.seed,
             carry_state=config.carry_state,
         )
-        record = {key: data.record[key] for key in ("tokenizer", "splits")}
-        fingerprint = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        self.at = TrainerState(step=0, tokens=0, config=config, data=fingerprint)
+        self.at = TrainerState(step=0, tokens=0, config=config, data=data.fingerprint)
+        team.check_same(to_dict(config) | {"text": data.fingerprint, "version": __version__})
+        self.writer = Writer(config.async_checkpoint)
         self.carried: ModelState | None = None
         self.growths = 0  # steps of config.growth that the model has made
-        self.signal: int | None = None
+        self.noted = 0  # number of the signal that came to this process
+        self.signal: int | None = None  # of the one that ends the run, the same everywhere
         self.loss: float | None = None
-        self.started, self.busy_s, self.busy_tokens = time.monotonic(), 0.0, 0
+        self.busy_s, self.busy_tokens = 0.0, 0
 
     def first_model(
         self, model: LanguageModel | None, resume: bool
@@ -213,42 +229,36 @@ class _Run:
         if config.compile:
             for block in self.model.blocks:
                 block.compile()
+        self.team.shard(self.model)
         scale = config.growth[self.growths - 1].old_lr_scale if self.growths else None
         if scale is None:  # before its first growth nothing of a model is old
             scale = 1.0 if config.growth and not model.lineage else config.old_lr_scale
         self.optimizer = make_optimizer(self.model, config, scale)
         adopt_moments(self.optimizer, known)
+        self.objective = self.team.objective(self.model)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; to the very start where there is none yet."""
         if find_checkpoint(self.out) is not None:
-            found, carried = load_checkpoint(self.out, self.model, self.optimizer)
+            first = self.team.rank == 0
+            found, carried = load_checkpoint(self.out, self.model, self.optimizer, repair=first)
             self.at = replace(found, config=self.config)
-            self.carried = None if carried is None else carried.to(self.device)
-        _cut_log(self.out / LOG, self.at.step)  # growth due at this step is made and logged again
+            self.carried = self.team.own_rows(carried)
+        if self.team.rank == 0:  # growth due at this step is made and logged again
+            cut_log(self.out / LOG, self.at.step)
 
     def start(self) -> None:
-        """Write the settings and the vocabulary, and open the logs."""
-        settings = {"train": to_dict(self.config), "model": to_dict(self.model.config)}
-        write_json(self.out / RUN, settings)
-        self.data.tokenizer.save(self.out)  # the run can write text when its data is gone
-        try:
-            self.log_file = open(self.out / LOG, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as cause:
-            raise TrainingError(f"cannot write {self.out / LOG}: {cause.strerror}") from cause
-        self.board: Any = None
-        if self.config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "tensorboard needs a package: pip install 'metastate[tensorboard]'"
-                ) from None
-            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.at.step + 1)
+        """Write the settings and the vocabulary, and open the logs: the first process does."""
+        self.log: RunLog | None = None
+        if self.team.rank == 0:
+            settings = {"train": to_dict(self.config), "model": to_dict(self.model.config)}
+            write_json(self.out / RUN, settings)
+            self.data.tokenizer.save(self.out)  # the run can write text when its data is gone
+            self.log = RunLog(self.out / LOG, self.at.step, self.config.tensorboard)
 
     def interrupt(self, number: int) -> None:
-        """Note that a signal came; the loop ends after the step."""
-        self.signal = number
+        """Note that a signal came; the loop ends after the step, the same one everywhere."""
+        self.noted = number
 
     def loop(self) -> TrainResult:
         """Run the steps that are left."""
@@ -272,12 +282,13 @@ class _Run:
                 if last or better or done % config.checkpoint_every == 0:
                     self.save()
                     written = done
+                self.signal = int(max(n for [n] in self.team.everyone(self.noted))) or None
             if self.at.step > written:
                 self.save()
+            self.writer.wait()
         finally:
-            self.log_file.close()
-            if self.board is not None:
-                self.board.close()
+            if self.log is not None:
+                self.log.close()
         at = self.at
         stopped = self.signal if at.step < config.steps else None
         return TrainResult(
@@ -286,19 +297,24 @@ class _Run:
 
     def update(self) -> dict[str, float]:
         """Make one optimizer step of `accumulate` batches; return its figures."""
-        config, step = self.config, self.at.step
+        config, step, team = self.config, self.at.step, self.team
         # Noise, where a model has any, is a function of the step too, so no generator is saved.
-        torch.manual_seed(config.seed * 1_000_003 + step)
+        torch.manual_seed((config.seed + 7919 * team.rank) * 1_000_003 + step)
+        rows = (team.data_rank, team.data_size)
         first = step * config.accumulate
-        batches = [self.source.batch(first + i) for i in range(config.accumulate)]
-        counts = [int((b.targets != IGNORE).sum()) for b in batches]
-        total = max(1, sum(counts))
+        batches = [self.source.batch(first + i, *rows) for i in range(config.accumulate)]
+        counts = [int((team.columns(b.targets) != IGNORE).sum()) for b in batches]
+        total = max(1, int(sum(count for [count] in team.everyone(sum(counts)))))
         nats = 0.0
-        for batch, count in zip(batches, counts, strict=True):
-            # Weighted by its tokens, so that the sum is the mean over all of them.
-            nats += self.accumulate(batch, count / total) * count
+        for i, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
+            with team.exchanging(self.objective, i == len(batches)):
+                # Weighted by its tokens, so that the sum is the mean over all of them: gradients
+                # are summed over batches and averaged over processes.
+                nats += self.accumulate(batch, count * team.size / total) * count
+        nats = sum(own for [own] in team.everyone(nats))
         parameters = self.optimizer.gather()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(grads))
         figures = {"nll": nats / total, "grad_norm": float(norm)}
         if not all(math.isfinite(x) for x in figures.values()):
             self.refuse(figures)
@@ -311,7 +327,7 @@ class _Run:
         self.at = replace(
             self.at,
             step=step + 1,
-            tokens=self.at.tokens + sum(b.tokens.numel() for b in batches),
+            tokens=self.at.tokens + config.accumulate * config.batch_size * config.context,
             window_nats=self.at.window_nats + nats,
             window_tokens=self.at.window_tokens + total,
         )
@@ -348,18 +364,22 @@ class _Run:
             if batch.carry is not None:
                 resets = torch.zeros_like(batch.resets)
                 resets[:, 0] = ~batch.carry
+
+        def own(x: Tensor) -> Tensor:
+            return self.team.columns(x).to(self.device)
+
         with self.arithmetic():
-            out = lm_loss(
-                self.model,
-                batch.tokens.to(self.device),
-                batch.targets.to(self.device),
+            out = self.objective(
+                own(batch.tokens),
+                own(batch.targets),
                 self.carried,
-                resets=None if resets is None else resets.to(self.device),
+                resets=None if resets is None else own(resets),
                 z_loss=config.z_loss,
+                group=self.team.group,
             )
         (out.loss * weight).backward()
         if config.carry_state:
-            self.carried = out.state.detach()
+            self.carried = self.team.carried(out.state)
         # A loss that is not finite shows here even if only the z-loss or the KL term is to blame.
         return float(out.nll if torch.isfinite(out.loss) else out.loss.detach())
 
@@ -371,12 +391,13 @@ class _Run:
     def refuse(self, figures: dict[str, float]) -> None:
         """Stop before the weights are touched; say where the gradient is largest."""
         norms = {
-            name: float(p.grad.norm())
+            name: float(whole(p.grad.norm()))
             for name, p in self.model.named_parameters()
             if p.grad is not None
         }
         order = sorted(norms, key=lambda n: (math.isfinite(norms[n]), -norms[n]))
         largest = ", ".join(f"{name} {norms[name]:.3g}" for name in order[:5])
+        self.writer.wait()
         folder = find_checkpoint(self.out)
         kept = f"the last good checkpoint is {folder}" if folder else "no checkpoint was due yet"
         raise DivergedError(
@@ -419,39 +440,26 @@ class _Run:
         assert self.evaluate is not None
         with self.arithmetic(), torch.no_grad():
             scores = self.evaluate(model)
+        self.team.rest(model)
         model.train()
         return scores
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line to the log, and its numbers to TensorBoard."""
-        record = record | {"seconds": round(time.monotonic() - self.started, 3)}
-        try:
-            self.log_file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.log_file.flush()
-        except OSError as cause:
-            raise TrainingError(
-                f"cannot write {self.out / LOG}: {cause.strerror}; the last checkpoint is whole, "
-                "make room and go on with --resume"
-            ) from cause
-        if self.board is not None:
-            for key, value in record.items():
-                if isinstance(value, int | float) and key not in ("step", "tokens"):
-                    self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        """Append a line to the log, if this is the process that has it."""
+        if self.log is not None:
+            self.log.write(record)
 
     def save(self) -> None:
         """Write a checkpoint, after the log is safely on the disk."""
-        os.fsync(self.log_file.fileno())
-        save_checkpoint(self.out, self.model, self.optimizer, self.at, self.carried)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as cause:
-        reason = str(cause).split("\n")[0]
-        raise ConfigError(f"device {name!r} cannot be used here: {reason}") from None
-    return device
+        if self.log is not None:
+            self.log.sync()
+        carried, saver = self.team.whole_rows(self.carried), self.team.saver
+        if saver is None and self.team.rank > 0:
+            return  # the first process has everything that this one has
+        self.writer.wait()  # one copy in memory at a time
+        copy = self.config.async_checkpoint
+        snapshot = Snapshot.of(self.model, self.optimizer, self.at, carried, copy=copy)
+        self.writer.write(lambda: write_checkpoint(self.out, snapshot, saver))
 
 
 def _overrides(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
@@ -459,24 +467,8 @@ def _overrides(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
     return {"vocab_size": data.vocab_size} | config.model
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last one that a kill cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-            last = step - 1 if row["kind"] == "growth" else step
-            if row["step"] <= last and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            break
-    atomic_write(path, "".join(kept).encode("utf-8"))
-
-
 @contextmanager
-def _signals(note: Callable[[int], None]) -> Iterator[None]:
+def signals(note: Callable[[int], None]) -> Iterator[None]:
     """Hand the first SIGINT or SIGTERM to `note`; the second one acts as it did before."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only

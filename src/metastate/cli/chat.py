@@ -1,0 +1,299 @@
+"""`metastate chat`: talk to a model in the terminal, on memory of constant size."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from metastate.cli.models import arithmetic, load_model
+from metastate.cli.progress import log
+from metastate.data.tokenizer import Tokenizer
+from metastate.errors import ConfigError, MetaStateError, StateError
+from metastate.infer.generate import Continuation, generate
+from metastate.infer.sampling import SamplingConfig
+from metastate.model.io import tokenizer_of
+from metastate.model.lm import LanguageModel
+
+MESSAGE = "{message}"
+TURN = "\n\n"  # between a reply and the next message
+UNDO = 32  # places that a conversation keeps for /undo, each of the size of a state
+TAIL = "chat_tail"  # note in a saved state
+
+HELP = """\
+/fork NAME         copy this conversation as NAME and go on in the copy
+/switch NAME       go on in another one; /switch alone lists them
+/undo              take the last message (or /reset, /load) back
+/reset             start this conversation again
+/save FILE         keep what the model remembers; /load FILE goes on from it
+/set NAME VALUE    temperature, top_k, top_p, repetition_penalty, seed, max_tokens
+/help, /exit       //text sends a message that begins with a slash"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of a conversation between a reply and the next message.
+
+    Attributes:
+        at: what the model remembers; None before anything was read.
+        tail: text that the model wrote and nobody saw: a stop string, or its beginning.
+    """
+
+    at: Continuation | None = None
+    tail: str = ""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How messages become text.
+
+    Attributes:
+        text: holds {message}; "{message}" alone is plain continuation.
+        stop: strings that end a reply.
+    """
+
+    text: str
+    stop: Sequence[str]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model goes on from the message itself."""
+        return self.text == MESSAGE
+
+    def prompt(self, message: str, place: Place) -> str:
+        """Return what the model reads next, less what it wrote of it already."""
+        text = self.text.replace(MESSAGE, message)
+        if not self.is_plain and place.at is not None and place.at.state.tokens_seen:
+            text = TURN + text
+        return text.removeprefix(place.tail)
+
+
+class Chat:
+    """Conversations by name, and what is typed between their messages."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        template: Template,
+        sampling: SamplingConfig,
+        max_tokens: int,
+        *,
+        allow_other_weights: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.sampling, self.max_tokens = sampling, max_tokens
+        self.allow_other_weights = allow_other_weights
+        self.first = Place()
+        self.name = "main"
+        self.conversations: dict[str, list[Place]] = {self.name: [self.first]}
+
+    def start_from(self, path: str) -> None:
+        """Let the conversation begin with a state file, and /reset lead back to it."""
+        self.load(path)
+        del self.conversations[self.name][0]
+        self.first = self.place
+
+    @property
+    def place(self) -> Place:
+        """Where the present conversation stands."""
+        return self.conversations[self.name][-1]
+
+    def go_to(self, place: Place) -> None:
+        """Let the present conversation stand at `place`; /undo leads back."""
+        places = self.conversations[self.name]
+        places.append(place)
+        del places[:-UNDO]
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; return whether to go on.
+
+        Raises:
+            MetaStateError: it cannot be done; the conversation is as it was.
+        """
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
+            if name == "exit":
+                return False
+            self.command(name, rest.strip())
+        elif line.strip() or self.template.is_plain:
+            self.reply(line.removeprefix("/") if line.startswith("//") else line)
+        return True
+
+    def reply(self, message: str) -> None:
+        """Print the reply to `message` as it is written; Ctrl-C ends it there."""
+        run = generate(
+            self.model,
+            self.tokenizer,
+            self.template.prompt(message, self.place),
+            state=self.place.at,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            stop=self.template.stop,
+        )
+        # A continuation is never changed, so the last one is whole wherever Ctrl-C strikes.
+        at, count, shown = None, 0, ""
+        try:
+            for piece in run:
+                at, count = run.continuation, len(run.tokens)
+                print(piece if shown.strip() else piece.lstrip(" "), end="", flush=True)
+                shown += piece
+            at, count = run.continuation, len(run.tokens)
+        except KeyboardInterrupt:
+            if at is None:
+                log("\nstopped before the reply began; the message is forgotten")
+                return
+        print(flush=True)
+        tokens = run.tokens[:count]
+        if tokens[-1:] == [self.tokenizer.eod_id] and not self.template.is_plain:
+            at = replace(at, pending=())  # the conversation goes on all the same
+        written = self.tokenizer.decode(tokens)
+        self.go_to(Place(at, written.removeprefix(shown) if written.startswith(shown) else ""))
+
+    def command(self, name: str, rest: str) -> None:
+        """Run `/name rest`."""
+        commands = {
+            "fork": self.fork,
+            "switch": self.switch,
+            "undo": self.undo,
+            "reset": self.reset,
+            "save": self.save,
+            "load": self.load,
+            "set": self.set,
+            "help": self.help,
+        }
+        if name not in commands:
+            near = difflib.get_close_matches(name, [*commands, "exit"], n=1, cutoff=0.5)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            raise ConfigError(f"unknown command /{name}; {hint}")
+        commands[name](rest)
+
+    def help(self, _: str) -> None:
+        """List the commands."""
+        log(HELP)
+
+    def fork(self, name: str) -> None:
+        """Copy the present conversation and go on in the copy."""
+        if not name or name in self.conversations:
+            raise ConfigError(f"/fork {name}: a new name is needed; there are {self.names()}")
+        self.conversations[name] = list(self.conversations[self.name])
+        self.name = name
+        log(f"in {name}")
+
+    def switch(self, name: str) -> None:
+        """Go on in another conversation."""
+        if name and name not in self.conversations:
+            raise ConfigError(f"no conversation {name!r}; there are {self.names()}")
+        self.name = name or self.name
+        log(f"in {self.name}; there are {self.names()}")
+
+    def names(self) -> str:
+        """Return the names of all conversations as text."""
+        return ", ".join(self.conversations)
+
+    def undo(self, _: str) -> None:
+        """Go one place back."""
+        places = self.conversations[self.name]
+        if len(places) == 1:
+            raise ConfigError("nothing to undo")
+        places.pop()
+
+    def reset(self, _: str) -> None:
+        """Go to where every conversation begins."""
+        self.go_to(self.first)
+
+    def save(self, path: str) -> None:
+        """Write the present place as a state file."""
+        at = self.place.at
+        if not path or at is None:
+            raise ConfigError("nothing was said, so there is no state" if path else "/save FILE")
+        state = replace(at.state, extra=at.state.extra | {TAIL: self.place.tail})
+        replace(at, state=state).save(Path(path).expanduser(), self.model)
+        log(f"saved to {path}: {at.state.num_bytes:,} bytes of state")
+
+    def load(self, path: str) -> None:
+        """Go on from a state file."""
+        if not path:
+            raise ConfigError("/load FILE")
+        at = Continuation.load(
+            Path(path).expanduser(), self.model, allow_other_weights=self.allow_other_weights
+        )
+        if at.state.batch_size != 1:
+            raise StateError(f"{path} holds {at.state.batch_size} rows; a conversation is one")
+        self.go_to(Place(at, at.state.extra.get(TAIL, "")))
+
+    def set(self, rest: str) -> None:
+        """Change how tokens are drawn, or show it."""
+        values: dict[str, Any] = vars(self.sampling) | {"max_tokens": self.max_tokens}
+        name, _, text = rest.partition(" ")
+        if not rest:
+            log(", ".join(f"{key} {value}" for key, value in values.items()))
+            return
+        if name not in values:
+            raise ConfigError(f"unknown setting {name!r}; there are {', '.join(values)}")
+        number = float if name in ("temperature", "top_p", "repetition_penalty") else int
+        try:
+            value = number(text)
+        except ValueError:
+            raise ConfigError(f"/set {name} {text!r}: a number is needed") from None
+        if name == "max_tokens":
+            self.max_tokens = check_max_tokens(int(value))
+        else:
+            self.sampling = replace(self.sampling, **{name: value})  # type: ignore[arg-type]
+
+
+def check_max_tokens(value: int) -> int:
+    """Return `value`; ConfigError where no reply would have room in it."""
+    if value < 1:
+        raise ConfigError(f"max_tokens is {value}; it must be 1 or more")
+    return value
+
+
+def template_of(args: argparse.Namespace) -> Template:
+    """Return the template that the options ask for."""
+    text = MESSAGE if args.plain else args.template.replace("\\n", "\n")
+    if MESSAGE not in text:
+        raise ConfigError(f"--template {args.template!r} lacks {MESSAGE}, the place of a message")
+    label = text.partition(MESSAGE)[0].rstrip(" ")
+    stop = [TURN + label] if label else []
+    return Template(text, stop if args.stop is None else args.stop)
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """Read lines until the end of input or /exit; a mistake is a line, and the chat goes on."""
+    template = template_of(args)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    limit = check_max_tokens(args.max_tokens)
+    model = load_model(args.checkpoint, args)
+    tokenizer = tokenizer_of(model, args.checkpoint)
+    leave = args.allow_other_weights
+    chat = Chat(model, tokenizer, template, sampling, limit, allow_other_weights=leave)
+    if args.state_in:
+        chat.start_from(args.state_in)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (with it input() edits lines and recalls them)
+        log("/help lists what can be typed besides messages; Ctrl-D leaves")
+    going = True
+    while going:
+        try:
+            line = input(f"{chat.name}> " if interactive else "")
+            with arithmetic(args):
+                going = chat.handle(line)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            log("")  # as in a shell, the line is dropped
+        except MetaStateError as error:
+            log(f"error: {error}")
+        except UnicodeError as error:
+            log(f"error: what was typed is no text ({error})")

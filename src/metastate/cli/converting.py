@@ -1,0 +1,172 @@
+"""`metastate convert`: checkpoints of other programs to ours and back."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from metastate.cli.progress import log, print_json
+from metastate.convert import blinkdl
+from metastate.convert.hf_folder import from_hf, to_hf
+from metastate.data.files import atomic_write, check_free, whole_folder
+from metastate.data.tokenizer import Tokenizer, load_tokenizer
+from metastate.errors import CheckpointError, ConfigError
+from metastate.model.io import (
+    check_finite,
+    checkpoint_folder,
+    load,
+    read_config,
+    read_tensors,
+    save,
+    tokenizer_of,
+)
+from metastate.model.lm import LanguageModel
+
+UNUSED = "unused.safetensors"  # what an RWKV-7 file holds and nothing computes with
+# A model, and the tensors that travel with it to a file of the same kind.
+Content = tuple[LanguageModel, dict[str, Tensor]]
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Read SRC as what it is, write it as what is asked for, and say what it was."""
+    source, out = Path(args.source), Path(args.out)
+    check_free(out)
+    kind, target = kind_of(source), args.to or "metastate"
+    if kind == "metastate" and args.to is None:
+        raise ConfigError(f"{source} is ours already; --to says what to make of it")
+    if args.tokenizer and target == "rwkv":
+        raise ConfigError("--tokenizer is for folders; a .pth file has no place for it")
+    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
+    model, unused = READ[kind](source, dtype, args.allow_nan)
+    tokenizer = tokenizer_for(model, source, args.tokenizer)
+    WRITE[target](model, unused, tokenizer, out)
+    facts = {
+        "out": str(out),
+        "from": kind,
+        "to": target,
+        "architecture": model.config.architecture,
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "parameters": model.count_parameters()["total"],
+        "tokenizer": tokenizer.name if tokenizer else None,
+    }
+    if args.json:
+        print_json(facts)
+        return
+    c = model.config
+    print(
+        f"{out}: {c.architecture}, {facts['parameters']:,} parameters in {facts['dtype']}, "
+        f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads of {c.head_size}, "
+        f"vocabulary {c.vocab_size:,}"
+    )
+    if target == "metastate" and tokenizer is None:
+        log("no tokenizer recorded (--tokenizer): it can be evaluated and trained, not talk")
+
+
+def kind_of(source: Path) -> str:
+    """Return the format of SRC, a key of `READ`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if source.is_file() or source.suffix == ".pth":
+        return "rwkv"
+    with contextlib.suppress(OSError, ValueError):
+        info = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if isinstance(info, dict) and "model_type" in info:
+            return "hf"
+    read_config(source)
+    return "metastate"
+
+
+def read_rwkv(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
+    """Read an RWKV-7 `.pth` file."""
+    return blinkdl.read(source, dtype=dtype, allow_nan=allow_nan)
+
+
+def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
+    """Read one of our checkpoints."""
+    model, folder = load(source), checkpoint_folder(source)
+    unused = read_tensors(folder / UNUSED) if (folder / UNUSED).exists() else {}
+    if dtype is not None:
+        model, unused = model.to(dtype), {key: x.to(dtype) for key, x in unused.items()}
+    if not allow_nan:
+        check_finite(model.state_dict(), source)
+    return model, unused
+
+
+def read_hf(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
+    """Read a Hugging Face folder."""
+    model = from_hf(source, allow_nan=allow_nan)
+    return (model if dtype is None else model.to(dtype)), {}
+
+
+def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Tokenizer | None:
+    """Return the tokenizer that `spec` names, or the model's own, and record it in the model.
+
+    Raises:
+        ConfigError: its vocabulary is not the model's.
+    """
+    if spec is None:
+        return tokenizer_of(model, source) if model.tokenizer_info is not None else None
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name!r} has a vocabulary of {tokenizer.vocab_size:,}, the model "
+            f"one of {model.config.vocab_size:,}; give the one that the model was trained with"
+        )
+    model.tokenizer_info = tokenizer.info()
+    return tokenizer
+
+
+def write_ours(
+    model: LanguageModel, unused: dict[str, Tensor], tokenizer: Tokenizer | None, out: Path
+) -> None:
+    """Write a checkpoint folder that is whole or absent."""
+    with whole_folder(out, error=CheckpointError) as temporary:
+        save(model, temporary)
+        if unused:
+            content: Any = safetensors.torch.save(unused)
+            atomic_write(temporary / UNUSED, content, error=CheckpointError)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+
+
+def write_rwkv(
+    model: LanguageModel, unused: dict[str, Tensor], tokenizer: Tokenizer | None, out: Path
+) -> None:
+    """Write an RWKV-7 `.pth` file."""
+    blinkdl.write(model, out, unused)
+
+
+def write_hf(
+    model: LanguageModel,
+    unused: dict[str, Tensor],
+    tokenizer: Tokenizer | None,
+    out: Path,
+    layout: Literal["metastate", "fla"] = "metastate",
+) -> None:
+    """Write a Hugging Face folder that is whole or absent; NaN was refused when it was read."""
+    with whole_folder(out, error=CheckpointError) as temporary:
+        to_hf(model, temporary, tokenizer, layout=layout, allow_nan=True)
+
+
+READ: dict[str, Callable[[Path, torch.dtype | None, bool], Content]] = {
+    "hf": read_hf,
+    "metastate": read_ours,
+    "rwkv": read_rwkv,
+}
+WRITE: dict[str, Callable[[LanguageModel, dict[str, Tensor], Tokenizer | None, Path], None]] = {
+    "fla": partial(write_hf, layout="fla"),
+    "hf": write_hf,
+    "metastate": write_ours,
+    "rwkv": write_rwkv,
+}

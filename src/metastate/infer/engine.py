@@ -1,0 +1,411 @@
+"""Serve many requests with one model: they join and leave a running batch at any token.
+
+Every request owns a Draft, as a generation alone does; the engine only runs the model. The states
+live in a decoder of `max_slots` rows, made once: a request that joins is copied into the first free
+row, and when one leaves the last row takes its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from metastate.data.tokenizer import Tokenizer
+from metastate.errors import BusyError, ConfigError
+from metastate.infer.generate import (
+    PREFILL_CHUNK,
+    Continuation,
+    Draft,
+    Statistics,
+    inference,
+    prefill,
+)
+from metastate.infer.sampling import SamplingConfig
+from metastate.model.decode import make_decoder
+from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
+
+TOP_LOGPROBS = 20
+
+
+class Job:
+    """One request: its text as it comes, and all about it.
+
+    Attributes:
+        id: unique in this process.
+        error: why the request failed, or None.
+        logprobs: with `want_logprobs`, a (log-probability, best) pair a token, before temperature
+            and penalties; best holds the (token, log-probability) pairs of the likeliest tokens.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, draft: Draft, deadline: float | None, want_logprobs: bool) -> None:
+        self.id = f"job-{next(self._numbers)}"
+        self.error: Exception | None = None
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] | None = (
+            [] if want_logprobs else None
+        )
+        self._draft, self._deadline = draft, deadline
+        self._cancelled = False
+        self._pieces: list[str] = []
+        self._done = False
+        self._callbacks: list[Callable[[str | None], None]] = []
+        self._changed = threading.Condition()
+        self._wake: Callable[[], None] = lambda: None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None until it is finished, then one of these.
+
+        "length", "eod", "stop", "cancelled", "deadline", "error".
+        """
+        return self._draft.finish_reason if self._done else None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Sampled so far."""
+        return self._draft.tokens
+
+    @property
+    def statistics(self) -> Statistics:
+        """Tokens and seconds; those of decoding are shared with the rest of the batch."""
+        return self._draft.statistics
+
+    @property
+    def seed(self) -> int:
+        """Seed of the generator, also when it was drawn."""
+        return self._draft.seed
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """What to save so that a later run goes on exactly; None before the end or an error."""
+        return self._draft.continuation if self._done and self.error is None else None
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the pieces of text from the first on, waiting for those to come.
+
+        Raises:
+            Exception: `error`, at the end of a request that failed.
+        """
+        for i in itertools.count():
+            with self._changed:
+                self._changed.wait_for(lambda i=i: self._done or len(self._pieces) > i)  # type: ignore[misc]
+                if i == len(self._pieces):
+                    break
+                piece = self._pieces[i]
+            yield piece
+        if self.error is not None:
+            raise self.error
+
+    def result(self, timeout_s: float | None = None) -> str:
+        """Wait for the end and return the whole text.
+
+        Raises:
+            TimeoutError: it did not end in time; it goes on. Exception: `error`, if it failed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._done, timeout_s):
+                raise TimeoutError(f"{self.id} was not finished after {timeout_s} s")
+        if self.error is not None:
+            raise self.error
+        return "".join(self._pieces)
+
+    def on_event(self, callback: Callable[[str | None], None]) -> None:
+        """Call `callback(piece)` with every piece of text, and `callback(None)` at the end.
+
+        Pieces that came before are handed over at once, here; later ones in the engine's thread,
+        which waits for the callback.
+        """
+        with self._changed:
+            for piece in self._pieces:
+                callback(piece)
+            if self._done:
+                callback(None)
+            else:
+                self._callbacks.append(callback)
+
+    def cancel(self) -> None:
+        """End the request at the next step; its continuation stands behind what was written."""
+        self._cancelled = True
+        self._wake()
+
+    def _add(self, piece: str) -> None:
+        """Let listeners know of a piece of text, and of the end where there is a finish reason."""
+        with self._changed:
+            if piece:
+                self._pieces.append(piece)
+            self._done = self._draft.finish_reason is not None
+            for callback in self._callbacks:
+                if piece:
+                    callback(piece)
+                if self._done:
+                    callback(None)
+            self._changed.notify_all()
+
+    def _overdue(self) -> str | None:
+        if self._cancelled:
+            return "cancelled"
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        return "deadline" if late else None
+
+
+class Engine:
+    """Run many requests at once: `submit` from any thread, `step` (or `start`) in one.
+
+    A request's tokens do not depend on what else runs.
+
+    Attributes:
+        totals: counts since the start: "prompt_tokens", "generated_tokens", and the requests that
+            ended by their finish reason.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        max_slots: int = 16,
+        max_waiting: int = 64,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        sizes = {
+            "max_slots": max_slots,
+            "max_waiting": max_waiting,
+            "prefill_chunk": prefill_chunk,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name} is {size}; it must be at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_slots, self.max_waiting, self.prefill_chunk = (
+            max_slots,
+            max_waiting,
+            prefill_chunk,
+        )
+        self.totals: Counter[str] = Counter()
+        self._waiting: deque[Job] = deque()
+        self._joining: Job | None = None
+        self._running: list[Job] = []  # a job's index is its row
+        self._decoder = make_decoder(model, max_slots)
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot, the one whose prompt is being read included."""
+        return len(self._running) + (self._joining is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        state: ModelState | Continuation | None = None,
+        sampling: SamplingConfig | None = None,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        timeout_s: float | None = None,
+        want_logprobs: bool = False,
+    ) -> Job:
+        """Queue a request; the arguments are those of `generate`, which gives the same tokens.
+
+        Args:
+            prompt: text, or token ids.
+            state: to go on from.
+            sampling: how to choose tokens; None is `SamplingConfig()`.
+            max_tokens: tokens to sample, 0 or more.
+            stop: strings that end the text.
+            timeout_s: seconds from now after which it ends with "deadline"; None means never.
+            want_logprobs: fill `Job.logprobs`.
+
+        Raises:
+            ConfigError, ShapeError, StateError: as `generate`. BusyError: `max_waiting` requests
+            wait already, or the engine was stopped.
+        """
+        if timeout_s is not None and not timeout_s > 0:
+            raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0")
+        sampling = sampling or SamplingConfig()
+        draft = Draft(self.model, self.tokenizer, prompt, state, sampling, max_tokens, stop)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        job = Job(draft, deadline, want_logprobs)
+        job._wake = self._notify
+        with self._changed:
+            if self._stopping:
+                raise BusyError("the engine was stopped; it takes no more requests")
+            if len(self._waiting) >= self.max_waiting:
+                raise BusyError(
+                    f"{self.max_waiting} requests wait already; try again later, or give the "
+                    "engine a larger max_waiting"
+                )
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def step(self) -> bool:
+        """Read one chunk of one joining prompt, then decode one token of every running request.
+
+        Returns False when there was nothing to do. Only one thread may call it.
+        """
+        self._drop_overdue()
+        busy = self._read_prompt()
+        if self._running:
+            self._decode()
+            busy = True
+        return busy
+
+    def start(self) -> None:
+        """Run `step` in a thread of its own until `stop`."""
+        if self._thread is not None:
+            raise ConfigError("the engine runs already")
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="metastate-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, *, drain: bool = True, timeout_s: float = 30) -> None:
+        """Take no more requests; finish those there are, but cancel them without `drain`.
+
+        What is not finished after `timeout_s` is cancelled.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if drain and self._thread is not None:
+            self._thread.join(timeout_s)
+        while drain and self._thread is None and time.monotonic() < deadline and self.step():
+            pass
+        with self._changed:
+            for job in (*self._waiting, *self._running, self._joining):
+                if job is not None:
+                    job._cancelled = True
+            self._changed.notify_all()
+        if self._thread is None:
+            self._drop_overdue()
+        else:
+            self._thread.join()
+            self._thread = None
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            if self.step():
+                continue
+            with self._changed:
+                if self._waiting:
+                    continue
+                if self._stopping:
+                    return
+                self._changed.wait()
+
+    def _finish(self, job: Job, piece: str) -> None:
+        reason = job._draft.finish_reason
+        assert reason is not None
+        self.totals[reason] += 1
+        job._add(piece)
+
+    def _drop_overdue(self) -> None:
+        """End what was cancelled or is late, whether it waits, joins or runs."""
+        with self._changed:
+            waiting = [job for job in self._waiting if job._overdue()]
+            for job in waiting:
+                self._waiting.remove(job)
+        if self._joining is not None and self._joining._overdue():
+            waiting.append(self._joining)
+            self._joining = None
+        for job in waiting:
+            self._finish(job, job._draft.end(job._overdue() or ""))
+        for job in [job for job in self._running if job._overdue()]:
+            self._leave(job)
+            self._finish(job, job._draft.end(job._overdue() or ""))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.error = error
+        job._draft.finish_reason = "error"
+        self._finish(job, "")
+
+    def _read_prompt(self) -> bool:
+        """Read a chunk of the joining prompt, if there is one and a slot for it."""
+        if self._joining is None:
+            with self._changed:
+                if not self._waiting or len(self._running) == self.max_slots:
+                    return False
+                self._joining = self._waiting.popleft()
+        job = self._joining
+        draft, before = job._draft, job.statistics.prefill_tokens
+        try:
+            prefill(draft, self.prefill_chunk)
+        except Exception as error:  # whatever it is, the other requests go on
+            self._joining = None
+            self._fail(job, error)
+            return True
+        self.totals["prompt_tokens"] += job.statistics.prefill_tokens - before
+        if len(draft.pending) == 1:
+            self._joining = None
+            piece = draft.end_if_full()
+            if draft.finish_reason is None:
+                self._join(job)
+            else:
+                self._finish(job, piece)
+        return True
+
+    def _join(self, job: Job) -> None:
+        job._draft.enter(self._decoder, len(self._running))
+        self._running.append(job)
+
+    def _leave(self, job: Job) -> None:
+        """Free the row of `job`; the last row moves there."""
+        job._draft.leave()
+        row, last = self._running.index(job), self._running.pop()
+        if last is not job:
+            last._draft.enter(self._decoder, row)
+            self._running[row] = last
+
+    def _decode(self) -> None:
+        started = time.perf_counter()
+        jobs = list(self._running)
+        try:
+            with inference(self.model):
+                logits = self._decoder.step([job._draft.pending[0] for job in jobs])
+        except Exception as error:
+            for job in jobs:
+                self._leave(job)
+                self._fail(job, error)
+            return
+        for job, row in zip(jobs, logits, strict=True):
+            draft = job._draft
+            try:
+                piece = draft.write(row)
+                if job.logprobs is not None:
+                    job.logprobs.append(_logprobs(row, draft.tokens[-1]))
+            except Exception as error:
+                self._leave(job)
+                self._fail(job, error)
+                continue
+            self.totals["generated_tokens"] += 1
+            job.statistics.decode_s += time.perf_counter() - started
+            if draft.finish_reason is not None:
+                self._leave(job)
+                self._finish(job, piece)
+            elif piece:
+                job._add(piece)
+
+
+def _logprobs(logits: Tensor, token: int) -> tuple[float, list[tuple[int, float]]]:
+    scores = logits.float().log_softmax(-1)
+    best = scores.topk(min(TOP_LOGPROBS, len(scores)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return float(scores[token]), list(pairs)

@@ -1,0 +1,253 @@
+"""Stored states of a server: one file each, in a folder by owner, within limits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from metastate.data.files import alone_in, sync_folder
+from metastate.errors import ConfigError, MetaStateError, StateError
+from metastate.infer.generate import Continuation
+from metastate.model.lm import LanguageModel
+from metastate.model.state import config_hash
+
+SUFFIX, UPLOAD = ".safetensors", ".upload-"
+NAME = re.compile(r"state-[0-9a-f]{24}")
+
+
+class NoSuchStateError(StateError):
+    """There is no such state, or it is another owner's: both look the same."""
+
+
+class StoreFullError(ConfigError):
+    """A further state would pass the owner's limits; stored ones are never dropped for it."""
+
+
+class StoreBrokenError(MetaStateError):
+    """The folder cannot be written or a file in it cannot be read: no client's mistake."""
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What is known of a stored state without reading it."""
+
+    id: str
+    created: int
+    num_bytes: int
+    tokens_seen: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the API says of a state."""
+        return {
+            "id": self.id,
+            "object": "state",
+            "created": self.created,
+            "bytes": self.num_bytes,
+            "tokens_seen": self.tokens_seen,
+        }
+
+
+class StateStore:
+    """Continuations by owner and id, kept as files that `Continuation.save` writes.
+
+    A file is whole or absent, and on the disk before its id is told. Opening a folder again finds
+    every state of the same model's configuration that was stored there; files of other models are
+    left alone. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: LanguageModel,
+        *,
+        max_states: int = 256,
+        max_bytes: int = 2**30,
+    ) -> None:
+        """Open `folder` for this process alone; make it, for its user alone, where it is missing.
+
+        Args:
+            folder: holds one folder an owner.
+            model: that the states are of.
+            max_states: of one owner.
+            max_bytes: of one owner's files together; also the most of one file given to `add_file`.
+
+        Raises:
+            BusyError: another process has it open. TrainingError: it cannot be written.
+        """
+        self.folder, self.model = Path(folder), model
+        self.max_states, self.max_bytes = max_states, max_bytes
+        self._states: defaultdict[str, dict[str, StoredState]] = defaultdict(dict)
+        self._lock = threading.Lock()
+        self._open = contextlib.ExitStack()
+        with contextlib.suppress(OSError):  # alone_in says what is wrong with it
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._open.enter_context(alone_in(self.folder))
+        for path in list(self.folder.iterdir()):
+            if path.is_dir():
+                self._find(path)
+            elif path.name.startswith(UPLOAD):  # a killed process left it behind
+                path.unlink()
+
+    def close(self) -> None:
+        """Let go of the folder; what is stored stays."""
+        self._open.close()
+
+    def list(self, owner: str) -> list[StoredState]:
+        """Return an owner's states, oldest first."""
+        with self._lock:
+            return list(self._states[owner].values())
+
+    def totals(self) -> tuple[int, int]:
+        """Return the number of all states and the bytes of their files."""
+        with self._lock:
+            found = [state for states in self._states.values() for state in states.values()]
+        return len(found), sum(state.num_bytes for state in found)
+
+    def info(self, owner: str, id: str) -> StoredState:
+        """Return what is known of a state; NoSuchStateError if the owner has none of that id."""
+        with self._lock:
+            if id not in self._states[owner]:
+                raise NoSuchStateError(f"no state {id!r}; it was deleted, or never there")
+            return self._states[owner][id]
+
+    def get(self, owner: str, id: str) -> Continuation:
+        """Read a state.
+
+        Raises:
+            NoSuchStateError: the owner has none of that id. StoreBrokenError: its file was damaged.
+        """
+        with self._reading(owner, id) as path:
+            return Continuation.load(path, self.model)
+
+    def content(self, owner: str, id: str) -> bytes:
+        """Return the bytes of a state's file; errors as `get`."""
+        with self._reading(owner, id) as path:
+            return path.read_bytes()
+
+    def add(self, owner: str, continuation: Continuation) -> StoredState:
+        """Store a state.
+
+        Raises:
+            StoreFullError: the owner's limits are reached. StoreBrokenError: the disk is full.
+        """
+        with self._lock:
+            self._check_room(owner, continuation.state.num_bytes)  # at least, before it is written
+            id = f"state-{secrets.token_hex(12)}"
+            path = self._path(owner, id)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            try:
+                continuation.save(path, self.model)
+            except StateError as cause:
+                raise StoreBrokenError("the server cannot write the state; see its log") from cause
+            size = path.stat().st_size
+            try:
+                self._check_room(owner, size)
+            except StoreFullError:
+                path.unlink()
+                raise
+            state = StoredState(id, int(time.time()), size, continuation.state.tokens_seen)
+            self._states[owner][id] = state
+            return state
+
+    def add_file(self, owner: str, content: bytes) -> StoredState:
+        """Store a state of unknown origin; what is kept is written anew from what was understood.
+
+        Raises:
+            StateError: it is no state of one row of this model, or holds what no forward pass
+                could have left. StoreFullError, StoreBrokenError: as `add`.
+        """
+        path = self.folder / (UPLOAD + secrets.token_hex(12))
+        try:
+            path.write_bytes(content)
+            continuation = Continuation.load(path, self.model)
+            self._check(continuation)
+            return self.add(owner, continuation)
+        except StateError as cause:
+            raise type(cause)(str(cause).replace(str(path), "the file")) from None
+        except OSError as cause:
+            raise StoreBrokenError("the server cannot write the state; see its log") from cause
+        finally:
+            path.unlink(missing_ok=True)
+
+    def fork(self, owner: str, id: str) -> StoredState:
+        """Store a copy under a new id; errors as `get` and `add`."""
+        return self.add(owner, self.get(owner, id))
+
+    def delete(self, owner: str, id: str) -> None:
+        """Remove a state; NoSuchStateError if the owner has none of that id."""
+        self.info(owner, id)
+        with self._lock:
+            self._states[owner].pop(id, None)
+            path = self._path(owner, id)
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+
+    def _find(self, folder: Path) -> None:
+        """Take in what an earlier process stored, in the order of time."""
+        needed, found = config_hash(self.model.config), []
+        for path in list(folder.iterdir()):
+            if path.name.startswith("."):  # half a file, of a killed process
+                path.unlink()
+            elif NAME.fullmatch(path.stem) and path.suffix == SUFFIX:
+                try:
+                    with safetensors.safe_open(path, "pt") as file:
+                        header = file.metadata() or {}
+                    tokens_seen = int(header["tokens_seen"])
+                except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+                    continue
+                if header.get("config") == needed:
+                    stat = path.stat()
+                    found.append(
+                        StoredState(path.stem, int(stat.st_mtime), stat.st_size, tokens_seen)
+                    )
+        found.sort(key=lambda state: state.created)
+        self._states[folder.name] = {state.id: state for state in found}
+
+    def _check_room(self, owner: str, num_bytes: int) -> None:
+        own = self._states[owner].values()
+        used = sum(state.num_bytes for state in own)
+        if len(own) >= self.max_states:
+            raise StoreFullError(f"{len(own)} states are stored already; delete some first")
+        if used + num_bytes > self.max_bytes:
+            raise StoreFullError(
+                f"stored states take {used:,} bytes; {num_bytes:,} more would pass the limit of "
+                f"{self.max_bytes:,}: delete some first"
+            )
+
+    def _path(self, owner: str, id: str) -> Path:
+        return self.folder / owner / (id + SUFFIX)
+
+    @contextlib.contextmanager
+    def _reading(self, owner: str, id: str) -> Iterator[Path]:
+        self.info(owner, id)
+        try:
+            yield self._path(owner, id)
+        except (StateError, OSError) as cause:
+            self.info(owner, id)  # deleted meanwhile: that is the better answer
+            raise StoreBrokenError(f"the server cannot read {id}; see its log") from cause
+
+    def _check(self, continuation: Continuation) -> None:
+        state = continuation.state
+        if state.batch_size != 1:
+            raise StateError(f"the file holds {state.batch_size} rows; a stored state has one")
+        fresh = self.model.init_state(1).tensors()
+        for name, x in state.tensors().items():
+            needed = fresh[name].dtype if name in fresh else x.dtype
+            if x.dtype != needed:
+                raise StateError(f"the file's {name} is {x.dtype}; {needed} needed")
+            if not torch.isfinite(x).all():
+                raise StateError(f"the file's {name} holds NaN or infinity")
+            if name.endswith(".start") and not 0 <= int(x) <= state.tokens_seen:
+                raise StateError(f"the file's {name} is {int(x)}, outside what was read")

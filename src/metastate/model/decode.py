@@ -1,0 +1,231 @@
+"""Decoding: rows of states that advance one token at a time, in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metastate import ops
+from metastate.layers.common import MATRIX
+from metastate.model.block import RecurrentBlock
+from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
+from metastate.ops.threads import run_pieces
+
+MATRICES = (torch.float32, torch.bfloat16)
+GRAIN = 2**21  # bytes of weights a thread
+
+
+def make_decoder(model: LanguageModel, rows: int) -> Decoder:
+    """Return the fastest decoder of `model` here for up to `rows` texts at once."""
+    return NativeDecoder(model, rows) if runs_natively(model) else Decoder(model, rows)
+
+
+class Decoder:
+    """Texts that advance together, one token each a step, through the model's own forward pass.
+
+    Row by row, since a library's matrix products round a row differently in a batch: what a text
+    becomes must not depend on its neighbours. Rows 0, 1, ... are in use.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int) -> None:
+        self.model = model
+        self.states: list[ModelState] = [model.init_state(1)] * rows
+
+    def put(self, row: int, state: ModelState) -> None:
+        """Let `row` go on from `state`, which is not changed."""
+        self.states[row] = state
+
+    def get(self, row: int) -> ModelState:
+        """Return the state of `row`; later steps do not change it."""
+        return self.states[row]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Consume tokens[i] in row i; return logits [len(tokens), V], valid until the next step."""
+        logits, device = [], self.model.embedding.weight.device
+        for row, token in enumerate(tokens):
+            x = torch.tensor([[token]], device=device)
+            y, self.states[row] = self.model(x, self.states[row])
+            logits.append(y[0, -1])
+        return torch.stack(logits)
+
+
+class NativeDecoder(Decoder):
+    """All rows in one native call a token (ops/decode_kernels.py), their states in one batch.
+
+    The weights are those of now: training must not go on beside it.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int) -> None:
+        from metastate.ops import decode_kernels as kernels
+
+        self.model = model
+        self.tokens_seen = [0] * rows
+        self.state = model.init_state(rows).map(lambda x: x.float().contiguous().clone())
+        config = model.config
+        blocks = cast(list[RecurrentBlock], list(model.blocks))
+        first, last = blocks[0], blocks[-1]
+        D, H, N = config.hidden_size, config.num_heads, config.attention_size // config.num_heads
+        F = 0 if first.channel_mix is None else first.channel_mix.key.out_features
+        mix = first.time_mix
+        low_ranks = (mix.decay, mix.icl_rate, last.time_mix.value_mix, mix.gate)
+        ranks = [0 if x is None else x.A.shape[1] for x in low_ranks]
+        self._kept: list[Tensor] = []  # what the addresses point to
+        dtype = model.head.weight.dtype
+        fields = [
+            self._layer(block, state, dtype)
+            for block, state in zip(blocks, self.state.layers, strict=True)
+        ]
+        names = kernels.LAYER_FIELDS
+        table = [[self._address(layer.get(name)) for name in names] for layer in fields]
+        ends = (model.ln_out.weight.float(), model.ln_out.bias.float(), model.head.weight.data)
+        sizes = kernels.buffer_sizes(D, H * N, F, config.vocab_size, ranks)
+        buffers = [torch.zeros(rows * size) for size in sizes]
+        self.x, self.logits = buffers[kernels.X].view(rows, D), buffers[kernels.LOGITS]
+        options, is_meta = config.meta_state, config.architecture == "metastate"
+        flags = (
+            kernels.META_STATE * is_meta
+            + kernels.BY_RECEPTANCE * (is_meta and options.encoder_query == "receptance")
+            + kernels.READS_ENCODING * (options.readout != "meta")
+            + kernels.HAS_M * (options.readout != "encoding")
+        )
+        L = config.num_layers
+        self._counters = np.zeros((L * kernels.NUM_PHASES + 2) * 2 * kernels.LINE, np.int64)
+        arrays = (table, [self._address(x) for x in ends], [self._address(x) for x in buffers])
+        self._arguments: tuple[Any, ...] = (
+            *(np.array(x, np.int64) for x in arrays),
+            *(self._counters, np.array(ranks, np.int64)),
+            *(L, D, H, N, F, config.vocab_size, dtype.itemsize, flags),
+        )
+        # Below a few MiB of weights a second thread takes longer to wake than to help.
+        self._work = 1 + sum(x.nbytes for x in self._kept) // GRAIN
+        self._token = kernels.token
+        self._run(0)  # compile now, not while somebody waits for a token
+
+    def _address(self, x: Tensor | None) -> int:
+        if x is None:
+            return 0
+        x = x.detach().contiguous()
+        self._kept.append(x)
+        return x.data_ptr()
+
+    def _layer(self, block: RecurrentBlock, state: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """Return a block's tensors by the kernel's names: matrices in `dtype`, vectors float32."""
+        mix, channels, meta = block.time_mix, block.channel_mix, block.meta_state
+        vectors = {
+            "ln1_weight": block.ln1.weight,
+            "ln1_bias": block.ln1.bias,
+            "mu": mix.mu,
+            "w0": mix.decay.bias,
+            "a0": mix.icl_rate.bias,
+            "k_k": mix.k_k,
+            "k_a": mix.k_a,
+            "r_k": mix.r_k,
+            "norm_weight": mix.norm.weight,
+            "norm_bias": mix.norm.bias,
+            "ln2_weight": block.ln2.weight,
+            "ln2_bias": block.ln2.bias,
+        }
+        matrices = {
+            "receptance": mix.receptance.weight,
+            "key": mix.key.weight,
+            "value": mix.value.weight,
+            "output": mix.output.weight,
+        }
+        for name in ("decay", "icl_rate", "value_mix", "gate"):
+            low_rank = getattr(mix, name)
+            if low_rank is not None:
+                matrices |= {f"{name}_A": low_rank.A.T, f"{name}_B": low_rank.B.T}
+        if mix.value_mix is not None:
+            vectors["v0"] = mix.value_mix.bias
+        if channels is not None:
+            vectors["mu2"] = channels.mu
+            matrices |= {"hidden_key": channels.key.weight, "hidden_value": channels.value.weight}
+        if meta is not None:
+            matrices["meta_output"] = meta.output.weight
+            for name, norm in (("encoding", meta.encoding_norm), ("meta", meta.meta_norm)):
+                if norm is not None:
+                    vectors |= {f"{name}_weight": norm.weight, f"{name}_bias": norm.bias}
+        return (
+            {name: x.float() for name, x in vectors.items()}
+            | {name: x.to(dtype) for name, x in matrices.items()}
+            | vars(state)
+        )
+
+    def put(self, row: int, state: ModelState) -> None:
+        """See Decoder.put."""
+        self.tokens_seen[row] = state.tokens_seen
+        for own, given in zip(self.state.layers, state.layers, strict=True):
+            for name, x in vars(own).items():
+                if x is not None:
+                    x[row] = getattr(given, name)[0]
+
+    def get(self, row: int) -> ModelState:
+        """See Decoder.get."""
+        copy = self.state[row].clone()
+        return ModelState(copy.layers, self.tokens_seen[row])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """See Decoder.step."""
+        rows, model = len(tokens), self.model
+        self.x[:rows] = model.ln0(model.embedding(torch.tensor(tokens)).float())
+        self._run(rows)
+        for row in range(rows):
+            self.tokens_seen[row] += 1
+        return self.logits[: rows * model.config.vocab_size].view(rows, -1)
+
+    def _run(self, rows: int) -> None:
+        self._counters.fill(0)
+        threads = min(torch.get_num_threads(), self._work)
+        run_pieces(self._token, [(*self._arguments, rows)] * threads, threads)
+
+
+def store_bfloat16(model: LanguageModel) -> None:
+    """Store the matrices in bfloat16, vectors and embedding as they are: half the bytes a token.
+
+    Decoding then widens them and computes in float32; reading a prompt multiplies in bfloat16.
+    The model can no longer train.
+    """
+    groups = model.optimizer_groups()
+    for name, p in model.named_parameters():
+        if groups[name] == MATRIX and p is not model.embedding.weight:
+            p.requires_grad_(False)
+            p.data = p.data.bfloat16()
+
+
+def runs_natively(model: LanguageModel) -> bool:
+    """Say whether NativeDecoder serves `model`: the common options of a recurrent one, on a CPU."""
+    config, weight = model.config, model.embedding.weight
+    if (
+        not model.recurrent
+        or weight.device.type != "cpu"
+        or ops.resolve_backend(model.backend, weight.device) != "cpu"
+        or os.name != "posix"
+        or model.head.weight.dtype not in MATRICES
+        or len(config.head_segments or ()) != 1
+    ):
+        return False
+    if config.architecture == "rwkv7":
+        return True
+    options = config.meta_state
+    needed = {
+        "modulation": "input",
+        "update": "delta",
+        "query": "input",
+        "encoding_norm": "l2",
+        "output_norm": "group",
+        "read": "key",
+        "encoder_size": None,
+        "encoder": "self_state",
+        "activation": "none",
+        "gate": False,
+        "token_shift": False,
+    }
+    same_width = config.attention_size == config.hidden_size
+    same_width = same_width and config.input_slices == config.num_heads
+    return same_width and all(getattr(options, k) == v for k, v in needed.items())

@@ -1,0 +1,399 @@
+"""One token of a recurrent model for a batch of rows, all layers in one native call.
+
+Decoding reads every weight once a token; what else it does must not cost time beside that. So all
+threads enter one kernel, which goes through the phases of every layer and meets after each:
+
+    MIX_TIME      ln1, token shift and its six mixes                    a piece is a row
+    PROJECT       r, k, v and the first low-rank factors                some outputs
+    HEADS         the second factors, the WKV step, norm, bonus, gate   a head
+    OUTPUT        x += att W_o                                          some outputs
+    MIX_CHANNELS  ln2, token shift                                      a row
+    EXPAND        channel mixing's hidden layer; Meta-State's query     some outputs
+    READ          Meta-State: read S, move M, norms, modulation         a head
+    REDUCE        x += hidden W_v + y W_o                               some outputs
+
+then ln_out and the head. Threads draw pieces from a shared counter and wait only for pieces that
+another thread has drawn, so any number of threads, one included, finishes. States are changed in
+place. Every row's arithmetic is the same in any batch (see dot_kernels). float32 throughout but for
+the matrices, float32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba as nb
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from metastate.ops.cpu_kernels import _pointer
+from metastate.ops.dot_kernels import multiply
+from metastate.ops.fused_kernels import (
+    DECAY_SCALE,
+    ONE,
+    OPTIONS,
+    TINY,
+    ZERO,
+    _exp,
+    _inline,
+    _jit,
+    _sigmoid,
+)
+
+SPAN = 32  # outputs of a piece
+LINE = 16  # int64 between counters, so that no two share a cache line
+SPINS = 2000  # looks at a counter before the processor is offered to others
+LN_EPS, GROUP_EPS = np.float32(1e-5), np.float32(64e-5)
+
+# Where a layer's addresses stand in its row of the table.
+LAYER_FIELDS = (
+    *("ln1_weight", "ln1_bias", "mu", "receptance", "key", "value"),
+    *("decay_A", "icl_rate_A", "value_mix_A", "gate_A"),
+    *("decay_B", "icl_rate_B", "value_mix_B", "gate_B", "w0", "a0", "v0"),
+    *("k_k", "k_a", "r_k", "norm_weight", "norm_bias", "output"),
+    *("ln2_weight", "ln2_bias", "mu2", "hidden_key", "hidden_value"),
+    *("encoding_weight", "encoding_bias", "meta_weight", "meta_bias", "meta_output"),
+    *("S", "time_shift", "M", "channel_shift"),
+)
+(
+    LN1_WEIGHT, LN1_BIAS, MU, RECEPTANCE, KEY, VALUE,
+    A_W, A_A, A_V, A_G, B_W, B_A, B_V, B_G, W0, A0, V0,
+    K_K, K_A, R_K, NORM_WEIGHT, NORM_BIAS, ATT_OUTPUT,
+    LN2_WEIGHT, LN2_BIAS, MU2, HIDDEN_KEY, HIDDEN_VALUE,
+    ENC_WEIGHT, ENC_BIAS, META_WEIGHT, META_BIAS, META_OUTPUT,
+    STATE, TIME_SHIFT, META, CHANNEL_SHIFT,
+) = range(len(LAYER_FIELDS))  # fmt: skip
+# Buffers of the batch, and how many values a row of each has; see `buffer_sizes`.
+BUFFERS = (
+    *("x", "mix", "low_w", "low_a", "low_v", "low_g", "hidden", "logits"),
+    *("r", "k", "v", "v_first", "w", "rate", "value_mix", "g", "kappa", "removal", "y", "att"),
+    *("z", "query"),
+)
+(
+    X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
+    R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
+) = range(len(BUFFERS))  # fmt: skip
+LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD = range(3)
+MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES = range(9)
+META_STATE, BY_RECEPTANCE, READS_ENCODING, HAS_M = 1, 2, 4, 8  # flags of a model
+NONE, TANH, SIGMOID, RELU2 = range(4)
+
+INNER: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # quicker to compile
+_njit: Any = nb.njit(**INNER)
+_yield: Any = types.ExternalFunction("sched_yield", types.int32())
+
+
+def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int]) -> list[int]:
+    """Return how many float32 values a row of each of BUFFERS has; A = H N."""
+    return [D, 6 * D, *ranks, F, vocab_size, *[A] * 12, D, A]
+
+
+def _add_one(typing_context, address):  # type: ignore[no-untyped-def]
+    """Add 1 to the int64 at `address`, atomically; return what it was."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(types.int64), build
+
+
+def _load(typing_context, address):  # type: ignore[no-untyped-def]
+    """Return the int64 at `address`, with all that was written before it."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8, typ=ir.IntType(64))
+
+    return types.int64(types.int64), build
+
+
+_draw: Any = intrinsic(_add_one)
+_look: Any = intrinsic(_load)
+
+
+@_njit
+def _at(address, index):  # type: ignore[no-untyped-def]
+    """Return a pointer to value `index` of the float32 array at `address`."""
+    return _pointer(address + index * 4, ZERO)
+
+
+@_njit
+def _standardise(x, n, eps):  # type: ignore[no-untyped-def]
+    """Return the mean of x and 1 / sqrt(var + eps)."""
+    total = ZERO
+    for j in range(n):
+        total += x[j]
+    mean = total / np.float32(n)
+    square = ZERO
+    for j in range(n):
+        square += (x[j] - mean) * (x[j] - mean)
+    return mean, ONE / np.float32(math.sqrt(square / np.float32(n) + eps))
+
+
+@_njit
+def _layer_norm(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
+    mean, scale = _standardise(x, n, LN_EPS)
+    for j in range(n):
+        out[j] = (x[j] - mean) * scale * weight[j] + bias[j]
+
+
+@_njit
+def _head_norm(y, weight, bias, out, n):  # type: ignore[no-untyped-def]
+    """Add the group norm of one head to `out`."""
+    mean, scale = _standardise(y, n, GROUP_EPS)
+    for j in range(n):
+        out[j] += (y[j] - mean) * scale * weight[j] + bias[j]
+
+
+@_njit
+def _mix(x, shift, mu, num_mixes, out, rows, b, D):  # type: ignore[no-untyped-def]
+    """out_i = x + (shift - x) mu_i for every mix i, then shift = x, of one row."""
+    for i in range(num_mixes):
+        to, factor = _at(out, (i * rows + b) * D), _at(mu, i * D)
+        for j in range(D):
+            to[j] = x[j] + (shift[j] - x[j]) * factor[j]
+    for j in range(D):
+        shift[j] = x[j]
+
+
+@_njit
+def _activate(kind, y, n):  # type: ignore[no-untyped-def]
+    if kind == TANH:
+        for j in range(n):
+            y[j] = math.tanh(y[j])
+    elif kind == SIGMOID:
+        for j in range(n):
+            y[j] = _sigmoid(y[j])
+    elif kind == RELU2:
+        for j in range(n):
+            y[j] = max(y[j], ZERO) * max(y[j], ZERO) + (y[j] - y[j])  # the last term keeps a NaN
+
+
+@_njit
+def _unit(x, out, n):  # type: ignore[no-untyped-def]
+    """Write x / max(|x|, 1e-12) to `out`."""
+    square = ZERO
+    for j in range(n):
+        square += x[j] * x[j]
+    scale = ONE / max(np.float32(math.sqrt(square)), TINY)
+    for j in range(n):
+        out[j] = x[j] * scale
+
+
+@_njit
+def _advance(S, w, kappa, b, k, v, r, y, N):  # type: ignore[no-untyped-def]
+    """S = S (diag(w) - kappa^T b) + v^T k;  y = r S^T;  one head, S [N_v, N_k] at an address."""
+    for i in range(N):
+        row = _at(S, i * N)
+        u = ZERO
+        for j in range(N):
+            u += row[j] * kappa[j]
+        vi = v[i]
+        for j in range(N):
+            row[j] = row[j] * w[j] - u * b[j] + vi * k[j]
+        total = ZERO
+        for j in range(N):
+            total += row[j] * r[j]
+        y[i] = total
+
+
+@_njit
+def _mix_time(at, buf, layer, h, b, A, N):  # type: ignore[no-untyped-def]
+    """What time mixing does to one head of one row, from its projections to what W_o takes."""
+    c, o = h * N, b * A + h * N  # the head's place among channels and in the batch's buffers
+    r, k, v, g = _at(buf[R], o), _at(buf[K], o), _at(buf[V], o), _at(buf[G], o)
+    w, a, out = _at(buf[W], o), _at(buf[RATE], o), _at(buf[ATT], o)
+    kappa, removal, y = _at(buf[KAPPA], o), _at(buf[REMOVAL], o), _at(buf[Y], o)
+    w0, a0, k_k, k_a = _at(at[W0], c), _at(at[A0], c), _at(at[K_K], c), _at(at[K_A], c)
+    r_k, v_first = _at(at[R_K], c), _at(buf[V_FIRST], o)
+    for j in range(N):
+        w[j] = _exp(DECAY_SCALE * _sigmoid(w[j] + w0[j]))
+    for j in range(N):
+        a[j] = _sigmoid(a[j] + a0[j])
+    for j in range(N):
+        removal[j] = k[j] * k_k[j]
+    _unit(removal, kappa, N)
+    for j in range(N):
+        removal[j] = a[j] * kappa[j]
+    for j in range(N):
+        k[j] = k[j] * (ONE + (a[j] - ONE) * k_a[j])
+    if layer == 0:
+        for j in range(N):
+            v_first[j] = v[j]
+    else:
+        m, v0 = _at(buf[VALUE_MIX], o), _at(at[V0], c)
+        for j in range(N):
+            v[j] = v[j] + (v_first[j] - v[j]) * _sigmoid(m[j] + v0[j])
+    _advance(at[STATE] + o * N * 4, w, kappa, removal, k, v, r, y, N)
+    bonus = ZERO
+    for j in range(N):
+        bonus += r[j] * k[j] * r_k[j]
+    for j in range(N):
+        out[j] = bonus * v[j]
+    _head_norm(y, _at(at[NORM_WEIGHT], c), _at(at[NORM_BIAS], c), out, N)
+    for j in range(N):
+        out[j] *= g[j]
+
+
+@_njit
+def _meta_state(at, buf, h, b, A, N, flags):  # type: ignore[no-untyped-def]
+    """What the Meta-State layer does to one head of one row, up to what its W_o takes."""
+    c, o = h * N, b * A + h * N
+    z, out, e, y = _at(buf[Z], o), _at(buf[ATT], o), _at(buf[V], o), _at(buf[Y], o)
+    q = _at(buf[QUERY], o) if flags & BY_RECEPTANCE else z
+    for i in range(N):
+        row = _at(at[STATE], (o + i) * N)
+        total = ZERO
+        for j in range(N):
+            total += row[j] * q[j]
+        e[i] = total
+    for j in range(N):
+        out[j] = ZERO
+    if flags & HAS_M:
+        w, a, written = _at(buf[W], o), _at(buf[RATE], o), _at(buf[R], o)
+        key, removal = _at(buf[KAPPA], o), _at(buf[REMOVAL], o)
+        _unit(e, written, N)
+        _unit(z, key, N)
+        for j in range(N):
+            removal[j] = a[j] * key[j]
+        _advance(at[META] + o * N * 4, w, key, removal, removal, written, key, y, N)
+        _head_norm(y, _at(at[META_WEIGHT], c), _at(at[META_BIAS], c), out, N)
+    if flags & READS_ENCODING:
+        _head_norm(e, _at(at[ENC_WEIGHT], c), _at(at[ENC_BIAS], c), out, N)
+    for j in range(N):
+        out[j] *= z[j]
+
+
+@_njit
+def _span(x, K, w, size, n, y, i, rows, add, act):  # type: ignore[no-untyped-def]
+    """Piece i of y (+)= x w^T, w [n, K], and of the activation."""
+    first, last = i * SPAN, min((i + 1) * SPAN, n)
+    multiply(x, w, size, K, first, last, y, n * 4, rows, add)
+    for b in range(rows):
+        _activate(act, _at(y, b * n + first), last - first)
+
+
+@_inline
+def _project(at, buf, i, size, D, A, ranks, rows):  # type: ignore[no-untyped-def]
+    jobs = (
+        (0, at[RECEPTANCE], A, buf[R], NONE), (2, at[KEY], A, buf[K], NONE),
+        (3, at[VALUE], A, buf[V], NONE), (1, at[A_W], ranks[0], buf[LOW_W], TANH),
+        (4, at[A_A], ranks[1], buf[LOW_A], NONE), (5, at[A_G], ranks[3], buf[LOW_G], SIGMOID),
+        (3, at[A_V], ranks[2], buf[LOW_V], NONE),
+    )  # fmt: skip
+    for source, w, n, y, act in jobs:
+        pieces = (n + SPAN - 1) // SPAN
+        if i < pieces:
+            _span(buf[MIX] + source * rows * D * 4, D, w, size, n, y, i, rows, 0, act)
+            return
+        i -= pieces
+
+
+@_inline
+def _heads(at, buf, layer, h, size, A, N, ranks, rows):  # type: ignore[no-untyped-def]
+    jobs = (
+        (buf[LOW_W], ranks[0], at[B_W], buf[W]), (buf[LOW_A], ranks[1], at[B_A], buf[RATE]),
+        (buf[LOW_G], ranks[3], at[B_G], buf[G]), (buf[LOW_V], ranks[2], at[B_V], buf[VALUE_MIX]),
+    )  # fmt: skip
+    for x, rank, w, y in jobs:
+        if w != 0:
+            multiply(x, w, size, rank, h * N, (h + 1) * N, y, A * 4, rows, 0)
+    for b in range(rows):
+        _mix_time(at, buf, layer, h, b, A, N)
+
+
+@_inline
+def _count(phase, layer, D, H, A, F, ranks, rows, flags):  # type: ignore[no-untyped-def]
+    """Return the number of a phase's pieces."""
+    of_A, of_D, of_F = (A + SPAN - 1) // SPAN, (D + SPAN - 1) // SPAN, (F + SPAN - 1) // SPAN
+    if phase in (MIX_TIME, MIX_CHANNELS):
+        return rows
+    if phase == PROJECT:
+        pieces = 3 * of_A
+        for i in range(4):
+            if i != 2 or layer > 0:
+                pieces += (ranks[i] + SPAN - 1) // SPAN
+        return pieces
+    if phase == HEADS:
+        return H
+    if phase == EXPAND:
+        return of_F + (of_A if flags & BY_RECEPTANCE else 0)
+    if phase == READ:
+        return H if flags & META_STATE else 0
+    return of_D
+
+
+@_inline
+def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # type: ignore[no-untyped-def]
+    """Do piece i of a phase."""
+    A = H * N
+    if phase == MIX_TIME:
+        x = _at(buf[Z], i * D)
+        _layer_norm(_at(buf[X], i * D), _at(at[LN1_WEIGHT], 0), _at(at[LN1_BIAS], 0), x, D)
+        _mix(x, _at(at[TIME_SHIFT], i * D), at[MU], 6, buf[MIX], rows, i, D)
+    elif phase == PROJECT:
+        _project(at, buf, i, size, D, A, ranks, rows)
+    elif phase == HEADS:
+        _heads(at, buf, layer, i, size, A, N, ranks, rows)
+    elif phase == OUTPUT:
+        _span(buf[ATT], A, at[ATT_OUTPUT], size, D, buf[X], i, rows, 1, NONE)
+    elif phase == MIX_CHANNELS:
+        x = _at(buf[Z], i * D)
+        _layer_norm(_at(buf[X], i * D), _at(at[LN2_WEIGHT], 0), _at(at[LN2_BIAS], 0), x, D)
+        if F:
+            _mix(x, _at(at[CHANNEL_SHIFT], i * D), at[MU2], 1, buf[MIX], rows, i, D)
+    elif phase == EXPAND:
+        pieces = (F + SPAN - 1) // SPAN
+        if i < pieces:
+            _span(buf[MIX], D, at[HIDDEN_KEY], size, F, buf[HIDDEN], i, rows, 0, RELU2)
+        else:
+            _span(buf[Z], D, at[RECEPTANCE], size, A, buf[QUERY], i - pieces, rows, 0, NONE)
+    elif phase == READ:
+        for b in range(rows):
+            _meta_state(at, buf, i, b, A, N, flags)
+    else:
+        if flags & META_STATE:
+            _span(buf[ATT], A, at[META_OUTPUT], size, D, buf[X], i, rows, 1, NONE)
+        if F:
+            _span(buf[HIDDEN], F, at[HIDDEN_VALUE], size, D, buf[X], i, rows, 1, NONE)
+
+
+@_jit
+def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, rows):  # type: ignore[no-untyped-def]
+    """Run one token of `rows` rows; every thread calls it with the same arguments.
+
+    table [L, LAYER_FIELDS], ends [3] and buf [BUFFERS] hold addresses, `ranks` the four low-rank
+    sizes; `counters` is zero before. x of every row lies in its buffer, the logits afterwards in
+    theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16.
+    """
+    last = L * NUM_PHASES
+    for p in range(last + 2):
+        layer, phase = p // NUM_PHASES, p % NUM_PHASES
+        if p == last:
+            pieces = rows
+        elif p == last + 1:
+            pieces = (vocab_size + SPAN - 1) // SPAN
+        else:
+            pieces = _count(phase, layer, D, H, H * N, F, ranks, rows, flags)
+        drawn = counters.ctypes.data + p * 2 * LINE * 8
+        finished = drawn + LINE * 8
+        i = _draw(drawn)
+        while i < pieces:
+            if p == last:
+                weight, bias = _at(ends[LN_OUT_WEIGHT], 0), _at(ends[LN_OUT_BIAS], 0)
+                _layer_norm(_at(buf[X], i * D), weight, bias, _at(buf[Z], i * D), D)
+            elif p == last + 1:
+                _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
+            else:
+                _work(table[layer], buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags)
+            _draw(finished)
+            i = _draw(drawn)
+        spins = 0
+        while _look(finished) < pieces:
+            spins += 1
+            if spins > SPINS:
+                _yield()

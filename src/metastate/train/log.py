@@ -1,0 +1,83 @@
+"""What a run writes down as it goes: log.jsonl, and TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from metastate.data.files import atomic_write
+from metastate.errors import ConfigError, TrainingError
+
+
+class RunLog:
+    """The log of a run, a JSON object a line; every line gets the `seconds` since the start.
+
+    Args:
+        path: log.jsonl in the run's folder.
+        step: finished updates; TensorBoard drops what it has of later ones.
+        tensorboard: write the numbers there too.
+
+    Raises:
+        TrainingError: the file cannot be written. ConfigError: TensorBoard is not installed.
+    """
+
+    def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
+        self.path, self.started = path, time.monotonic()
+        try:
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as cause:
+            raise TrainingError(f"cannot write {path}: {cause.strerror}") from cause
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError(
+                    "tensorboard needs a package: pip install 'metastate[tensorboard]'"
+                ) from None
+            self.board = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line, and its numbers to TensorBoard."""
+        record = record | {"seconds": round(time.monotonic() - self.started, 3)}
+        try:
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.file.flush()
+        except OSError as cause:
+            raise TrainingError(
+                f"cannot write {self.path}: {cause.strerror}; the last checkpoint is whole, "
+                "make room and go on with --resume"
+            ) from cause
+        if self.board is not None:
+            for key, value in record.items():
+                if isinstance(value, int | float) and key not in ("step", "tokens"):
+                    self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def sync(self) -> None:
+        """Return when all lines are safely on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last one that a kill cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            last = step - 1 if row["kind"] == "growth" else step
+            if row["step"] <= last and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            break
+    atomic_write(path, "".join(kept).encode("utf-8"))

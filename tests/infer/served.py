@@ -1,0 +1,83 @@
+"""A tiny model behind a real server: uvicorn in a thread, on a port of its own."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import torch
+
+from metastate.config import ModelConfig
+from metastate.data.tokenizer import ByteTokenizer
+from metastate.infer.engine import Engine
+from metastate.infer.gate import ServerConfig
+from metastate.infer.server import create_app, make_server
+from metastate.infer.store import StateStore
+from metastate.model.lm import LanguageModel
+
+TOKENIZER = ByteTokenizer()
+KEYS = ("first-key-0123456789", "second-key-0123456789")
+
+
+def make(architecture="metastate", seed=0):
+    """A model of bytes that never ends a document, far from uniform."""
+    torch.manual_seed(seed)
+    model = LanguageModel(
+        ModelConfig(
+            architecture=architecture, vocab_size=256, hidden_size=16, num_layers=2, num_heads=2
+        )
+    )
+    model.backend = "reference"
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=0.25)
+        model.head.weight[128:] = 0  # ASCII mostly: a logit of 0 is seldom the largest
+        model.head.weight[0] = 0
+    return model.eval()
+
+
+@contextlib.contextmanager
+def served(folder, model=None, *, template=None, engine=None, store=None, **config):
+    """Yield a server's parts, its url, and `client`: httpx with the first key, where there are."""
+    model = model or make()
+    parts = SimpleNamespace(model=model, config=ServerConfig("tiny", **config))
+    parts.engine = Engine(model, TOKENIZER, **(engine or {}))
+    parts.store = StateStore(folder, model, **(store or {}))
+    app = create_app(parts.engine, parts.store, parts.config, template)
+    server = parts.server = make_server(app, parts.engine, parts.config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    parts.port = listener.getsockname()[1]
+    parts.url = f"http://127.0.0.1:{parts.port}"
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+    thread.start()
+    try:
+        wait(lambda: server.started)
+        headers = {"authorization": f"Bearer {KEYS[0]}"} if parts.config.keys else {}
+        with httpx.Client(base_url=parts.url, headers=headers, timeout=30) as client:
+            parts.client = client
+            yield parts
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def wait(condition, timeout_s=20):
+    """Wait until `condition()` holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def error_of(answer, status):
+    """Return the error of an answer that must have OpenAI's shape."""
+    assert answer.status_code == status, (answer.status_code, answer.text)
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"]
+    return error

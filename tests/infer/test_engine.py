@@ -1,0 +1,296 @@
+"""The engine: whatever joins, leaves, fails or is late, every request gets its own text."""
+
+import functools
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metastate.config import MetaStateConfig, ModelConfig
+from metastate.data.tokenizer import ByteTokenizer
+from metastate.errors import BusyError, ConfigError, ShapeError, StateError
+from metastate.infer.engine import Engine
+from metastate.infer.generate import generate
+from metastate.infer.sampling import SamplingConfig
+from metastate.model.decode import NativeDecoder
+from metastate.model.lm import LanguageModel
+
+TOKENIZER = ByteTokenizer()
+GREEDY = SamplingConfig(temperature=0)
+CHUNK = 4
+
+
+@functools.cache
+def make(architecture):
+    torch.manual_seed(0)
+    fields = {} if architecture == "transformer" else {"ffn_size": 24}
+    if architecture == "both":
+        architecture, fields["meta_state"] = "metastate", MetaStateConfig(readout="both")
+    model = LanguageModel(
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=256,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            **fields,
+        )
+    )
+    for p in model.parameters():  # far from uniform, so that every token matters
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.25)
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    return make("metastate")
+
+
+@pytest.fixture
+def engine(model):
+    return Engine(model, TOKENIZER, max_slots=3, prefill_chunk=CHUNK)
+
+
+def alone(model, prompt, **kw):
+    return generate(model, TOKENIZER, prompt, prefill_chunk=CHUNK, **kw)
+
+
+def run(engine, limit=10_000):
+    while engine.step():
+        limit -= 1
+        assert limit, "the engine does not come to an end"
+
+
+def same_state(ours, theirs):
+    ours, theirs = ours.state.tensors(), theirs.state.tensors()
+    return all(torch.equal(ours[name], x) for name, x in theirs.items())
+
+
+requests = st.fixed_dictionaries(
+    {
+        "prompt": st.text("abc é\n", max_size=14),
+        "max_tokens": st.integers(0, 12),
+        "stop": st.lists(st.text("abe ", min_size=1, max_size=2), max_size=2),
+        "sampling": st.builds(
+            SamplingConfig,
+            temperature=st.sampled_from([0.0, 0.7, 1.5]),
+            top_k=st.sampled_from([0, 20]),
+            top_p=st.sampled_from([0.9, 1.0]),
+            repetition_penalty=st.sampled_from([1.0, 1.3]),
+            seed=st.integers(0, 5),
+        ),
+        "continued": st.booleans(),  # go on from the state of a run before
+        "wait": st.integers(0, 4),  # steps before it is submitted
+        "end": st.sampled_from([None, None, None, "cancelled", "deadline"]),
+        "after": st.integers(0, 12),  # steps until that end
+    }
+)
+
+
+@pytest.mark.parametrize("architecture", ["metastate", "both", "rwkv7", "transformer"])
+@given(plan=st.lists(requests, min_size=1, max_size=8), slots=st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_every_request_equals_its_run_alone(architecture, plan, slots):
+    model = make(architecture)
+    engine = Engine(model, TOKENIZER, max_slots=slots, prefill_chunk=CHUNK)
+    assert isinstance(engine._decoder, NativeDecoder) == (architecture != "transformer")
+    before = alone(model, "before", sampling=GREEDY, max_tokens=3).drain().continuation
+    jobs, todo, steps = [], list(plan), 0
+    while todo or any(job.finish_reason is None for _, job, _ in jobs):
+        while todo and todo[0]["wait"] <= 0:
+            request = todo.pop(0)
+            names = ("prompt", "max_tokens", "stop", "sampling")
+            arguments = {name: request[name] for name in names}
+            arguments["state"] = before if request["continued"] else None
+            job = engine.submit(**arguments, timeout_s=1e6)
+            jobs.append(({"arguments": arguments, **request}, job, steps))
+        if todo:
+            todo[0]["wait"] -= 1
+        for request, job, since in jobs:
+            if request["end"] and steps - since >= request["after"]:
+                if request["end"] == "cancelled":
+                    job.cancel()
+                else:
+                    job._deadline = 0.0
+        engine.step()
+        steps += 1
+        assert steps < 1000 and engine.num_running <= slots
+    for request, job, _ in jobs:
+        whole = alone(model, **request["arguments"])
+        text = "".join(whole)
+        if job.finish_reason in ("cancelled", "deadline"):
+            assert job.finish_reason == request["end"]
+            # What it wrote before its end, and a later run writes the rest.
+            assert whole.tokens[: len(job.tokens)] == job.tokens
+            left = request["max_tokens"] - len(job.tokens)
+            arguments = request["arguments"] | {"prompt": "", "state": job.continuation}
+            rest = alone(model, **arguments | {"max_tokens": left}).drain()
+            assert job.tokens + rest.tokens == whole.tokens
+        else:
+            assert job.finish_reason == whole.finish_reason
+            assert job.tokens == whole.tokens and job.result() == text
+            assert same_state(job.continuation, whole.continuation)
+            assert job.continuation.pending == whole.continuation.pending
+    counts = engine.totals
+    assert sum(counts[job.finish_reason] > 0 for _, job, _ in jobs) == len(jobs)
+    assert counts["generated_tokens"] == sum(len(job.tokens) for _, job, _ in jobs)
+
+
+def test_a_broken_request_ends_alone(model, engine):
+    broken = model.init_state(1).map(lambda x: x + float("nan"))
+    good = [engine.submit(text, sampling=GREEDY, max_tokens=9) for text in ("ab", "cd")]
+    bad = engine.submit("xyz", state=broken, sampling=GREEDY)
+    run(engine)
+    assert bad.finish_reason == "error" and isinstance(bad.error, StateError)
+    assert bad.continuation is None and bad.tokens == []
+    with pytest.raises(StateError, match="not finite"):
+        bad.result()
+    with pytest.raises(StateError):
+        list(bad)
+    for job, text in zip(good, ("ab", "cd"), strict=True):
+        assert job.tokens == alone(model, text, sampling=GREEDY, max_tokens=9).drain().tokens
+    assert engine.totals["error"] == 1 and engine.num_running == 0
+
+
+def test_an_error_of_the_model_ends_what_ran_and_not_the_engine(model, engine, monkeypatch):
+    jobs = [engine.submit(text, sampling=GREEDY) for text in ("ab", "cd")]
+    while engine.num_running < 2:
+        engine.step()
+
+    def fail(tokens):
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder, "step", fail)
+        engine.step()
+    assert [job.finish_reason for job in jobs] == ["error", "error"]
+    later = engine.submit("ab", sampling=GREEDY, max_tokens=4)
+    run(engine)
+    assert later.tokens == alone(model, "ab", sampling=GREEDY, max_tokens=4).drain().tokens
+
+
+def test_refusals_come_at_once(model, engine):
+    with pytest.raises(ConfigError, match="max_tokens"):
+        engine.submit("a", max_tokens=-1)
+    with pytest.raises(ConfigError, match="timeout_s"):
+        engine.submit("a", timeout_s=0)
+    with pytest.raises(ShapeError, match="256"):
+        engine.submit([3, 256])
+    with pytest.raises(ConfigError, match="prompt"):
+        engine.submit("", state=replace(model.init_state(1), tokens_seen=1))
+    with pytest.raises(StateError):
+        engine.submit("a", state=make("transformer").init_state(1))
+    with pytest.raises(StateError, match="2 rows"):
+        engine.submit("a", state=model.init_state(2))
+    with pytest.raises(ConfigError, match="max_slots"):
+        Engine(model, TOKENIZER, max_slots=0)
+    assert engine.num_waiting == 0
+
+
+def test_too_many_waiting_are_refused(model):
+    engine = Engine(model, TOKENIZER, max_slots=1, max_waiting=2)
+    for _ in range(2):
+        engine.submit("a", max_tokens=1)
+    with pytest.raises(BusyError, match="2 requests"):
+        engine.submit("a")
+    engine.step()
+    engine.submit("a", max_tokens=1)
+    run(engine)
+    assert sum(engine.totals[reason] for reason in ("length", "eod")) == 3
+
+
+def test_what_waits_can_be_cancelled_and_be_late(model):
+    engine = Engine(model, TOKENIZER, max_slots=1)
+    first = engine.submit("a", sampling=GREEDY, max_tokens=50)
+    waits, late = engine.submit("b"), engine.submit("c", timeout_s=1e-9)
+    engine.step()
+    waits.cancel()
+    engine.step()
+    assert (waits.finish_reason, late.finish_reason) == ("cancelled", "deadline")
+    assert first.finish_reason is None
+    going_on = alone(model, "", state=waits.continuation, sampling=GREEDY, max_tokens=5).drain()
+    assert going_on.tokens == alone(model, "b", sampling=GREEDY, max_tokens=5).drain().tokens
+
+
+def test_events_come_in_order_and_late_listeners_get_all(model, engine):
+    job, events = engine.submit("ab", sampling=GREEDY, max_tokens=9), []
+    job.on_event(events.append)
+    run(engine)
+    assert events[-1] is None and "".join(events[:-1]) == job.result() == "".join(job)
+    late = []
+    job.on_event(late.append)
+    assert late == events
+
+
+def test_logprobs_are_the_models_own(model, engine):
+    job = engine.submit("ab", sampling=SamplingConfig(seed=1), max_tokens=4, want_logprobs=True)
+    run(engine)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[0, *b"ab", *job.tokens]]))
+    expected = logits[0, 2:-1].log_softmax(-1)
+    for i, (token, (own, best)) in enumerate(zip(job.tokens, job.logprobs, strict=True)):
+        assert own == pytest.approx(float(expected[i, token]), abs=1e-4)
+        assert best[0][0] == int(expected[i].argmax())
+    assert engine.submit("a").logprobs is None
+
+
+def test_in_a_thread_of_its_own(model):
+    engine = Engine(model, TOKENIZER, max_slots=4, prefill_chunk=CHUNK)
+    engine.start()
+    results = {}
+
+    def ask(i):
+        config = SamplingConfig(temperature=1.0, seed=i)
+        results[i] = engine.submit(f"request {i}", sampling=config, max_tokens=10).result(60)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    engine.stop()
+    for i in range(12):
+        config = SamplingConfig(temperature=1.0, seed=i)
+        assert results[i] == "".join(alone(model, f"request {i}", sampling=config, max_tokens=10))
+    with pytest.raises(BusyError, match="stopped"):
+        engine.submit("a")
+
+
+def test_stop_drains_or_cancels(model):
+    for drain, reason in ((True, "length"), (False, "cancelled")):
+        engine = Engine(model, TOKENIZER)
+        config = SamplingConfig(temperature=0.1, seed=0)
+        jobs = [engine.submit([97] * 3, sampling=config, max_tokens=40) for _ in range(3)]
+        engine.start()
+        engine.stop(drain=drain, timeout_s=60)
+        assert {job.finish_reason for job in jobs} <= {reason, "eod"} and engine.num_running == 0
+    engine = Engine(model, TOKENIZER)
+    job = engine.submit("a", max_tokens=10**6, sampling=SamplingConfig(seed=0, temperature=2))
+    engine.stop(drain=True, timeout_s=0.05)  # never started: the caller itself does the work
+    assert job.finish_reason in ("cancelled", "eod")
+
+
+def test_result_gives_up_and_the_request_goes_on(model, engine):
+    job = engine.submit("ab", sampling=GREEDY, max_tokens=3)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        job.result(0.05)
+    assert time.monotonic() - started < 5
+    run(engine)
+    assert len(job.result(1)) >= 0 and job.finish_reason is not None
+
+
+def test_an_idle_engine_sleeps_and_wakes(model, engine):
+    assert not engine.step()
+    engine.start()
+    with pytest.raises(ConfigError, match="already"):
+        engine.start()
+    time.sleep(0.05)
+    job = engine.submit("ab", sampling=GREEDY, max_tokens=3)
+    assert job.result(30) is not None
+    engine.stop()

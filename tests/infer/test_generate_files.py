@@ -1,0 +1,74 @@
+"""Saved continuations: states that have seen nothing begin a document; broken notes are refused."""
+
+import json
+
+import pytest
+import torch
+
+from metastate.config import ModelConfig
+from metastate.data.tokenizer import ByteTokenizer
+from metastate.errors import StateError
+from metastate.infer.generate import Continuation, generate
+from metastate.infer.sampling import SamplingConfig
+from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
+
+
+@pytest.fixture
+def model():
+    model = LanguageModel(ModelConfig(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2))
+    model.backend = "reference"
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.25)
+    return model.eval()
+
+
+@pytest.mark.parametrize("prompt", ["", "ab"])
+def test_a_state_that_has_seen_nothing_begins_a_document(model, prompt, tmp_path):
+    model.init_state(1).save(tmp_path / "s", model)
+    loaded = Continuation.load(tmp_path / "s", model)
+    runs = [
+        generate(model, ByteTokenizer(), prompt, state=state, sampling=SamplingConfig(seed=3))
+        for state in (None, model.init_state(1), loaded)
+    ]
+    tokens = [run.drain().tokens for run in runs]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        "{",
+        "[]",
+        "7",
+        "[" * 100_000,
+        '{"unknown": 1}',
+        '{"pending": 3}',
+        '{"pending": ["a"]}',
+        '{"pending": [-1]}',
+        '{"pending": [256]}',
+        '{"pending": [1.5]}',
+        '{"history": [null]}',
+        '{"recent": "ab"}',
+        '{"shown": 7}',
+        '{"seed": "x"}',
+        '{"generator": "AAAA"}',
+        '{"generator": 7}',
+        '{"generator": "\\ud800"}',
+    ],
+)
+def test_broken_notes_are_refused(model, notes, tmp_path):
+    state = model.init_state(1)
+    ModelState(state.layers, 5, {"generation": notes}).save(tmp_path / "s", model)
+    with pytest.raises(StateError, match="the generation's notes are broken"):
+        Continuation.load(tmp_path / "s", model)
+
+
+def test_whole_notes_come_back(model, tmp_path):
+    run = generate(model, ByteTokenizer(), "ab", max_tokens=3).drain()
+    run.continuation.save(tmp_path / "s", model)
+    again = Continuation.load(tmp_path / "s", model)
+    assert again.pending == run.continuation.pending and again.history == run.continuation.history
+    notes = json.loads(again.state.extra["generation"])
+    assert torch.equal(again.generator, run.continuation.generator) and notes["seed"] == run.seed

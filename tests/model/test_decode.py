@@ -1,0 +1,151 @@
+"""Decoding natively: the forward pass's logits and states, and a row's bits in any batch."""
+
+import pytest
+import torch
+from small_models import build, randomise
+
+from metastate.config import MetaStateConfig, ModelConfig
+from metastate.infer.generate import inference
+from metastate.model.decode import Decoder, NativeDecoder, make_decoder, store_bfloat16
+from metastate.model.lm import LanguageModel
+from tolerance import TOLERANCE, relative_error
+
+KINDS = {
+    "rwkv7": {"architecture": "rwkv7"},
+    "default": {},
+    "beside": {"ffn_size": 20},
+    "both": {"meta_state": MetaStateConfig(readout="both"), "ffn_size": 37},
+    "meta": {"meta_state": MetaStateConfig(readout="meta", encoder_query="input")},
+    "tokens": {"parameter_tokens": 3},
+}
+
+
+def make(hidden_size=48, **fields):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=77, hidden_size=hidden_size, num_layers=3, num_heads=3, **fields
+    )
+    model = LanguageModel(config).eval()
+    randomise(model)
+    return model
+
+
+def decode(decoder, tokens):
+    with inference(decoder.model):
+        steps = [decoder.step(tokens[:, t].tolist()).clone() for t in range(tokens.shape[1])]
+    return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("hidden_size", [48, 60])  # heads of 16 and 20: whole vectors, and a rest
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_forward_pass(kind, hidden_size):
+    model = make(hidden_size, **KINDS[kind])
+    tokens = torch.randint(77, (5, 10))
+    with torch.no_grad():
+        double = LanguageModel(model.config).double().eval()
+        double.load_state_dict(model.state_dict())
+        logits, state = double(tokens)
+    decoder = make_decoder(model, 5)
+    assert isinstance(decoder, NativeDecoder)
+    assert relative_error(decode(decoder, tokens), logits) < TOLERANCE[torch.float32]
+    for row in range(5):
+        ours, theirs = decoder.get(row), state[row]
+        ours.check(model)
+        assert ours.tokens_seen == 10
+        for name, x in theirs.tensors().items():
+            assert relative_error(ours.tensors()[name], x) < TOLERANCE[torch.float32], name
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ["rwkv7", "both"])
+def test_a_row_has_the_same_bits_in_any_batch(kind, half):
+    model = make(60, **KINDS[kind])
+    if half:
+        store_bfloat16(model)
+    tokens = torch.randint(77, (11, 6))
+    alone = torch.cat([decode(make_decoder(model, 1), tokens[i : i + 1]) for i in range(11)])
+    for rows in (2, 4, 5, 11):
+        assert torch.equal(decode(make_decoder(model, 11), tokens[:rows]), alone[:rows])
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr("metastate.model.decode.GRAIN", 1)
+    model, tokens = make(**KINDS["both"]), torch.randint(77, (3, 5))
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(decode(make_decoder(model, 3), tokens))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_a_thread_that_never_comes_is_not_waited_for(monkeypatch):
+    """The team may be smaller than asked for: who is there does all the work."""
+    model, tokens = make(), torch.randint(77, (2, 4))
+    expected = decode(make_decoder(model, 2), tokens)
+    monkeypatch.setattr(
+        "metastate.model.decode.run_pieces", lambda kernel, calls, n: kernel(*calls[0])
+    )
+    assert torch.equal(decode(make_decoder(model, 2), tokens), expected)
+
+
+def test_rows_are_replaced_and_read_without_touching_others():
+    model, tokens = make(**KINDS["both"]), torch.randint(77, (3, 8))
+    decoder = make_decoder(model, 3)
+    decode(decoder, tokens[:, :4])
+    kept = decoder.get(1)
+    before = kept.clone().tensors()
+    decoder.put(0, kept)
+    out = decode(decoder, tokens[[1, 1, 2], 4:])
+    assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
+    assert all(torch.equal(x, before[name]) for name, x in kept.tensors().items())
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    model, tokens = make(**KINDS["both"]), torch.randint(77, (3, 4))
+    decoder = make_decoder(model, 3)
+    expected = decode(decoder, tokens)
+    decoder = make_decoder(model, 3)
+    decoder.put(1, model.init_state(1).map(lambda x: x + float("nan")))
+    out = decode(decoder, tokens)
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], expected[[0, 2]])
+
+
+def test_bfloat16_matrices_round_the_weights_and_nothing_else():
+    model = make(**KINDS["beside"])
+    tokens = torch.randint(77, (2, 8))
+    exact = decode(make_decoder(model, 2), tokens)
+    store_bfloat16(model)
+    assert relative_error(decode(make_decoder(model, 2), tokens), exact) < TOLERANCE[torch.bfloat16]
+    stored = {name: p.dtype for name, p in model.named_parameters()}
+    assert stored["head.weight"] == stored["blocks.0.time_mix.key.weight"] == torch.bfloat16
+    assert stored["embedding.weight"] == stored["blocks.0.time_mix.mu"] == torch.float32
+    assert make_decoder(model, 1).get(0).layers[0].S.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architecture": "transformer"},
+        {"meta_state": MetaStateConfig.paper()},
+        {"meta_state": MetaStateConfig(gate=True)},
+        {"head_size": 24, "head_segments": (16, 8)},
+    ],
+)
+def test_what_the_kernel_does_not_know_runs_the_forward_pass(fields):
+    model = make(**fields)
+    decoder, tokens = make_decoder(model, 2), torch.randint(77, (2, 5))
+    assert type(decoder) is Decoder
+    with torch.no_grad():
+        logits, _ = model(tokens)
+    assert relative_error(decode(decoder, tokens), logits) < TOLERANCE[torch.float32]
+
+
+def test_other_dtypes_and_backends_run_the_forward_pass():
+    assert type(make_decoder(build(), 1)) is Decoder  # float64
+    model = make()
+    model.backend = "chunked"
+    assert type(make_decoder(model, 1)) is Decoder
