@@ -1,11 +1,24 @@
 """Shared fixtures."""
 
+import os
 import random
 
 import pytest
 import torch
 
 from metastate.data.prepare import prepare
+
+
+def pytest_configure(config):
+    """Interpret the GPU kernels on the CPU, unless this run is for a GPU (`-m gpu`)."""
+    if config.option.markexpr != "gpu":  # Triton looks once, when it is imported
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_runtest_setup(item):
+    """Tests marked `gpu` need one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ ROOT_NAMES = {"__version__"}  # what the package root itself holds; its other na
 CORE = {"torch", "numpy", "safetensors"}
 # Everything else belongs to an extra: it is imported inside the function that uses it, and only in
 # the files named here. Some stand at the top of their files, which are imported when they are
-# needed: numba's kernels, subclasses of lm_eval's and transformers' types, and the server.
+# needed: kernels (numba, Triton), subclasses of lm_eval's and transformers' types, the server.
 SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.openai_")
 KERNELS = ("fused_kernels", "decode_kernels", "dot_kernels")
 EXTRAS = {
@@ -54,12 +54,13 @@ EXTRAS = {
     "tensorboard": ("metastate.train",),
     "transformers": ("metastate.convert.hf",),
     "numba": tuple(f"metastate.ops.{name}" for name in ("cpu", *KERNELS)),
+    "triton": ("metastate.ops.triton",),
     "llvmlite": ("metastate.ops.decode_kernels", "metastate.ops.dot_kernels"),  # numba's compiler
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn"), SERVER),
     "jinja2": SERVER,
 }
 SERVICE = {"fastapi", "starlette", "pydantic", "uvicorn"}
-AT_TOP = {"numba", "llvmlite", "lm_eval", "transformers"} | SERVICE
+AT_TOP = {"numba", "llvmlite", "triton", "lm_eval", "transformers"} | SERVICE
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FOREIGN = "metastate.convert.blinkdl"  # RWKV's own files are pickles: read with weights_only=True
 
@@ -198,7 +199,7 @@ HIDE_EXTRAS = """
 
 def run_without_extras(body):
     """Run `body` in a fresh interpreter that cannot import any extra."""
-    hidden = {*EXTRAS, "pandas", "triton"}
+    hidden = {*EXTRAS, "pandas", "fla"}
     code = textwrap.dedent(HIDE_EXTRAS.format(hidden=hidden)) + textwrap.dedent(body)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 

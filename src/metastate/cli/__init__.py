@@ -151,6 +151,13 @@ COMMANDS = (
         a.add_info,
         "commands:run_info",
     ),
+    Command(
+        "doctor",
+        "check every backend of this machine against the reference",
+        use.add_doctor,
+        "doctor:run_doctor",
+        use.DOCTOR,
+    ),
 )
 
 

@@ -228,3 +228,15 @@ def add_serve(parser: Parser) -> None:
             flag, type=float, default=seconds, metavar="X", help=f"{what} (default: {seconds:g})"
         )
     add_flags(parser, "device", "dtype")
+
+
+DOCTOR = """\
+Compare every backend that can run here with the float64 reference: outputs and all gradients, \
+through every entry point. The last line says it all; put it into a bug report. Exit code 1 means \
+that what the program would use by itself is wrong."""
+
+
+def add_doctor(parser: Parser) -> None:
+    """Add the options of `metastate doctor`."""
+    parser.add_argument("--device", help="check this device only: cpu, cuda, cuda:1 (default: all)")
+    add_json(parser)

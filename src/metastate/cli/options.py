@@ -46,7 +46,7 @@ HELP = {
     "context_parallel": "processes that share the tokens of each sequence",
     "device": "where to compute: cpu, cuda, cuda:1",
     "dtype": "arithmetic of the matrix products: float32, bfloat16 (mixed) or float64",
-    "backend": "kernels of the recurrence: auto, cpu, chunked, reference",
+    "backend": "kernels of the recurrence: auto, cpu, triton, chunked, reference, fla",
     "compile": "fuse elementwise work with torch.compile; slow to start",
     "activation_checkpointing": "recompute layers in the backward pass: less memory, more time",
     "document_reset": "start every document from an empty state, also inside a sequence",

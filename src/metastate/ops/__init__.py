@@ -1,8 +1,9 @@
 """Pure functions on tensors: the WKV recurrence of RWKV-7, readers of its states, the meta state.
 
 Every function checks its arguments and hands them to one backend: `reference` (the meaning),
-`chunked` (PyTorch, any device), `cpu` (native kernels), chosen by an argument, never by
-environment. `auto` is `cpu` on a CPU where Numba is installed, else `chunked`.
+`chunked` (PyTorch, any device), `cpu` (native kernels), `triton` (GPU kernels), `fla` (those of
+flash-linear-attention), chosen by an argument, never by environment. `auto` is `cpu` on a CPU where
+Numba is installed, `triton` on an NVIDIA GPU where Triton is, else `chunked`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from metastate.ops.reference import Trajectory, state_dtype
 __all__ = ["BACKENDS", "Trajectory", "meta_state", "resolve_backend", "state_dtype", "wkv7"]
 __all__ += ["wkv7_trajectory"]
 
-BACKENDS = ("auto", "reference", "chunked", "cpu")
+BACKENDS = ("auto", "reference", "chunked", "cpu", "triton", "fla")
 NUMBA_FOUND = importlib.util.find_spec("numba") is not None
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -29,12 +31,42 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "cpu" if device.type == "cpu" and NUMBA_FOUND else "chunked"
+        if device.type == "cpu" and NUMBA_FOUND:
+            return "cpu"
+        return "triton" if TRITON_FOUND and _runs_triton(device) else "chunked"
     if backend == "cpu" and device.type != "cpu":
         raise ConfigError(f"backend 'cpu' cannot run on {device}; use 'auto' or 'chunked'")
     if backend == "cpu" and not NUMBA_FOUND:
         raise ConfigError("backend 'cpu' needs Numba: pip install numba, or use 'chunked'")
+    if backend == "triton" and not TRITON_FOUND:
+        raise ConfigError("backend 'triton' needs Triton: pip install 'metastate[cuda]'")
+    if backend == "triton" and not (_runs_triton(device) or _interprets_triton(device)):
+        raise ConfigError(
+            f"backend 'triton' cannot run on {device}: it needs an NVIDIA GPU of capability 8.0 or "
+            "later (on a CPU its kernels can only be interpreted, for tests: TRITON_INTERPRET=1 in "
+            "the environment); use 'auto'"
+        )
+    if backend == "fla":
+        from metastate.ops import fla
+
+        fla.require(device)
     return backend
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Say whether `device` is an NVIDIA GPU that Triton compiles for."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _interprets_triton(device: torch.device) -> bool:
+    """Say whether Triton was imported as an interpreter, which takes tensors of the CPU."""
+    if device.type != "cpu":
+        return False
+    from metastate.ops import triton
+
+    return triton.INTERPRETED
 
 
 def _module(backend: str, device: torch.device) -> Any:
@@ -43,6 +75,14 @@ def _module(backend: str, device: torch.device) -> Any:
         from metastate.ops import cpu
 
         return cpu
+    if name == "triton":
+        from metastate.ops import triton
+
+        return triton
+    if name == "fla":
+        from metastate.ops import fla
+
+        return fla
     return {"reference": reference, "chunked": chunked}[name]
 
 
@@ -136,7 +176,7 @@ def wkv7(
             means zeros. With cu_seqlens one a sequence, [n, H, N_v, N_k].
         cu_seqlens: [n + 1] int64, offsets of n documents in the flattened B * T tokens, from 0 to
             B * T; every document starts from its own row of `state`.
-        backend: `auto`, `reference`, `chunked` or `cpu`.
+        backend: `auto`, `reference`, `chunked`, `cpu`, `triton` or `fla`.
 
     Returns:
         y [B, T, H, N] in r's dtype, and the state after the last token of every sequence. Both are

@@ -1,14 +1,7 @@
 """The recurrence on a CPU: Numba kernels as torch custom ops, so that autograd and compile work.
 
 `wkv7` keeps u_t = kappa_t S_{t-1}^T of every token and the state at every C-th token; the backward
-pass and a later reader work from those. A reader does not run a backward pass of its own: the
-forward op also returns three `link` tensors without content, the read op takes them as inputs, and
-what it hands back as their gradients is the rank-one gradient of every state:
-
-    by key    e_t = x_t S_t^T:   dL/dS_t += de_t^T x_t
-    by value  e_t = x_t S_t:     dL/dS_t += x_t^T de_t
-
-as (value side, key side, sum_i S_ij (dL/dS)_ij of the term). The one backward pass adds it in.
+pass and a later reader work from those; ops/links.py says how its gradient comes back.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ from torch import Tensor
 
 from metastate.errors import ConfigError
 from metastate.ops import cpu_kernels as kernels
+from metastate.ops.links import differentiable, make_links
 from metastate.ops.reference import Trajectory
 from metastate.ops.step import wkv7_step
 from metastate.ops.threads import run_pieces
@@ -137,16 +131,10 @@ def wkv7_forward(
 
     Returns:
         y [B, T, H, N] in r's dtype; the final state; w; u [B, T, H, N]; the checkpoints
-        [B * T // C + n, H, N_k, N_v]; and three link tensors [B, T, H, N] (see the module).
+        [B * T // C + n, H, N_k, N_v]; and three link tensors [B, T, H, N] (see ops/links.py).
     """
     out = _forward(r, log_w, k, v, kappa, a, state, cu_seqlens, True)
-    return *out, *_links(out[2])
-
-
-def _links(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors of `like`'s shape that take no memory; only their gradients matter."""
-    links = [like.new_zeros(()).expand(like.shape) for _ in range(3)]
-    return links[0], links[1], links[2]
+    return *out, *make_links(out[2])
 
 
 @wkv7_forward.register_fake
@@ -156,7 +144,7 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens):  # type: ignore[no-untyped-d
     num_checkpoints = batch * length // kernels.C + cu_seqlens.numel() - 1
     checkpoints = state.new_empty((num_checkpoints, heads, size, size))
     final = state.new_empty(state.shape)
-    return r.new_empty(r.shape), final, w, torch.empty_like(w), checkpoints, *_links(w)
+    return r.new_empty(r.shape), final, w, torch.empty_like(w), checkpoints, *make_links(w)
 
 
 @torch.library.custom_op("metastate::wkv7_backward", mutates_args=())
@@ -343,7 +331,7 @@ class CpuTrajectory(Trajectory):
         w, k, v, kappa, a, u, checkpoints = (
             t.detach() for t in (w, k, v, kappa, a, u, checkpoints)
         )
-        if not _differentiable(x, *links):
+        if not differentiable(x, *links):
             return _read(x, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key).to(x.dtype)
         return wkv7_read(x, links, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key)
 
@@ -351,13 +339,6 @@ class CpuTrajectory(Trajectory):
         """See Trajectory.recur."""
         y, other = wkv7(r, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)
         return y, other.state
-
-
-def _differentiable(*tensors: Tensor) -> bool:
-    """Say whether a custom op is needed; without gradients a plain call saves its overhead."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def wkv7(
@@ -377,7 +358,7 @@ def wkv7(
     the final state only.
     """
     batch, length = r.shape[:2]
-    needs_gradients = _differentiable(r, log_w, k, v, kappa, a, state)
+    needs_gradients = differentiable(r, log_w, k, v, kappa, a, state)
     if length == 1 and cu_seqlens is None and not needs_gradients:
         y, final = wkv7_step(r, log_w, k, v, kappa, a, state)
         return y, CpuTrajectory(final, log_w, kappa, a, None, (), None)
@@ -391,7 +372,7 @@ def wkv7(
         kept = tuple(rest)
     else:
         y, final, *rest = _forward(*inputs, keep)
-        kept = (*rest, *_links(rest[0])) if keep else None
+        kept = (*rest, *make_links(rest[0])) if keep else None
     return y, CpuTrajectory(final, log_w, kappa, a, cu_seqlens, inputs, kept)
 
 

@@ -1,0 +1,42 @@
+"""`doctor`, as a person runs it."""
+
+import json
+
+import pytest
+import torch
+
+from metastate.cli import main
+from metastate.eval import doctor
+from metastate.ops import cpu
+
+
+@pytest.fixture(autouse=True)
+def _small_cases(monkeypatch):
+    cases = (doctor.Case("plain", 1, 5, 1, 16), doctor.Case("coarse", 1, 5, 1, 16, torch.bfloat16))
+    monkeypatch.setattr(doctor, "CASES", cases)
+    monkeypatch.setattr(doctor, "TIMED_TOKENS", dict.fromkeys(("reference", "chunked", "cpu"), 4))
+
+
+def test_a_table_and_a_verdict(capsys):
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "cpu*" in out and "us/token" in out
+    assert out.splitlines()[-1].startswith("metastate doctor: OK | ")
+    assert "checks" in err
+
+
+def test_json_and_the_exit_code_of_a_wrong_machine(capsys, monkeypatch):
+    plain = cpu.wkv7
+    nan = float("nan")
+    monkeypatch.setattr(cpu, "wkv7", lambda r, *rest: plain(r * nan, *rest))
+    assert main(["doctor", "--device", "cpu", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"] and "WRONG" in report["verdict"]
+    wrong = next(b for b in report["backends"] if b["name"] == "cpu")
+    assert wrong["failures"][0]["error"] is None and wrong["us_per_token"] is None
+
+
+@pytest.mark.parametrize(("given", "said"), [("abacus", "is no device"), ("mps", "has none")])
+def test_a_device_that_is_not_here(capsys, given, said):
+    assert main(["doctor", "--device", given]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""The doctor finds what has been wrong elsewhere, and finds nothing where nothing is."""
+
+import json
+
+import pytest
+import torch
+
+from metastate import ops
+from metastate.eval import doctor
+from metastate.ops import chunked, cpu, fused
+from tolerance import TOLERANCE
+
+CPU = [torch.device("cpu")]
+F32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _small_cases(monkeypatch):
+    cases = (
+        doctor.Case("plain", 2, 5, 2, 16),
+        doctor.Case("packed", 2, 6, 1, 16, F32, (1, 7, 4), "input", "value"),
+        doctor.Case("coarse", 1, 5, 1, 16, torch.bfloat16),
+    )
+    monkeypatch.setattr(doctor, "CASES", cases)
+    monkeypatch.setattr(doctor, "speeds", lambda names, device: dict.fromkeys(names, 1.0))
+
+
+def entry(report, name):
+    return next(b for b in report["backends"] if b["name"] == name)
+
+
+def test_a_healthy_machine():
+    seen = []
+    report = doctor.diagnose(CPU, progress=lambda done, total, **_: seen.append((done, total)))
+    assert report["ok"] and "OK |" in report["verdict"] and "\n" not in report["verdict"]
+    for name in ("chunked", "cpu"):
+        found = entry(report, name)
+        assert found["right"] and 0 < found["worst_error"] < TOLERANCE[F32]
+        assert found["checks"] == 8 and found["us_per_token"] == 1.0
+    assert [b["name"] for b in report["backends"] if b["auto"]] == ["cpu"]
+    assert "GPU" in entry(report, "triton")["why_not"]
+    assert "fla" in entry(report, "fla")["why_not"]
+    assert seen[-1][0] == seen[-1][1] == len(seen) - 1
+    assert json.loads(json.dumps(report)) == report
+    assert doctor.doctor_table(report).endswith(report["verdict"])
+
+
+def test_every_gradient_is_compared():
+    case = doctor.CASES[0]
+    x = {n: t.float() for n, t in case.inputs().items()}
+    found = doctor.values("wkv7_trajectory, read, meta_state", x, case, "chunked")
+    assert {f"d{n}" for n in (*doctor.NAMES, "x", "state", "meta")} < found.keys()
+    assert {"y", "e", "z", "state", "meta"} < found.keys()
+
+
+def test_the_allowed_errors_are_the_tests_own():
+    assert all(TOLERANCE[dtype] == allowed for dtype, allowed in doctor.ALLOWED.items())
+
+
+class _WrongGradient(torch.autograd.Function):
+    """The identity; half a percent is missing of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.995
+
+
+def test_a_wrong_gradient(monkeypatch):
+    plain = chunked.wkv7
+    monkeypatch.setattr(
+        chunked, "wkv7", lambda r, w, k, *rest: plain(r, w, _WrongGradient.apply(k), *rest)
+    )
+    report = doctor.diagnose(CPU)
+    failures = entry(report, "chunked")["failures"]
+    assert {row["what"] for row in failures} == {"dk"}
+    assert all(4e-3 < row["error"] < 6e-3 for row in failures)
+    assert report["ok"]  # nobody is given this backend who does not ask for it
+    assert "OK, but a backend is wrong" in report["verdict"]
+    assert "chunked on cpu WRONG: dk off by 5e-03" in report["verdict"]
+    assert entry(report, "chunked")["us_per_token"] is None
+
+
+def test_an_argument_swallowed_by_kwargs(monkeypatch):
+    """`cu_seqlens` falls into **kwargs: documents run into each other."""
+    plain = chunked.wkv7
+
+    def swallowing(r, log_w, k, v, kappa, a, state, *_, **kwargs):
+        return plain(r, log_w, k, v, kappa, a, state[: r.shape[0]], None)
+
+    monkeypatch.setattr(chunked, "wkv7", swallowing)
+    failures = entry(doctor.diagnose(CPU), "chunked")["failures"]
+    assert failures and {row["case"] for row in failures} == {"packed"}
+
+
+def test_an_initial_state_that_is_ignored(monkeypatch):
+    plain = chunked.wkv7
+    monkeypatch.setattr(
+        chunked, "wkv7", lambda *args: plain(*args[:6], torch.zeros_like(args[6]), args[7])
+    )
+    assert len(entry(doctor.diagnose(CPU), "chunked")["failures"]) == 8
+
+
+def test_entry_points_that_scale_differently(monkeypatch):
+    """One of two entry points divides by sqrt(N), as a default elsewhere does."""
+    plain = cpu.wkv7_without_trajectory
+
+    def scaled(r, *rest):
+        return plain(r * r.shape[-1] ** -0.5, *rest)
+
+    monkeypatch.setattr(cpu, "wkv7_without_trajectory", scaled)
+    report = doctor.diagnose(CPU)
+    failures = entry(report, "cpu")["failures"]
+    assert "wkv7" in {row["path"] for row in failures}
+    assert not report["ok"] and "doctor: WRONG |" in report["verdict"]
+    assert "cpu (auto) on cpu WRONG" in report["verdict"]
+
+
+def test_decoding_that_differs_from_training(monkeypatch):
+    plain = cpu.wkv7_step
+    monkeypatch.setattr(cpu, "wkv7_step", lambda r, *rest: plain(r * 1.001, *rest))
+    failures = entry(doctor.diagnose(CPU), "cpu")["failures"]
+    assert {row["path"] for row in failures} == {"one token"}
+
+
+def test_a_meta_state_that_forgets_to_normalise(monkeypatch):
+    monkeypatch.setattr(fused, "_Unit", type("_Wrong", (), {"apply": staticmethod(lambda x: x)}))
+    failures = entry(doctor.diagnose(CPU), "cpu")["failures"]
+    assert failures and "wkv7" not in {row["path"] for row in failures}
+
+
+def test_a_kernel_that_crashes_or_gives_nan(monkeypatch):
+    def crash(*args):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(cpu, "wkv7_without_trajectory", crash)
+    plain = chunked.wkv7
+
+    def nan(*args):
+        y, trajectory = plain(*args)
+        return y * float("nan"), trajectory
+
+    monkeypatch.setattr(chunked, "wkv7", nan)
+    report = doctor.diagnose(CPU)
+    assert not report["ok"]
+    messages = [row["message"] for row in entry(report, "cpu")["failures"]]
+    assert "raised RuntimeError: no kernel image is available" in messages
+    assert entry(report, "chunked")["worst_error"] == float("inf")
+    assert "no kernel image" in doctor.doctor_table(report)
+
+
+def test_a_backend_whose_package_is_broken(monkeypatch):
+    def resolve(backend, device):
+        if backend == "triton":
+            raise ImportError("libcuda.so.1 not found")
+        return plain(backend, device)
+
+    plain = ops.resolve_backend
+    monkeypatch.setattr(ops, "resolve_backend", resolve)
+    assert doctor.why_not("triton", torch.device("meta")) == "libcuda.so.1 not found"
+
+
+def test_inputs_do_not_touch_the_callers_random_numbers():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    doctor.diagnose(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    report = doctor.diagnose()
+    assert report["ok"], report["verdict"]
