@@ -9,7 +9,7 @@ from metastate.errors import ConfigError, ShapeError
 from tolerance import TOLERANCE, relative_error
 
 # Interpreted GPU kernels are slow: tests/ops/test_triton.py runs the template at their sizes. fla
-# runs on GPUs only: tests/ops/test_fla.py.
+# runs on GPUs only: tests/ops/test_fla_backend.py.
 BACKENDS = [b for b in ops.BACKENDS if b not in ("auto", "reference", "triton", "fla")]
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 
