@@ -9,8 +9,8 @@ Three comparisons, each only after both sides gave the same logits:
 - A Transformer of equal non-embedding parameters, one request at each context. Its cache is filled
   with random keys and values, since reading such a prompt would take hours.
 - RWKV-7 of 12 x 768 with vocabulary 65,536, the same random weights here and in the official
-  package (`pip install rwkv`, strategy "cpu fp32", its JIT on), which gets them in its own names by
-  the map below. Sides take turns; a figure is the fastest tenth of the turns, which other programs
+  package (`pip install rwkv`, strategy "cpu fp32", its JIT on), which gets them as a file of
+  `metastate convert`'s. Sides take turns; a figure is the fastest tenth of the turns, which other programs
   on the machine hardly touch.
 """
 
@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from metastate.config import ModelConfig
+from metastate.convert import blinkdl
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.infer.engine import Engine
 from metastate.infer.generate import inference
@@ -42,23 +43,6 @@ from metastate.model.presets import preset
 from metastate.model.state import ModelState
 
 GREEDY = SamplingConfig(temperature=0)
-RWKV_LAYER = {
-    "time_mix.output.weight": "att.output.weight",
-    "time_mix.norm.weight": "att.ln_x.weight",
-    "time_mix.norm.bias": "att.ln_x.bias",
-    "time_mix.r_k": "att.r_k",
-    **{f"time_mix.{x}.weight": f"att.{x}.weight" for x in ("receptance", "key", "value")},
-    **{f"time_mix.{x}": f"att.{x}" for x in ("k_k", "k_a")},
-    **{f"channel_mix.{x}.weight": f"ffn.{x}.weight" for x in ("key", "value")},
-    "channel_mix.mu": "ffn.x_k",
-    **{
-        f"time_mix.{ours}.{factor}": f"att.{theirs}{number}"
-        for ours, theirs in zip(
-            ("decay", "icl_rate", "value_mix", "gate"), ("w", "a", "v", "g"), strict=True
-        )
-        for factor, number in (("bias", 0), ("A", 1), ("B", 2))
-    },
-}
 
 
 def resident_bytes() -> int:
@@ -188,20 +172,8 @@ def rwkv_package(rounds: int, prompt: int) -> dict | None:
     ranks = {"decay_rank": 64, "icl_rate_rank": 64, "value_rank": 32, "gate_rank": 128}
     sizes = {"vocab_size": 65536, "hidden_size": 768, "num_layers": 12, "num_heads": 12}
     model = make(ModelConfig(architecture="rwkv7", **sizes, **ranks))
-    weights = {"emb.weight": model.embedding.weight}
-    for name, x in model.state_dict().items():
-        if name.startswith("ln0."):
-            weights[f"blocks.0.{name}"] = x
-        elif not name.startswith(("blocks.", "embedding.")):
-            weights[name] = x
-        elif name.startswith("blocks."):
-            block, own = ".".join(name.split(".")[:2]), name.split(".", 2)[2]
-            if own == "time_mix.mu":
-                weights |= {f"{block}.att.x_{i}": m for i, m in zip("rwkvag", x, strict=True)}
-            else:
-                weights[f"{block}.{RWKV_LAYER.get(own, own)}"] = x
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({name: x.detach().clone() for name, x in weights.items()}, f"{folder}/m.pth")
+        blinkdl.write(model, f"{folder}/m.pth")
         theirs = RWKV(str(Path(folder) / "m"), "cpu fp32")
     half = in_bfloat16(model)
     check(model, half)

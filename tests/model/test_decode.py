@@ -17,6 +17,7 @@ KINDS = {
     "both": {"meta_state": MetaStateConfig(readout="both"), "ffn_size": 37},
     "meta": {"meta_state": MetaStateConfig(readout="meta", encoder_query="input")},
     "tokens": {"parameter_tokens": 3},
+    "mixed blocks": {"ffn_size": 20, "meta_layers": (0, 2), "ffn_layers": (1, 2)},
 }
 
 

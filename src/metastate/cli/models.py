@@ -27,7 +27,7 @@ def load_model(path: str, args: argparse.Namespace, *, decoding: bool = False) -
     dtype = getattr(args, "dtype", "float32")
     if dtype == "float64":
         model = model.double()
-    elif dtype == "float32" and model.embedding.weight.element_size() < 4:
+    elif (dtype == "float32" or decoding) and model.embedding.weight.element_size() < 4:
         model = model.float()  # stored in 16 bits
     if decoding and dtype == "bfloat16":
         store_bfloat16(model)

@@ -69,10 +69,10 @@ class NativeDecoder(Decoder):
         self.state = model.init_state(rows).map(lambda x: x.float().contiguous().clone())
         config = model.config
         blocks = cast(list[RecurrentBlock], list(model.blocks))
-        first, last = blocks[0], blocks[-1]
+        mix, last = blocks[0].time_mix, blocks[-1]
         D, H, N = config.hidden_size, config.num_heads, config.attention_size // config.num_heads
-        F = 0 if first.channel_mix is None else first.channel_mix.key.out_features
-        mix = first.time_mix
+        hidden = [block.channel_mix.key.out_features for block in blocks if block.channel_mix]
+        F = max(hidden, default=0)
         low_ranks = (mix.decay, mix.icl_rate, last.time_mix.value_mix, mix.gate)
         ranks = [0 if x is None else x.A.shape[1] for x in low_ranks]
         self._kept: list[Tensor] = []  # what the addresses point to

@@ -371,6 +371,7 @@ def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, fl
     theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16.
     """
     last = L * NUM_PHASES
+    own_F, own = 0, 0
     for p in range(last + 2):
         layer, phase = p // NUM_PHASES, p % NUM_PHASES
         if p == last:
@@ -378,7 +379,10 @@ def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, fl
         elif p == last + 1:
             pieces = (vocab_size + SPAN - 1) // SPAN
         else:
-            pieces = _count(phase, layer, D, H, H * N, F, ranks, rows, flags)
+            # What a block has: some may have no feed-forward layer, some no Meta-State layer.
+            own_F = F if table[layer, HIDDEN_KEY] else 0
+            own = flags if table[layer, META_OUTPUT] else 0
+            pieces = _count(phase, layer, D, H, H * N, own_F, ranks, rows, own)
         drawn = counters.ctypes.data + p * 2 * LINE * 8
         finished = drawn + LINE * 8
         i = _draw(drawn)
@@ -389,7 +393,8 @@ def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, fl
             elif p == last + 1:
                 _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
             else:
-                _work(table[layer], buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags)
+                at = table[layer]
+                _work(at, buf, phase, layer, i, size, D, H, N, own_F, ranks, rows, own)
             _draw(finished)
             i = _draw(drawn)
         spins = 0
