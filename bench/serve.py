@@ -9,9 +9,9 @@ Three comparisons, each only after both sides gave the same logits:
 - A Transformer of equal non-embedding parameters, one request at each context. Its cache is filled
   with random keys and values, since reading such a prompt would take hours.
 - RWKV-7 of 12 x 768 with vocabulary 65,536, the same random weights here and in the official
-  package (`pip install rwkv`, strategy "cpu fp32", its JIT on), which gets them as a file of
-  `metastate convert`'s. Sides take turns; a figure is the fastest tenth of the turns, which other programs
-  on the machine hardly touch.
+  package (`pip install rwkv`, strategy "cpu fp32", its JIT on), which gets them as a `.pth` file.
+  Sides take turns; a figure is the fastest tenth of the turns, which other programs on the machine
+  hardly touch.
 """
 
 from __future__ import annotations
