@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -257,3 +259,21 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch):
 
     monkeypatch.setattr(cpu.kernels.nb, "njit", njit)
     assert cpu.kernels._jit(lambda x: x + 1)(2) == 3
+
+
+def test_ctrl_c_is_not_lost_between_kernels(monkeypatch):
+    """A KeyboardInterrupt raised where C calls Python, before any `try`, would be swallowed."""
+    lost = []
+    monkeypatch.setattr("sys.unraisablehook", lost.append)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for i in range(30):
+            timer = threading.Timer(1e-3 * (1 + i % 7), os.kill, (os.getpid(), signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+                timer.start()
+                for _ in range(100_000):
+                    threads.run_pieces(lambda _: None, [(0,), (1,)], 2)
+            timer.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not lost

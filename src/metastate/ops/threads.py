@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,24 @@ def _openmp_parallel() -> Any:
     return parallel
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off: raised where C calls Python, before its `try`, it would be lost."""
+    handler = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or handler is not signal.default_int_handler:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _on_openmp(parallel: Any, work: Callable[[], None], num_threads: int) -> None:
     errors: list[BaseException] = []
 
@@ -54,7 +75,8 @@ def _on_openmp(parallel: Any, work: Callable[[], None], num_threads: int) -> Non
         except BaseException as error:  # it cannot pass through the C runtime
             errors.append(error)
 
-    parallel(_BODY(body), None, num_threads, 0)
+    with _uninterrupted():
+        parallel(_BODY(body), None, num_threads, 0)
     if errors:
         raise errors[0]
 
