@@ -18,6 +18,10 @@ class BusyError(ConfigError):
     """Another process is at work in the same folder."""
 
 
+class EngineError(MetaStateError):
+    """The thread that serves requests failed; no more of them are taken."""
+
+
 class ShapeError(MetaStateError, ValueError):
     """A tensor has the wrong shape or dtype."""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
-from metastate.errors import BusyError, ConfigError, ShapeError, StateError
+from metastate.errors import BusyError, ConfigError, EngineError, ShapeError, StateError
 from metastate.infer.engine import Engine
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
@@ -273,6 +273,26 @@ def test_stop_drains_or_cancels(model):
     job = engine.submit("a", max_tokens=10**6, sampling=SamplingConfig(seed=0, temperature=2))
     engine.stop(drain=True, timeout_s=0.05)  # never started: the caller itself does the work
     assert job.finish_reason in ("cancelled", "eod")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
+    engine = Engine(model, TOKENIZER, max_slots=1, prefill_chunk=CHUNK)
+    jobs = [engine.submit("ab", max_tokens=500) for _ in range(3)]
+
+    def broken():
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(engine, "_decode", broken)
+    engine.start()
+    for job in jobs:
+        with pytest.raises(EngineError, match="planted"):
+            job.result(20)
+        assert job.finish_reason == "error"
+    assert isinstance(engine.fault, MemoryError) and engine.num_running == 0
+    with pytest.raises(EngineError, match="start it anew"):
+        engine.submit("a")
+    engine.stop()
 
 
 def test_result_gives_up_and_the_request_goes_on(model, engine):

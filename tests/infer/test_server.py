@@ -126,6 +126,8 @@ def test_logprobs_are_the_models(server, client):
     ).choices[0]
     assert got.logprobs.token_logprobs == pytest.approx(own, abs=1e-4)
     assert "".join(got.logprobs.tokens) == got.text
+    parts = zip(got.logprobs.tokens, got.logprobs.text_offset, strict=True)
+    assert all(got.text[offset:].startswith(part) for part, offset in parts)
     assert all(len(best) == 2 for best in got.logprobs.top_logprobs)
     messages = [{"role": "user", "content": "ab"}]
     common = {"model": "tiny", "messages": messages, "max_tokens": 5, "temperature": 0}

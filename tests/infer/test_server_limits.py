@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from served import KEYS, error_of, served, wait
 
 from metastate.infer.generate import Draft
+from metastate.model.lm import LanguageModel
 
 SECOND = {"authorization": f"Bearer {KEYS[1]}"}
 LONG = {"prompt": "ab", "max_tokens": 2000, "temperature": 0}
@@ -183,6 +184,35 @@ def test_a_client_that_goes_away_while_its_state_is_made(tmp_path, pace):
             wait(lambda: server.engine.num_running == 1)
         wait(lambda: idle(server))
         assert server.client.get("/v1/states").json()["data"] == []
+
+
+def test_a_client_that_goes_away_while_its_prompt_is_inspected(tmp_path, monkeypatch):
+    read = []
+    features = LanguageModel.features
+
+    def slow(self, *args):
+        read.append(1)
+        time.sleep(0.05)
+        return features(self, *args)
+
+    with served(tmp_path) as server:
+        monkeypatch.setattr(LanguageModel, "features", slow)
+        with raw(server, request({"prompt": "x" * 400}, path="/v1/inspect")):
+            wait(lambda: len(read) > 2)
+        # The next inspection has its turn at once; the first would have taken 20 s.
+        assert server.client.post("/v1/inspect", json={"prompt": "ab"}).is_success
+        assert len(read) < 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_says_that_the_engine_failed(tmp_path, monkeypatch):
+    with served(tmp_path) as server:
+        monkeypatch.setattr(server.engine, "_decode", lambda: 1 / 0)
+        error_of(server.client.post("/v1/completions", json=LONG), 503)
+        wait(lambda: server.engine.fault is not None)
+        told = server.client.get("/healthz")
+        assert told.status_code == 503 and "division" in told.json()["reason"]
+        error_of(server.client.post("/v1/completions", json=LONG), 503)
 
 
 def test_a_slow_reader_loses_its_slot(tmp_path, monkeypatch):

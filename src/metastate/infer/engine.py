@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from metastate.data.tokenizer import Tokenizer
-from metastate.errors import BusyError, ConfigError
+from metastate.errors import BusyError, ConfigError, EngineError
 from metastate.infer.generate import (
     PREFILL_CHUNK,
     Continuation,
@@ -71,6 +71,11 @@ class Job:
     def tokens(self) -> list[int]:
         """Sampled so far."""
         return self._draft.tokens
+
+    @property
+    def offsets(self) -> list[int]:
+        """Of each token in the text that they make, in characters."""
+        return self._draft.offsets
 
     @property
     def statistics(self) -> Statistics:
@@ -163,6 +168,7 @@ class Engine:
     Attributes:
         totals: counts since the start: "prompt_tokens", "generated_tokens", and the requests that
             ended by their finish reason.
+        fault: what ended the thread of `start`, or None; every request it had failed with that.
     """
 
     def __init__(
@@ -189,6 +195,7 @@ class Engine:
             prefill_chunk,
         )
         self.totals: Counter[str] = Counter()
+        self.fault: BaseException | None = None
         self._waiting: deque[Job] = deque()
         self._joining: Job | None = None
         self._running: list[Job] = []  # a job's index is its row
@@ -231,7 +238,7 @@ class Engine:
 
         Raises:
             ConfigError, ShapeError, StateError: as `generate`. BusyError: `max_waiting` requests
-            wait already, or the engine was stopped.
+            wait already, or the engine was stopped. EngineError: it failed.
         """
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0")
@@ -241,6 +248,8 @@ class Engine:
         job = Job(draft, deadline, want_logprobs)
         job._wake = self._notify
         with self._changed:
+            if self.fault is not None:
+                raise EngineError(f"the engine failed ({self.fault!r}); start it anew")
             if self._stopping:
                 raise BusyError("the engine was stopped; it takes no more requests")
             if len(self._waiting) >= self.max_waiting:
@@ -301,15 +310,27 @@ class Engine:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while True:
-            if self.step():
-                continue
+        try:
+            while self.step() or self._await_work():
+                pass
+        except BaseException as error:  # of the engine itself: nobody may wait for ever
             with self._changed:
-                if self._waiting:
-                    continue
-                if self._stopping:
-                    return
+                self.fault = error
+                jobs = [*self._waiting, *self._running]
+                self._waiting.clear()
+            self._running = []
+            for job in (*jobs, self._joining):
+                if job is not None and job.finish_reason is None:
+                    self._fail(job, EngineError(f"the engine failed: {error!r}"))
+            self._joining = None
+            raise
+
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; False when the engine is told to stop."""
+        with self._changed:
+            if not self._waiting and not self._stopping:
                 self._changed.wait()
+            return bool(self._waiting) or not self._stopping
 
     def _finish(self, job: Job, piece: str) -> None:
         reason = job._draft.finish_reason

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from metastate.errors import BusyError, MetaStateError
+from metastate.errors import BusyError, EngineError, MetaStateError
 from metastate.infer.store import NoSuchStateError, StoreBrokenError, StoreFullError
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(507, str(error), param="state", code="storage")
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="busy")
+    if isinstance(error, EngineError):
+        return ApiError(503, str(error), code="failed")
     if isinstance(error, MetaStateError):
         return ApiError(400, str(error))
     return ApiError(500, "the server made a mistake; its log says more")

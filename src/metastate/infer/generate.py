@@ -177,6 +177,7 @@ class Draft:
     Attributes:
         pending: tokens given or sampled that the model has not consumed, at least one.
         tokens: sampled so far.
+        offsets: of each of them in the text that they make, in characters.
         finish_reason: "length", "eod", "stop", or what `end` was told; None while it runs.
         statistics: tokens and seconds.
         seed: of the generator, also when it was drawn.
@@ -202,6 +203,8 @@ class Draft:
             )
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.tokens: list[int] = []
+        self.offsets: list[int] = []
+        self._num_chars = 0
         self.finish_reason: str | None = None
         self.statistics = Statistics()
         before = Continuation(state) if isinstance(state, ModelState) else state
@@ -288,6 +291,8 @@ class Draft:
         self._history = (*self._history, token)[-StreamDecoder.LIMIT :]
         ended = token == self.tokenizer.eod_id
         text = self._decoder.finish() if ended else self._decoder.push(token)
+        self.offsets.append(self._num_chars)
+        self._num_chars += len(text)
         piece, stopped = self._matcher.push(text)
         piece = self._show(piece)
         if stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ def inspect_prompt(
     state: ModelState | None = None,
     *,
     max_tokens: int = MAX_TOKENS,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Read a prompt token by token and tell what each token did to the states.
 
@@ -121,6 +123,7 @@ def inspect_prompt(
         prompt: text, or token ids; at least one token.
         state: to go on from; None starts a document, whose first token is an end of document.
         max_tokens: most tokens that are read, the first included.
+        stop: once set, from another thread, the tokens read so far are the result.
 
     Returns:
         `tokens`: per token its `id`, its `text` (empty inside a character) and `nats`, the
@@ -164,6 +167,8 @@ def inspect_prompt(
                     record[name]["norms"].append(norms)
                     record[name]["changes"].append(changes)
             before = after
+            if stop is not None and stop.is_set():
+                break
     tokens[-1]["text"] += decoder.finish()
     return {
         "tokens": tokens,

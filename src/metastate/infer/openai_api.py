@@ -392,6 +392,7 @@ class OpenAI:
             "tokens": [self._name(token)[0] for token in ids],
             "token_logprobs": [own for own, _ in found],
             "top_logprobs": [{self._name(t)[0]: p for t, p in pairs} for pairs in best],
+            "text_offset": job.offsets[first:end],
         }
 
     def _name(self, token: int) -> tuple[str, list[int] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -181,16 +182,25 @@ def add_inspector_routes(app: FastAPI, openai: OpenAI) -> None:
         ids = await asyncio.to_thread(openai.encode, body.prompt, before)
         state = None if before is None else before.state
         ids = ids if before is None else [*before.pending, *ids]
+        gone = threading.Event()
         async with one_at_a_time:
-            return await asyncio.to_thread(inspect_prompt, model, tokenizer, ids, state)
+            work = asyncio.to_thread(inspect_prompt, model, tokenizer, ids, state, stop=gone)
+            try:
+                return await while_connected(request.receive, work)
+            finally:
+                gone.set()
 
 
 def add_plain_routes(app: FastAPI, openai: OpenAI, traffic: Traffic) -> None:
     """Add the page, and what machines ask: is it well, what did it do."""
 
     @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok", "model": openai.config.model_name}
+    async def healthz(response: Response) -> dict[str, str]:
+        said = {"status": "ok", "model": openai.config.model_name}
+        if (fault := openai.engine.fault) is not None:
+            response.status_code = 503
+            said |= {"status": "failed", "reason": f"the engine failed: {fault!r}; restart it"}
+        return said
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
