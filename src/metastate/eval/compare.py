@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from metastate import __version__
-from metastate.config import to_dict
+from metastate.config import TrainConfig, to_dict
 from metastate.data.files import write_json
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
@@ -108,6 +108,7 @@ def _finished(cell: Cell) -> bool:
     if not file.exists():
         return False
     old, new = json.loads(file.read_text(encoding="utf-8"))["run"], _settings(cell)
+    old = to_dict(TrainConfig()) | old  # a setting that came later had its default
     changed = [k for k in new if old.get(k) != new[k]]
     if changed:
         raise ConfigError(
