@@ -141,7 +141,8 @@ def test_a_model_stored_in_bfloat16_decodes_in_float32(kind):
     assert relative_error(logits, exact) < TOLERANCE[torch.float32]
     with inference(model):  # and the forward pass goes on from a row
         again = model(tokens[:, :1], ModelState.stack([decoder.get(0), decoder.get(1)]))[0]
-    assert relative_error(decoder.step(tokens[:, 0].tolist()), again[:, 0]) < TOLERANCE[torch.bfloat16]
+    step = decoder.step(tokens[:, 0].tolist())
+    assert relative_error(step, again[:, 0]) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(

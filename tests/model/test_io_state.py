@@ -14,6 +14,8 @@ from small_models import GROWN, SIZES, WITH_M, build
 import metastate
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import CheckpointError, StateError
+from metastate.growth import grow
+from metastate.model.decode import store_bfloat16
 from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
@@ -443,7 +445,7 @@ def test_a_state_comes_in_the_models_number_format(tmp_path):
     state = run(model)[1]
     state.save(tmp_path / "s", model)
     single = made("metastate", torch.float32)
-    with pytest.raises(StateError, match="in another number format"):
+    with pytest.raises(StateError, match="to another number format"):
         ModelState.load(tmp_path / "s", single)
     again = ModelState.load(tmp_path / "s", single, allow_other_weights=True)
     assert {x.dtype for x in again.tensors().values()} == {torch.float32}
@@ -471,6 +473,40 @@ def test_the_weights_hash_is_kept_until_the_weights_change(monkeypatch):
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert weights_hash(model) not in (first, second, third)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_model_has_the_hash_of_its_file(stored, tmp_path):
+    """However the weights were cast for the work at hand; but any change of them is seen."""
+    original = made("metastate", stored)
+    first = weights_hash(original)
+    metastate.save(original, tmp_path / "a")
+    casts = [
+        lambda m: m,
+        lambda m: m.float(),
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: store_bfloat16(m.float()) or m,
+    ]
+    for cast in casts:
+        model = cast(metastate.load(tmp_path / "a"))
+        assert weights_hash(model) == first
+        name, p = list(model.named_parameters())[3]
+        with torch.no_grad():
+            p.view(-1)[0] *= 2
+        assert weights_hash(model) != first, name
+    model = metastate.load(tmp_path / "a").float()
+    p = model.blocks[0].time_mix.key.weight
+    p.grad = torch.ones_like(p)
+    torch.optim.AdamW([p], lr=1e-3, fused=True).step()
+    assert weights_hash(model) != first
+    assert weights_hash(grow(model, num_layers=3)) != weights_hash(model)
+    other = metastate.load(tmp_path / "a")
+    with torch.no_grad():
+        other.ln0.bias[0] += 1  # in memory that the tensors of the file share
+    assert weights_hash(other.float()) != first
+    metastate.save(model, tmp_path / "b")
+    assert weights_hash(metastate.load(tmp_path / "b")) == weights_hash(model)
 
 
 # Rows.

@@ -25,6 +25,9 @@ FORMAT = "metastate"
 VERSION = 1
 # The weights hash of each model, and what its weights looked like then.
 _HASHES: WeakKeyDictionary[LanguageModel, tuple[list[Any], str]] = WeakKeyDictionary()
+# The tensors of each model that `load` made as its file has them: mapped from there, so that
+# keeping them takes no memory.
+_STORED: WeakKeyDictionary[LanguageModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
 def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
@@ -68,25 +71,45 @@ def write_record(record: dict[str, Any], folder: Path) -> None:
 def weights_hash(model: LanguageModel) -> str:
     """Return the SHA-256 of a model's weights, names and shapes included, in hexadecimal.
 
+    A model that `load` made has the hash of the weights in its file as long as its own are these,
+    in whatever number format: what was made in float32 fits the same checkpoint in bfloat16. Which
+    it is, is seen by comparing them, so that no change of the weights goes by.
+
     Kept for each model and made again when the weights have changed. Fused optimizers do not raise
     a tensor's version counter, so the sum of its bits is compared too: one pass at the speed of
     memory, a fifteenth of the time of the hash on a CPU.
     """
-    tensors = sorted((name, x.detach()) for name, x in model.state_dict().items())
-    marks = [(name, x.dtype, *_mark(x)) for name, x in tensors]
+    tensors = {name: x.detach() for name, x in sorted(model.state_dict().items())}
+    marks = [(name, x.dtype, *_mark(x)) for name, x in tensors.items()]
     known = _HASHES.get(model)
     if known is None or known[0] != marks:
+        stored = _STORED.get(model)
+        if stored is not None and _is_cast(stored, tensors):
+            tensors = {name: stored[name] for name in tensors}
         digest = hashlib.sha256()
-        for name, x in tensors:
+        for name, x in tensors.items():
             digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
             digest.update(x.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
         known = _HASHES[model] = marks, digest.hexdigest()
     return known[1]
 
 
+def _is_cast(stored: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
+    """Say whether each of a model's tensors is the stored one, but for device and dtype."""
+    return stored.keys() == own.keys() and all(
+        stored[name].shape == x.shape and torch.equal(_raw(stored[name].to(x)), _raw(x))
+        for name, x in own.items()
+    )
+
+
+def _raw(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, [num_bytes] uint8."""
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
 def _mark(x: torch.Tensor) -> tuple[int, int]:
     """Return the version of a tensor and the sum of its bits, eight bytes at a time."""
-    raw = x.contiguous().view(-1).view(torch.uint8)
+    raw = _raw(x)
     if raw.storage_offset() % 8:
         raw = raw.clone()  # a view of eight bytes must begin at a multiple of eight
     whole = len(raw) // 8 * 8
@@ -115,6 +138,7 @@ def load(
     check_tensors(tensors, dict(model.state_dict()), path / "model.safetensors")
     model.load_state_dict(tensors, assign=True)
     adopt_record(model, info)
+    _STORED[model] = tensors
     return model.to(device)
 
 
