@@ -289,6 +289,17 @@ def test_right_padded_batches_generate_what_single_rows_do(name):
 
 
 @ALL
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_generate_refuses_padding_on_the_right(name, settings):
+    model, rows = wrapped(name), [tokens(1, n, seed=n)[0] for n in (9, 4)]
+    ids, mask = padded(rows, "right")
+    with pytest.raises(ConfigError, match="a row .* ends with padding.*pad on the left"):
+        model.generate(ids.clamp_min(0), attention_mask=mask, max_new_tokens=2, **settings)
+    with pytest.raises(ConfigError, match="pad on the left"):  # here transformers makes the mask
+        model.generate(ids.clamp_min(0), max_new_tokens=2, pad_token_id=0, eos_token_id=1)
+
+
+@ALL
 def test_sampling_is_reproducible_and_streams(name):
     model, ids = wrapped(name), tokens(1)
     settings = {"max_new_tokens": 6, "do_sample": True, "top_k": 20, "temperature": 0.7}
