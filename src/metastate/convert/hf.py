@@ -280,6 +280,10 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         if not bool(mask.any(1).all()):
             row = int((~mask.any(1)).nonzero()[0])
             raise ShapeError(f"row {row} of attention_mask is padding alone; a token is needed")
+        config = self.model.config
+        if config.architecture == "metastate" and config.meta_state.variational:
+            # The KL term is a mean over all tokens that are run: none of them may be padding.
+            return self._rows(tokens, None, mask, resets, every)
         # Move the padding of each row to its left and start a document at the first token.
         order = mask.int().argsort(dim=1, stable=True)
         resets = resets.gather(1, order)
@@ -289,26 +293,27 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         return [x.take_along_dim(back, 1) for x in hidden], state, kl
 
     def _rows(
-        self, tokens: Tensor, state: ModelState, mask: Tensor, resets: Tensor, every: bool
+        self, tokens: Tensor, state: ModelState | None, mask: Tensor, resets: Tensor, every: bool
     ) -> tuple[list[Tensor], ModelState, Tensor | None]:
-        """Return what `_run` does, row after row, without the padding behind the state."""
+        """Return what `_run` does, row after row, without the padding (behind the state)."""
         if not self.model.recurrent:
             raise ConfigError(
                 f"a {self.model.config.architecture} cannot skip padding behind a cache; give rows "
                 "of equal length, or run them one by one"
             )
-        if state.batch_size != len(tokens):
+        if state is not None and state.batch_size != len(tokens):
             raise StateError(f"the cache has {state.batch_size} rows, input_ids {len(tokens)}")
         outputs, states, terms = [], [], []
         size = self.model.config.hidden_size
         for i, own in enumerate(mask):
-            row = state[i]
+            row = None if state is None else state[i]
             found = [self.model.ln_out.weight.new_zeros(1, 0, size)] * (
                 self.model.config.num_layers + 1 if every else 1
             )
             if bool(own.any()):
                 found, row, kl = self._run(tokens[i, own][None], row, resets[i, own][None], every)
-                terms += [] if kl is None else [kl]
+                terms += [] if kl is None else [kl * own.sum()]
+            assert row is not None
             states.append(row)
             at = own.nonzero().flatten()
             outputs.append([x.new_zeros(1, len(own), size).index_copy(1, at, x) for x in found])
@@ -318,8 +323,8 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
             fields = zip(*(vars(layer).values() for layer in own_layers), strict=True)
             joined = (None if f[0] is None else torch.cat(f) for f in fields)
             layers.append(RecurrentState(*joined))  # type: ignore[arg-type]
-        seen = state.tokens_seen + tokens.shape[1]
-        kl = torch.stack(terms).mean() if terms else None
+        seen = (0 if state is None else state.tokens_seen) + tokens.shape[1]
+        kl = torch.stack(terms).sum() / mask.sum() if terms else None
         return hidden, ModelState(tuple(layers), seen), kl
 
     def _run(
