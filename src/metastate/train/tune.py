@@ -329,7 +329,8 @@ class _Tuning:
 
         Raises:
             ConfigError: there is none, it was made with other settings, or the state that it goes
-                with is gone. CheckpointError: it is damaged, newer than this program, or of another model.
+                with is gone.
+            CheckpointError: it is damaged, newer than this program, or of another model.
         """
         header, tensors = read_kept(self.kept)
         try:
