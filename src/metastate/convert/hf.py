@@ -154,25 +154,21 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
     def gradient_checkpointing(self, value: bool) -> None:
         self.model.activation_checkpointing = value
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the inputs of `forward`, as every GenerationMixin does.
 
         Raises:
             ConfigError: a row's last column is padding. `generate` goes on from the logits there.
         """
         mask = kwargs.get("attention_mask")
-        if is_first_iteration and mask is not None and mask.dim() == 2:
+        if kwargs.get("is_first_iteration") and mask is not None and mask.dim() == 2:
             mask = mask.bool()
             if bool((mask.any(1) & ~mask[:, -1]).any()):
                 raise ConfigError(
                     "a row of attention_mask ends with padding, and generate goes on from the last "
                     "column; pad on the left: tokenizer(..., padding_side='left')"
                 )
-        return super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,
