@@ -157,7 +157,54 @@ def test_weights_of_another_size_and_kind(saved):
     refused(saved, "'blocks.7.ln1.weight', which this model does not have")
     whole = tensors | {"ln0.bias": torch.ones(12, dtype=torch.int64)}
     safetensors.torch.save_file(whole, saved / "model.safetensors")
-    refused(saved, "ln0.bias is torch.int64, not floating point")
+    refused(saved, "ln0.bias is int64; allowed: float16, bfloat16, float32, float64")
+    odd = tensors["head.weight"].to(torch.float8_e4m3fn)
+    safetensors.torch.save_file(tensors | {"head.weight": odd}, saved / "model.safetensors")
+    refused(saved, "head.weight is float8_e4m3fn; allowed")
+
+
+def test_weights_of_several_number_formats(saved, tmp_path):
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    mixed = tensors | {"head.weight": tensors["head.weight"].half()}
+    safetensors.torch.save_file(mixed, saved / "model.safetensors")
+    refused(saved, r"several types \(float16, float32\); choose a dtype")
+    model = metastate.load(saved, dtype=torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    store_bfloat16(model)
+    with pytest.raises(CheckpointError, match="several types"):
+        metastate.save(model, tmp_path / "mixed")
+    tensors["head.weight"][0, :2] = torch.tensor([7e4, torch.inf])
+    safetensors.torch.save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match="head.weight has 1 values beyond 65504.*float16"):
+        metastate.load(saved, dtype=torch.float16)
+    assert metastate.load("rwkv7-tiny", dtype=torch.float16).head.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lineage": 5}, "lineage is 5; a list of mappings"),
+        ({"lineage": [5]}, "lineage is .5.; a list of mappings"),
+        ({"lineage": {}}, "lineage is {}"),
+        ({"step": "x"}, "step is 'x'; a count"),
+        ({"step": -1}, "step is -1"),
+        ({"step": True}, "step is True"),
+        ({"tokenizer": "bytes"}, "tokenizer is 'bytes'; its record"),
+        ({"tokenizer": [1]}, r"tokenizer is \[1\]"),
+        ({"tokenizer": {"kind": ["json"]}}, "tokenizer.kind is .*; str is needed"),
+        ({"tokenizer": {"kind": "json", "path": 5}}, "tokenizer.path is 5"),
+    ],
+    ids=str,
+)
+def test_a_record_of_the_wrong_kind(saved, change, message):
+    edit(saved, **change)
+    refused(saved, message)
+
+
+def test_a_record_may_say_nothing(saved):
+    edit(saved, lineage=None, step=None, tokenizer=None)
+    model = metastate.load(saved)
+    assert (model.lineage, model.step, model.tokenizer_info) == ([], 0, None)
 
 
 @pytest.mark.parametrize(
