@@ -87,7 +87,8 @@ class Case:
             with torch.no_grad():
                 for p in model.parameters():
                     # Small: the larger, the more a model makes of the rounding before it.
-                    p += torch.randn(p.shape) * (0.25 * p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1)
+                    scale = 0.25 * p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1
+                    p.add_(torch.randn(p.shape), alpha=scale)
         return model.double()
 
 
