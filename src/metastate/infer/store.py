@@ -149,6 +149,11 @@ class StateStore:
         with self._reading(owner, id) as path:
             return path.read_bytes()
 
+    def check_room(self, owner: str, num_states: int, num_bytes: int) -> None:
+        """Raise StoreFullError unless `num_states` more could be added, of `num_bytes` each."""
+        with self._lock:
+            self._check_room(owner, num_bytes, num_states)
+
     def add(self, owner: str, continuation: Continuation) -> StoredState:
         """Store a state.
 
@@ -159,12 +164,12 @@ class StateStore:
             self._check_room(owner, continuation.state.num_bytes)  # at least, before it is written
             id = f"state-{secrets.token_hex(12)}"
             path = self._path(owner, id)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
             try:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
                 continuation.save(path, self.model)
-            except StateError as cause:
+                size = path.stat().st_size
+            except (StateError, OSError) as cause:
                 raise StoreBrokenError("the server cannot write the state; see its log") from cause
-            size = path.stat().st_size
             try:
                 self._check_room(owner, size)
             except StoreFullError:
@@ -231,14 +236,17 @@ class StateStore:
         self._states[folder.name] = {state.id: state for state in found}
         return left
 
-    def _check_room(self, owner: str, num_bytes: int) -> None:
-        own = self._states[owner].values()
+    def _check_room(self, owner: str, num_bytes: int, num_states: int = 1) -> None:
+        own, more = self._states[owner].values(), num_states * num_bytes
         used = sum(state.num_bytes for state in own)
-        if len(own) >= self.max_states:
-            raise StoreFullError(f"{len(own)} states are stored already; delete some first")
-        if used + num_bytes > self.max_bytes:
+        if len(own) + num_states > self.max_states:
             raise StoreFullError(
-                f"stored states take {used:,} bytes; {num_bytes:,} more would pass the limit of "
+                f"{len(own)} states are stored already; {num_states} more would pass the limit of "
+                f"{self.max_states}: delete some first"
+            )
+        if used + more > self.max_bytes:
+            raise StoreFullError(
+                f"stored states take {used:,} bytes; {more:,} more would pass the limit of "
                 f"{self.max_bytes:,}: delete some first"
             )
 
