@@ -460,6 +460,12 @@ class OpenAI:
             text, raw = self._name(token)
             return {"token": text, "logprob": logprob, "bytes": raw}
 
+        def by_name(pairs: list[tuple[int, float]]) -> dict[str, float]:
+            named: dict[str, float] = {}
+            for token, logprob in pairs:  # of two tokens with one name the likelier is told
+                named.setdefault(self._name(token)[0], logprob)
+            return named
+
         if task.chat:
             content = [
                 entry(token, own) | {"top_logprobs": [entry(*pair) for pair in pairs]}
@@ -469,16 +475,24 @@ class OpenAI:
         return {
             "tokens": [self._name(token)[0] for token in ids],
             "token_logprobs": [own for own, _ in found],
-            "top_logprobs": [{self._name(t)[0]: p for t, p in pairs} for pairs in best],
+            "top_logprobs": [by_name(pairs) for pairs in best],
             "text_offset": job.offsets[first:end],
         }
 
     def _name(self, token: int) -> tuple[str, list[int] | None]:
-        """Return a token as text, and its bytes where they are known; half a character is bytes."""
+        """Return a token as text, and its bytes where they are known; half a character is bytes.
+
+        The text is the token's inside a text: some tokenizers drop the space of the first word. A
+        token without one is named as the vocabulary spells it.
+        """
         decode_bytes = getattr(self.tokenizer, "decode_bytes", None)
         if decode_bytes is None:
-            text = self.tokenizer.decode([token])
-            return text, None if "\ufffd" in text else list(text.encode())
+            decode = self.tokenizer.decode
+            text = decode([token, token])[len(decode([token])) :]
+            if text and "\ufffd" not in text:
+                return text, list(text.encode())
+            spelled = getattr(self.tokenizer, "id_to_token", lambda _: None)(token)
+            return spelled or text, None
         raw = decode_bytes([token])
         try:
             return raw.decode(), list(raw)
