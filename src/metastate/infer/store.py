@@ -132,7 +132,9 @@ class StateStore:
         """Return what is known of a state; NoSuchStateError if the owner has none of that id."""
         with self._lock:
             if id not in self._states[owner]:
-                raise NoSuchStateError(f"no state {id!r}; it was deleted, or never there")
+                raise NoSuchStateError(
+                    f"no state {id!r}; it was deleted, never there, or is of other weights"
+                )
             return self._states[owner][id]
 
     def get(self, owner: str, id: str) -> Continuation:
