@@ -280,7 +280,7 @@ def step_of(folder: Path) -> int:
 
 
 def _checkpoints(out: str | os.PathLike[str]) -> list[Path]:
-    """Return the folders that `checkpoint_of` names; others, such as a user's copy, are not ours."""
+    """Return the folders that `checkpoint_of` names; others, as a user's copy, are not ours."""
     found = (Path(out) / "checkpoints").glob("step-*")
     return [f for f in found if re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", f.name)]
 

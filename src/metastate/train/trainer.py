@@ -16,7 +16,7 @@ from metastate import __version__
 from metastate.config import GrowthStep, TrainConfig, to_dict
 from metastate.data.files import write_json
 from metastate.data.loader import Batch, BatchSource, PreparedData
-from metastate.errors import CheckpointError, ConfigError, DivergedError
+from metastate.errors import ConfigError, DivergedError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE
@@ -197,12 +197,7 @@ class _Run:
             raise ConfigError(f"{out} already holds a checkpoint; choose another --out")
         if self.resumes and step >= 0:
             self.found = checkpoint_of(out, step)
-            for rank, [seen] in enumerate(self.team.everyone(self.found.is_dir())):
-                if not seen:
-                    raise CheckpointError(
-                        f"process {rank} does not see {self.found}, from which process 0 goes on; "
-                        "--out must be one folder that all machines share"
-                    )
+            self.team.check_shared(self.found, self.found.is_dir())
 
     def first_model(self, model: LanguageModel | None) -> tuple[LanguageModel, Moments]:
         """Return the model that the run begins or goes on with, and moments it brings along."""
@@ -260,7 +255,7 @@ class _Run:
             at, carried = load_checkpoint(self.out, model, optimizer, folder, repair=first)
             self.at = replace(at, config=self.config)
             self.carried = self.team.own_rows(carried)
-            self.team.check_same({"checkpoint": to_dict(self.at)})
+            self.team.check_shared(folder, at.step, at.tokens, at.window_nats)
         if self.resumes and first:  # growth due at this step is made and logged again
             cut_log(self.out / LOG, self.at.step)
 
