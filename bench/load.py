@@ -48,11 +48,13 @@ def serving(checkpoint: str, slots: int) -> Iterator[tuple[str, int]]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        said = process.stderr.readline()
-        found = re.search(r"http://\S+", said)
-        if not found:
-            raise SystemExit(said + process.stderr.read())
-        yield found[0], process.pid
+        said, found = "", None
+        while found is None:
+            line = process.stderr.readline()
+            if not line:
+                raise SystemExit(said)  # it ended, and has said why
+            said, found = said + line, re.search(r"^serving .* at (http://\S+)", line)
+        yield found[1], process.pid
         process.send_signal(signal.SIGTERM)
         if process.wait(30):
             raise SystemExit(f"the server left with {process.returncode}")

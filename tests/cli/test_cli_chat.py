@@ -198,6 +198,24 @@ def test_saved_and_loaded_it_goes_on_in_the_same_place(chat, model, script, tmp_
     assert other.place.at is None
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_undo_switch_and_reset_lead_to_another_reply(model, capsys, seed):
+    def session():
+        settings = SamplingConfig(seed=seed)
+        chat = Chat(model, ByteTokenizer(), Template("{message}", ()), settings, 20)
+        replies = []
+        for command in ("", "/undo", "/reset", "/fork other", "/switch main"):
+            if command:
+                chat.handle(command)
+            chat.handle("the same")
+            replies.append(capsys.readouterr().out)
+        return replies
+
+    replies = session()
+    assert len(set(replies)) == len(replies)
+    assert (session() == replies) == (seed is not None)
+
+
 def test_undo_is_bounded(chat, script, monkeypatch):
     monkeypatch.setattr(chat_module, "UNDO", 3)
     script(*[" a\n\nUser:"] * 6)
@@ -230,6 +248,10 @@ def test_set(chat, capsys):
         ("/save x", "nothing was said"),
         ("/load", "/load FILE"),
         ("/load none", "no state file at none"),
+        ("/load ~nosuchuser/x", "no file '~nosuchuser/x'"),
+        ("/set seed 18446744073709551616", "seed is 18446744073709551616; it must be -2"),
+        ("/set temperature inf", "temperature is inf; it must be 0"),
+        ("/set repetition_window 9223372036854775808", "repetition_window is 9223"),
         ("/load .", "no whole safetensors file"),
         ("/fork", "a new name is needed"),
         ("/fork main", "a new name is needed; there are main"),
@@ -288,6 +310,23 @@ def test_reset_leads_back_to_the_given_state(checkpoint, monkeypatch, capsys, sc
     end = Continuation.load(tmp_path / "t", model)
     text = "A story.\n\nUser: y\n\nAssistant: b\n\nUser:"
     assert end.state.tokens_seen + len(end.pending) == len(text) + 1
+
+
+def test_no_mistake_loses_the_conversation(checkpoint, monkeypatch, capsys, tmp_path):
+    save = Continuation.save
+
+    def broken(self, path, model):
+        if "boom" in str(path):
+            raise RuntimeError("boom")
+        save(self, path, model)
+
+    monkeypatch.setattr(Continuation, "save", broken)
+    bad = ["/save ~nosuchuser/x", "/save a\0b", "/load a\0b", "/save boom", "/save " + "x" * 5000]
+    typed(monkeypatch, "\n".join(["hello", *bad, f"/save {tmp_path / 's'}", ""]))
+    assert main(["chat", str(checkpoint), "--max-tokens", "4", "--seed", "1"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:6] for line in lines] == ["error:"] * len(bad) + ["saved "]
+    assert "RuntimeError('boom')" in lines[3]
 
 
 def test_what_is_no_text_is_one_line(checkpoint, monkeypatch, capsys):

@@ -190,10 +190,21 @@ def test_generate_refuses_bad_options_and_states(checkpoint, tmp_path, refused):
     argv = ["generate", checkpoint, "--prompt", "a"]
     assert "temperature" in refused(*argv, "--temperature", "-1")
     assert "top_p" in refused(*argv, "--top-p", "0")
+    assert "seed" in refused(*argv, "--seed", 2**64)
+    assert "repetition_penalty" in refused(*argv, "--repetition-penalty", "inf")
     assert "none.st" in refused(*argv, "--state-in", tmp_path / "none.st")
     (tmp_path / "bad.st").write_bytes(b"not a state")
     assert "bad.st" in refused(*argv, "--state-in", tmp_path / "bad.st")
     assert "device" in refused(*argv, "--device", "abacus")
+
+
+def test_generate_refuses_what_is_no_text(checkpoint, refused, monkeypatch):
+    argv = ["generate", checkpoint, "--max-tokens", "2"]
+    assert "no UTF-8 text" in refused(*argv, "--prompt", os.fsdecode(b"caf\xe9"))
+    for errors in ("strict", "surrogateescape"):  # as in a UTF-8 locale, and in the locale C
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert "no UTF-8 text" in refused(*argv)
 
 
 def test_generate_needs_a_tokenizer(tmp_path, refused):

@@ -80,6 +80,13 @@ def test_sigterm_ends_streams_and_loses_no_state(checkpoint, tmp_path):
         assert stop(process, signal.SIGINT) == (0, "stopped\n")
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_right_after_the_address_is_said_is_not_lost(checkpoint, number):
+    with serving(checkpoint) as (process, _):
+        assert stop(process, number) == (0, "stopped\n")
+
+
 def test_mistakes_are_said(checkpoint, tmp_path, capsys):
     def refused(*argv):
         assert main(["serve", str(checkpoint), *map(str, argv)]) == 2
@@ -96,6 +103,7 @@ def test_mistakes_are_said(checkpoint, tmp_path, capsys):
     assert "cannot read the chat template" in refused("--template", tmp_path / "none")
     assert "--max-tokens is 0" in refused("--max-tokens", "0")
     assert "--timeout is nan" in refused("--timeout", "nan")
+    assert "--grace is inf" in refused("--grace", "inf")
     assert "max_slots is 0" in refused("--max-slots", "0")
     assert "cannot listen" in refused("--port", "99999")
     with socket.create_server(("127.0.0.1", 0)) as taken:

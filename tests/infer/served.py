@@ -41,11 +41,20 @@ def make(architecture="metastate", seed=0):
 
 
 @contextlib.contextmanager
-def served(folder, model=None, *, template=None, engine=None, store=None, **config):
+def served(
+    folder,
+    model=None,
+    *,
+    tokenizer=TOKENIZER,
+    template=None,
+    engine=None,
+    store=None,
+    **config,
+):
     """Yield a server's parts, its url, and `client`: httpx with the first key, where there are."""
     model = model or make()
     parts = SimpleNamespace(model=model, config=ServerConfig("tiny", **config))
-    parts.engine = Engine(model, TOKENIZER, **(engine or {}))
+    parts.engine = Engine(model, tokenizer, **(engine or {}))
     parts.store = StateStore(folder, model, **(store or {}))
     app = create_app(parts.engine, parts.store, parts.config, template)
     server = parts.server = make_server(app, parts.engine, parts.config)

@@ -204,6 +204,19 @@ def test_too_many_waiting_are_refused(model):
     assert sum(engine.totals[reason] for reason in ("length", "eod")) == 3
 
 
+def test_what_goes_ahead_is_never_refused_and_reading_needs_no_slot(model):
+    engine = Engine(model, TOKENIZER, max_slots=1, max_waiting=1)
+    running = engine.submit("a", max_tokens=50, sampling=GREEDY)
+    engine.step()
+    waiting = engine.submit("b", max_tokens=1)
+    reading = engine.submit("c" * 20, max_tokens=0, ahead=True)
+    engine.step()
+    assert reading.finish_reason == "length" and reading.continuation.state.tokens_seen == 20
+    assert running.finish_reason is None and waiting.finish_reason is None
+    run(engine)
+    assert waiting.finish_reason is not None
+
+
 def test_what_waits_can_be_cancelled_and_be_late(model):
     engine = Engine(model, TOKENIZER, max_slots=1)
     first = engine.submit("a", sampling=GREEDY, max_tokens=50)

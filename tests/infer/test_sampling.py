@@ -67,16 +67,33 @@ def test_seed():
     assert [free.sample(LOGITS) for _ in range(50)] == [again.sample(LOGITS) for _ in range(50)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-30, 1.0, 1e6])
+@pytest.mark.parametrize("penalty", [1.0, 1e6])
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_the_ends_of_the_ranges_can_be_drawn_with(temperature, penalty, seed):
+    settings = {"temperature": temperature, "repetition_penalty": penalty, "seed": seed}
+    logits = torch.tensor([0.0, -1e30, 1e30, -3.0, 3.0])
+    for window in (0, 2**31 - 1):
+        found = draw(20, logits=logits, repetition_window=window, top_k=2**70, **settings)
+        assert set(found) <= {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 10**400},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"repetition_penalty": 0.5},
+        {"repetition_penalty": float("inf")},
         {"repetition_window": -1},
+        {"repetition_window": 2**63},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(bad):

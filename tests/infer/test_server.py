@@ -7,6 +7,7 @@ import pytest
 import torch
 from served import TOKENIZER, error_of, make, served
 
+from metastate.data.tokenizer import JsonTokenizer
 from metastate.errors import ConfigError
 from metastate.infer.generate import generate
 from metastate.infer.openai_requests import ChatTemplate
@@ -142,6 +143,43 @@ def test_logprobs_are_the_models(server, client):
         e.logprob for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content
     ]
     assert streamed == [e.logprob for e in entries]
+
+
+def test_logprobs_name_tokens_by_what_they_are_inside_a_text(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<|endoftext|>", "\u2581the", "the", "\u2581cat", "[UNK]", "<0xE2>"]
+    json_tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    json_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    json_tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer = JsonTokenizer(json_tokenizer.to_str().encode(), "words")
+    model = make()
+    with torch.no_grad():
+        model.head.weight[len(words) :] = 0
+    with served(tmp_path, model, tokenizer=tokenizer) as server:
+        body = {"prompt": "the cat", "max_tokens": 12, "seed": 1, "logprobs": 20, "n": 8}
+        answer = server.client.post("/v1/completions", json=body | {"temperature": 9}).json()
+    names, seen = [word.replace("\u2581", " ") for word in words], set()
+    for told in (choice["logprobs"] for choice in answer["choices"]):
+        seen |= set(told["tokens"])
+        for best, own, name in zip(
+            told["top_logprobs"], told["token_logprobs"], told["tokens"], strict=True
+        ):
+            assert set(best) <= {*names, ""}  # padding has no name
+            assert list(best.values()) == sorted(best.values(), reverse=True)
+            assert name not in best or best[name] == pytest.approx(own)
+    assert {" the", "the"} <= seen <= set(names)
+
+
+def test_streams_hold_no_line_ends_but_their_own(server):
+    body = {"prompt": "ab", "stream": True, "max_tokens": 60, "temperature": 3, "seed": 1}
+    answer = server.client.post("/v1/completions", json=body)
+    assert answer.content.isascii() and not answer.text.isspace()
+    lines = [line for line in answer.text.splitlines() if line]
+    text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1])
+    assert not text.isascii()
 
 
 def test_a_chat_is_the_template_and_a_completion(server, client):

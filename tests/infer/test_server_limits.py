@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -184,6 +185,13 @@ def test_a_client_that_goes_away_while_its_state_is_made(tmp_path, pace):
             wait(lambda: server.engine.num_running == 1)
         wait(lambda: idle(server))
         assert server.client.get("/v1/states").json()["data"] == []
+        wait(lambda: counted(server, "/v1/states") == {"200", "499"})
+
+
+def counted(server, route):
+    """The statuses that /metrics tells of a route."""
+    told = server.client.get("/metrics").text
+    return set(re.findall(rf'requests_total{{route="{route}",status="(\d+)"', told))
 
 
 def test_a_client_that_goes_away_while_its_prompt_is_inspected(tmp_path, monkeypatch):
@@ -202,6 +210,7 @@ def test_a_client_that_goes_away_while_its_prompt_is_inspected(tmp_path, monkeyp
         # The next inspection has its turn at once; the first would have taken 20 s.
         assert server.client.post("/v1/inspect", json={"prompt": "ab"}).is_success
         assert len(read) < 200
+        wait(lambda: counted(server, "/v1/inspect") == {"200", "499"})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -210,8 +210,8 @@ def add_serve(parser: Parser) -> None:
     )
     for flag, number, what in (
         ("--max-slots", 16, "requests that are decoded together"),
-        ("--max-waiting", 64, "requests that wait for a slot; further ones get 429"),
-        ("--max-concurrent", 32, "requests at once with one key"),
+        ("--max-waiting", 64, "texts that wait for a slot; further ones get 429"),
+        ("--max-concurrent", 32, "requests, and texts that they write, at once with one key"),
         ("--max-prompt-tokens", 32_768, "tokens of a prompt"),
         ("--max-tokens", 4096, "tokens that a request may ask for"),
         ("--max-states", 256, "states stored with one key"),

@@ -74,7 +74,13 @@ class Template:
 
 
 class Chat:
-    """Conversations by name, and what is typed between their messages."""
+    """Conversations by name, and what is typed between their messages.
+
+    Attributes:
+        drawing: seed and generator behind the last reply. The next one goes on drawing there,
+            whatever place it goes on from: after /undo, /switch or /reset the same message gets
+            another reply, and a seed still gives the same session.
+    """
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class Chat:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.sampling, self.max_tokens = sampling, max_tokens
         self.allow_other_weights = allow_other_weights
+        self.drawing: dict[str, Any] = {}
         self.first = Place()
         self.name = "main"
         self.conversations: dict[str, list[Place]] = {self.name: [self.first]}
@@ -127,11 +134,15 @@ class Chat:
 
     def reply(self, message: str) -> None:
         """Print the reply to `message` as it is written; Ctrl-C ends it there."""
+        before = self.place.at
+        if self.drawing:
+            # As None is, a fresh state is the start of a document.
+            before = replace(before or Continuation(self.model.init_state(1)), **self.drawing)
         run = generate(
             self.model,
             self.tokenizer,
             self.template.prompt(message, self.place),
-            state=self.place.at,
+            state=before,
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             stop=self.template.stop,
@@ -149,6 +160,7 @@ class Chat:
                 log("\nstopped before the reply began; the message is forgotten")
                 return
         print(flush=True)
+        self.drawing = {"seed": at.seed, "generator": at.generator}
         tokens = run.tokens[:count]
         if tokens[-1:] == [self.tokenizer.eod_id] and not self.template.is_plain:
             at = replace(at, pending=())  # the conversation goes on all the same
@@ -213,7 +225,7 @@ class Chat:
         if not path or at is None:
             raise ConfigError("nothing was said, so there is no state" if path else "/save FILE")
         state = replace(at.state, extra=at.state.extra | {TAIL: self.place.tail})
-        replace(at, state=state).save(Path(path).expanduser(), self.model)
+        replace(at, state=state).save(path_of(path), self.model)
         log(f"saved to {path}: {at.state.num_bytes:,} bytes of state")
 
     def load(self, path: str) -> None:
@@ -221,7 +233,7 @@ class Chat:
         if not path:
             raise ConfigError("/load FILE")
         at = Continuation.load(
-            Path(path).expanduser(), self.model, allow_other_weights=self.allow_other_weights
+            path_of(path), self.model, allow_other_weights=self.allow_other_weights
         )
         if at.state.batch_size != 1:
             raise StateError(f"{path} holds {at.state.batch_size} rows; a conversation is one")
@@ -245,6 +257,14 @@ class Chat:
             self.max_tokens = check_max_tokens(int(value))
         else:
             self.sampling = replace(self.sampling, **{name: value})  # type: ignore[arg-type]
+
+
+def path_of(text: str) -> Path:
+    """Return what was typed as a path; ConfigError where ~ is nobody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as cause:
+        raise ConfigError(f"no file {text!r}: {cause}") from None
 
 
 def check_max_tokens(value: int) -> int:
@@ -297,3 +317,7 @@ def run_chat(args: argparse.Namespace) -> None:
             log(f"error: {error}")
         except UnicodeError as error:
             log(f"error: what was typed is no text ({error})")
+        except BrokenPipeError:
+            raise  # whoever read the replies went away
+        except Exception as error:  # whatever it is, the conversation outlives it
+            log(f"error: {error!r}; the conversation is as it was")

@@ -11,6 +11,7 @@ from metastate.cli.models import arithmetic, load_model
 from metastate.cli.progress import bar, print_json
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
+from metastate.errors import ConfigError
 from metastate.eval.describe import describe, describe_table
 from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate
@@ -150,9 +151,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.state_in:
         leave = args.allow_other_weights
         state = Continuation.load(args.state_in, model, allow_other_weights=leave)
-    prompt = args.prompt
-    if prompt is None:
-        prompt = "" if sys.stdin.isatty() or state else sys.stdin.read()
+    prompt = read_prompt(args.prompt, use_stdin=not state)
     pieces = []
     text = generate(
         model,
@@ -183,3 +182,18 @@ def run_generate(args: argparse.Namespace) -> None:
                 **text.statistics.to_json(),
             }
         )
+
+
+def read_prompt(prompt: str | None, *, use_stdin: bool) -> str:
+    """Return the prompt given, or else standard input's text unless a person types there.
+
+    Raises:
+        ConfigError: it is no UTF-8 text.
+    """
+    try:
+        if prompt is None:
+            prompt = sys.stdin.read() if use_stdin and not sys.stdin.isatty() else ""
+        prompt.encode("utf-8")  # bytes of a command line that are no text are half characters
+    except UnicodeError as cause:
+        raise ConfigError(f"the prompt is no UTF-8 text ({cause}); convert it first") from None
+    return prompt

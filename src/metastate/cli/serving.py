@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from metastate.cli.models import load_model
@@ -51,15 +53,25 @@ def run_serve(args: argparse.Namespace) -> None:
         folder = args.state_dir or own
         store = StateStore(folder, model, max_states=max_states, max_bytes=max_bytes)
         server = make_server(create_app(engine, store, config, template), engine, config)
-        # Uvicorn, which handles them, raises them again once it has stopped: that is no failure.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+
+        def leave(*_: object) -> None:
+            server.should_exit = True
+
+        # Uvicorn takes them over once it runs. What comes before that is not lost, and what it
+        # raises again once it has stopped, or a second one that comes then, is no failure.
+        _on_signals(leave)
         if not keys and not local:
             log(f"warning: everybody who reaches {args.host} may use this: see --api-key-file")
         host = f"[{args.host}]" if ":" in args.host else args.host
         log(f"serving {config.model_name} at http://{host}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
+        _on_signals(signal.SIG_IGN)
     log("stopped")
+
+
+def _on_signals(handler: Callable[..., object] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def warm_up(engine: Engine) -> None:
@@ -122,6 +134,6 @@ def _template(args: argparse.Namespace) -> list[str]:
 
 def _positive(args: argparse.Namespace, name: str) -> int:
     value = getattr(args, name)
-    if not value > 0:
-        raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite")
     return value

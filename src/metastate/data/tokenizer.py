@@ -238,6 +238,10 @@ class JsonTokenizer(Tokenizer):
         known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eod_id]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
+    def id_to_token(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it; None for ids of the padding."""
+        return self._tokenizer.id_to_token(token)
+
 
 class StreamDecoder:
     """Turn tokens that come one by one into text, whole characters only.

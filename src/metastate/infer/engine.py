@@ -224,6 +224,7 @@ class Engine:
         stop: Sequence[str] = (),
         timeout_s: float | None = None,
         want_logprobs: bool = False,
+        ahead: bool = False,
     ) -> Job:
         """Queue a request; the arguments are those of `generate`, which gives the same tokens.
 
@@ -235,6 +236,7 @@ class Engine:
             stop: strings that end the text.
             timeout_s: seconds from now after which it ends with "deadline"; None means never.
             want_logprobs: fill `Job.logprobs`.
+            ahead: go before all that wait, however many, as the end of a request that was taken.
 
         Raises:
             ConfigError, ShapeError, StateError: as `generate`. BusyError: `max_waiting` requests
@@ -252,12 +254,15 @@ class Engine:
                 raise EngineError(f"the engine failed ({self.fault!r}); start it anew")
             if self._stopping:
                 raise BusyError("the engine was stopped; it takes no more requests")
-            if len(self._waiting) >= self.max_waiting:
+            if len(self._waiting) >= self.max_waiting and not ahead:
                 raise BusyError(
                     f"{self.max_waiting} requests wait already; try again later, or give the "
                     "engine a larger max_waiting"
                 )
-            self._waiting.append(job)
+            if ahead:
+                self._waiting.appendleft(job)
+            else:
+                self._waiting.append(job)
             self._changed.notify_all()
         return job
 
@@ -359,10 +364,13 @@ class Engine:
         self._finish(job, "")
 
     def _read_prompt(self) -> bool:
-        """Read a chunk of the joining prompt, if there is one and a slot for it."""
+        """Read a chunk of the joining prompt, if there is one and a slot for what follows it."""
         if self._joining is None:
             with self._changed:
-                if not self._waiting or len(self._running) == self.max_slots:
+                if not self._waiting:
+                    return False
+                writes = self._waiting[0]._draft.max_tokens > 0
+                if writes and len(self._running) == self.max_slots:
                     return False
                 self._joining = self._waiting.popleft()
         job = self._joining

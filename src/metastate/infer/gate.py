@@ -54,7 +54,7 @@ class ServerConfig:
         max_prompt_tokens: of one prompt, what a state has pending included.
         max_tokens: that one request may ask for, for each of its texts.
         max_choices: texts of one request, prompts times n.
-        max_concurrent: requests at once with one key.
+        max_concurrent: requests at once with one key, and texts that they write.
         max_behind: pieces of text that a stream's reader may be behind.
         timeout_s: of one generation. body_timeout_s: for a request's body to arrive.
         send_timeout_s: beyond timeout_s, for a slow client to take the rest.

@@ -6,11 +6,12 @@ import asyncio
 import json
 import secrets
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,6 +22,7 @@ from metastate.infer.engine import Engine, Job
 from metastate.infer.gate import (
     ApiError,
     ClientGoneError,
+    Result,
     ServerConfig,
     as_api_error,
     while_connected,
@@ -50,6 +52,11 @@ class Task:
     num_logprobs: int | None
     chat: bool
 
+    @property
+    def num_texts(self) -> int:
+        """How many texts that are."""
+        return len(self.prompts) * (self.request.n or 1)
+
 
 class Feed:
     """The texts of a task as they come, carried from the engine's thread to this event loop.
@@ -58,10 +65,19 @@ class Feed:
     `max_behind` pieces behind loses the jobs: nobody holds a slot by reading slowly.
     """
 
-    def __init__(self, engine: Engine, task: Task, config: ServerConfig) -> None:
-        """Submit the jobs, all of them or none; errors as `Engine.submit`."""
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        config: ServerConfig,
+        *,
+        timeout_s: float | None = None,
+        ahead: bool = False,
+    ) -> None:
+        """Submit the jobs, all of them or none; errors and `ahead` as in `Engine.submit`."""
         self.task, self.jobs = task, list[Job]()
-        self.slow = False
+        self.slow, self.started = False, time.monotonic()
+        self._beside: list[asyncio.Task[Any]] = []
         self._loop, self._limit = asyncio.get_running_loop(), config.max_behind
         self._events: deque[tuple[int, str | None, int]] = deque()
         self._ready = asyncio.Event()
@@ -75,8 +91,9 @@ class Feed:
                         sampling=task.request.sampling(index),
                         max_tokens=task.max_tokens,
                         stop=task.stop,
-                        timeout_s=config.timeout_s,
+                        timeout_s=timeout_s or config.timeout_s,
                         want_logprobs=task.num_logprobs is not None,
+                        ahead=ahead,
                     )
                     self.jobs.append(job)
                     job.on_event(partial(self._put, index, job))
@@ -123,11 +140,19 @@ class Feed:
             for index, (text, num_tokens) in texts.items():
                 yield index, text, num_tokens
 
+    def beside(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """Run `work` while the other texts come; `cancel` ends it too."""
+        task = asyncio.ensure_future(work)
+        self._beside.append(task)
+        return task
+
     def cancel(self) -> None:
         """End what has not ended."""
         for job in self.jobs:
             if job.finish_reason is None:
                 job.cancel()
+        for task in self._beside:
+            task.cancel()
 
     def _check(self, job: Job) -> None:
         if job.finish_reason in FINISH:
@@ -175,19 +200,27 @@ class OpenAI:
     ) -> None:
         self.engine, self.store, self.config, self.template = engine, store, config, template
         self.tokenizer: Tokenizer = engine.tokenizer
+        self._jobs: defaultdict[str, WeakSet[Job]] = defaultdict(WeakSet)  # by owner
 
     async def complete(
         self, request: CompletionRequest | ChatRequest, owner: str, receive: Receive
     ) -> Response | dict[str, Any]:
         """Return the answer: an object, or a stream of events."""
         task = await asyncio.to_thread(self._task, request, owner)
+        running = sum(job.finish_reason is None for job in self._jobs[owner])
+        if running + task.num_texts > self.config.max_concurrent:
+            raise ApiError(
+                429,
+                f"{running} texts with this key are being written; with {task.num_texts} more "
+                f"they would be over the limit of {self.config.max_concurrent}; try again later",
+                code="too_many_requests",
+            )
         feed = Feed(self.engine, task, self.config)
+        self._jobs[owner].update(feed.jobs)
         if request.stream:
             return EventStream(self._events(feed, owner), feed)
         try:
             return await while_connected(receive, self._whole(feed, owner))
-        except ClientGoneError:
-            return Response(status_code=499)
         finally:
             feed.cancel()
 
@@ -230,14 +263,36 @@ class OpenAI:
             )
         return ids
 
+    def check_room(self, owner: str, prompts: Sequence[list[int]], n: int = 1) -> None:
+        """Raise StoreFullError if the states behind `n` texts a prompt would have no room."""
+        size = self.engine.model.state_bytes(1, min(map(len, prompts)))
+        self.store.check_room(owner, len(prompts) * n, size)
+
     async def read(self, ids: list[int], before: Continuation | None) -> Continuation:
-        """Return what the model remembers after reading `ids`.
+        """Return what the model remembers after reading `ids`; drawing goes on as behind `before`.
 
         Raises:
             ApiError: it could not be read. Others as `Engine.submit`.
         """
         task = Task([ids], CommonFields(), (), 0, before, None, False)
-        feed = Feed(self.engine, task, self.config)
+        return await self._read(Feed(self.engine, task, self.config), before)
+
+    async def _read_again(self, feed: Feed, index: int, text: str) -> Continuation:
+        """Return what is remembered of a prompt and `text`; drawing goes on as behind its job.
+
+        It goes before all requests that wait, and ends before the whole request is late.
+        """
+        task, job, config = feed.task, feed.jobs[index], self.config
+        prompt = task.prompts[index // (task.request.n or 1)]
+        ids = [*prompt, *self.tokenizer.encode(text)]
+        request = CommonFields(repetition_penalty=task.request.repetition_penalty)
+        left_s = feed.started + config.timeout_s + config.send_timeout_s / 2 - time.monotonic()
+        reading = Task([ids], request, (), 0, task.before, None, False)
+        again = Feed(self.engine, reading, config, timeout_s=left_s, ahead=True)
+        return await self._read(again, job.continuation)
+
+    async def _read(self, feed: Feed, drawn: Continuation | None) -> Continuation:
+        """Return where the only job of `feed` ends, with the generator of `drawn`."""
         try:
             async for _ in feed:
                 pass
@@ -245,7 +300,9 @@ class OpenAI:
             feed.cancel()
         continuation = feed.jobs[0].continuation
         assert continuation is not None
-        return continuation
+        if drawn is None:
+            return replace(continuation, seed=None, generator=None)
+        return replace(continuation, seed=drawn.seed, generator=drawn.generator)
 
     def _task(self, request: CompletionRequest | ChatRequest, owner: str) -> Task:
         """Return what to do for a request; ApiError or ConfigError if it cannot be done."""
@@ -262,10 +319,11 @@ class OpenAI:
             limit = request.max_completion_tokens
         else:
             prompts, default, num_logprobs, limit = request.prompts, 16, request.logprobs, None
-        if len(prompts) * (request.n or 1) > config.max_choices:
+        most = min(config.max_choices, config.max_concurrent)
+        if len(prompts) * (request.n or 1) > most:
             raise ApiError(
                 400,
-                f"that many texts at once are not allowed; at most {config.max_choices}",
+                f"that many texts at once are not allowed; at most {most}",
                 param="n",
             )
         if any(len(s) > 256 for s in stop):
@@ -279,14 +337,17 @@ class OpenAI:
                 param="max_tokens",
             )
         ids = [self.encode(prompt, before) for prompt in prompts]
+        if request.store_state:
+            self.check_room(owner, ids, request.n or 1)
         return Task(
             ids, request, stop, limit, before, num_logprobs, isinstance(request, ChatRequest)
         )
 
     async def _whole(self, feed: Feed, owner: str) -> dict[str, Any]:
-        task, choices = feed.task, []
-        async for _ in feed:
-            pass
+        task, choices, stored = feed.task, [], {}
+        async for index, _, _ in feed:
+            work = self._stored(feed, index, feed.jobs[index].result(), owner)
+            stored[index] = feed.beside(work)
         for index, job in enumerate(feed.jobs):
             text = job.result()
             logprobs = self._logprobs(task, job, 0, len(job.tokens))
@@ -296,7 +357,7 @@ class OpenAI:
             else:
                 choice["text"] = text
             choice["finish_reason"] = FINISH[job.finish_reason or ""]
-            choices.append(choice | await self._stored(feed, index, text, owner))
+            choices.append(choice | await stored[index])
         return self._head(task) | {"choices": choices, "usage": self._usage(feed)}
 
     async def _events(self, feed: Feed, owner: str) -> AsyncIterator[str]:
@@ -306,7 +367,8 @@ class OpenAI:
         head = self._head(task, chunk=True) | ({"usage": None} if options.include_usage else {})
 
         def line(value: dict[str, Any]) -> str:
-            return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+            # ASCII: some clients split lines also at U+2028 and its like.
+            return f"data: {json.dumps(value)}\n\n"
 
         def chunk(index: int, text: str | None, reason: str | None, **more: Any) -> str:
             choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
@@ -316,21 +378,34 @@ class OpenAI:
                 choice["text"] = text or ""
             return line(head | {"choices": [choice | more]})
 
+        def last(index: int, stored: dict[str, Any]) -> str:
+            job = feed.jobs[index]
+            logprobs = self._logprobs(task, job, shown[index], len(job.tokens))
+            reason = FINISH[job.finish_reason or ""]
+            return chunk(index, None, reason, logprobs=logprobs, **stored)
+
+        storing: dict[int, asyncio.Task[dict[str, Any]]] = {}
         try:
             if task.chat:
                 for index in range(len(feed.jobs)):
                     yield chunk(index, None, None, delta={"role": "assistant", "content": ""})
             async for index, piece, num_tokens in feed:
-                job = feed.jobs[index]
-                logprobs = {"logprobs": self._logprobs(task, job, shown[index], num_tokens)}
-                shown[index] = max(shown[index], num_tokens)
                 if piece is not None:
                     fresh = task.chat and not texts[index].strip()
                     texts[index] += piece
-                    yield chunk(index, piece.lstrip() if fresh else piece, None, **logprobs)
+                    logprobs = self._logprobs(task, feed.jobs[index], shown[index], num_tokens)
+                    shown[index] = max(shown[index], num_tokens)
+                    piece = piece.lstrip() if fresh else piece
+                    yield chunk(index, piece, None, logprobs=logprobs)
+                elif task.request.store_state:
+                    # The other texts go on meanwhile, and their reader is not too slow.
+                    storing[index] = feed.beside(self._stored(feed, index, texts[index], owner))
                 else:
-                    stored = await self._stored(feed, index, texts[index], owner)
-                    yield chunk(index, None, FINISH[job.finish_reason or ""], **logprobs, **stored)
+                    yield last(index, {})
+                for index in [i for i, work in storing.items() if work.done()]:
+                    yield last(index, storing.pop(index).result())
+            for index, work in storing.items():
+                yield last(index, await work)
             if options.include_usage:
                 yield line(head | {"choices": [], "usage": self._usage(feed)})
         except (ApiError, MetaStateError) as error:
@@ -355,21 +430,24 @@ class OpenAI:
             "total_tokens": read + written,
         }
 
-    async def _stored(self, feed: Feed, index: int, text: str, owner: str) -> dict[str, str]:
+    async def _stored(self, feed: Feed, index: int, text: str, owner: str) -> dict[str, Any]:
         """Store the state behind a text if that was asked for; return its id as a field.
 
         It has read what was returned and nothing else. So where a stop string or an end of
         document ended the text, which the model has read in part, prompt and text are read again.
+        Where that fails the fields say why: the text was written and is returned all the same.
         """
-        task, job = feed.task, feed.jobs[index]
-        if not task.request.store_state:
+        job = feed.jobs[index]
+        if not feed.task.request.store_state:
             return {}
-        continuation = job.continuation
-        if job.finish_reason != "length":
-            prompt = task.prompts[index // (task.request.n or 1)]
-            continuation = await self.read([*prompt, *self.tokenizer.encode(text)], task.before)
-        assert continuation is not None
-        return {"state": (await asyncio.to_thread(self.store.add, owner, continuation)).id}
+        try:
+            continuation = job.continuation
+            if job.finish_reason != "length":
+                continuation = await self._read_again(feed, index, text)
+            assert continuation is not None
+            return {"state": (await asyncio.to_thread(self.store.add, owner, continuation)).id}
+        except (ApiError, MetaStateError) as error:
+            return {"state": None, "state_error": as_api_error(error).body()["error"]}
 
     def _logprobs(self, task: Task, job: Job, first: int, end: int) -> dict[str, Any] | None:
         """Return the log-probabilities of the tokens `first` to `end - 1` in OpenAI's form."""
@@ -382,6 +460,12 @@ class OpenAI:
             text, raw = self._name(token)
             return {"token": text, "logprob": logprob, "bytes": raw}
 
+        def by_name(pairs: list[tuple[int, float]]) -> dict[str, float]:
+            named: dict[str, float] = {}
+            for token, logprob in pairs:  # of two tokens with one name the likelier is told
+                named.setdefault(self._name(token)[0], logprob)
+            return named
+
         if task.chat:
             content = [
                 entry(token, own) | {"top_logprobs": [entry(*pair) for pair in pairs]}
@@ -391,16 +475,24 @@ class OpenAI:
         return {
             "tokens": [self._name(token)[0] for token in ids],
             "token_logprobs": [own for own, _ in found],
-            "top_logprobs": [{self._name(t)[0]: p for t, p in pairs} for pairs in best],
+            "top_logprobs": [by_name(pairs) for pairs in best],
             "text_offset": job.offsets[first:end],
         }
 
     def _name(self, token: int) -> tuple[str, list[int] | None]:
-        """Return a token as text, and its bytes where they are known; half a character is bytes."""
+        """Return a token as text, and its bytes where they are known; half a character is bytes.
+
+        The text is the token's inside a text: some tokenizers drop the space of the first word. A
+        token without one is named as the vocabulary spells it.
+        """
         decode_bytes = getattr(self.tokenizer, "decode_bytes", None)
         if decode_bytes is None:
-            text = self.tokenizer.decode([token])
-            return text, None if "\ufffd" in text else list(text.encode())
+            decode = self.tokenizer.decode
+            text = decode([token, token])[len(decode([token])) :]
+            if text and "\ufffd" not in text:
+                return text, list(text.encode())
+            spelled = getattr(self.tokenizer, "id_to_token", lambda _: None)(token)
+            return spelled or text, None
         raw = decode_bytes([token])
         try:
             return raw.decode(), list(raw)

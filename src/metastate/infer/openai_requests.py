@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -101,14 +102,19 @@ class CommonFields(Body):
         return kept
 
     def sampling(self, index: int) -> SamplingConfig:
-        """Return how to choose the tokens of the text `index`; each has a seed of its own."""
+        """Return how to choose the tokens of the text `index`; each has a seed of its own.
+
+        Without a seed each draws one, so that no two texts are the same draw, also where both go
+        on from one state; under the seed that a state was drawn with, drawing goes on exactly.
+        """
         temperature = 1.0 if self.temperature is None else self.temperature
+        seed = secrets.randbits(63) if self.seed is None else (self.seed + index) % 2**63
         return SamplingConfig(
             temperature=0.0 if temperature < GREEDY else temperature,
             top_k=self.top_k or 0,
             top_p=self.top_p or 1.0,
             repetition_penalty=self.repetition_penalty or 1.0,
-            seed=None if self.seed is None else (self.seed + index) % 2**63,
+            seed=seed,
         )
 
     @property

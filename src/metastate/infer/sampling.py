@@ -11,6 +11,9 @@ from torch import Tensor
 
 from metastate.errors import ConfigError, StateError
 
+LARGEST = 1e6  # of a temperature or penalty: float32 arithmetic with it stays finite
+SMALLEST = 1e-30  # temperature that float32 divides by; below it the same token comes out
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -23,7 +26,7 @@ class SamplingConfig:
         repetition_penalty: p >= 1; logits of tokens among the last `repetition_window` are divided
             by p where positive, multiplied by p where negative (CTRL, arXiv:1909.05858); 1 is off.
         repetition_window: number of last tokens (prompt included) that count; 0 means all.
-        seed: of the generator; None draws one.
+        seed: of the generator, from -2^63 to 2^64 - 1; None draws one.
     """
 
     temperature: float = 1.0
@@ -35,11 +38,21 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         limits = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (0 <= self.temperature <= LARGEST, f"0 (greedy) to {LARGEST:g}"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "repetition_penalty": (self.repetition_penalty >= 1, "1 (off) or more"),
-            "repetition_window": (self.repetition_window >= 0, "0 (all tokens) or more"),
+            "repetition_penalty": (
+                1 <= self.repetition_penalty <= LARGEST,
+                f"1 (off) to {LARGEST:g}",
+            ),
+            "repetition_window": (
+                0 <= self.repetition_window < 2**31,
+                "0 (all tokens) to 2^31 - 1",
+            ),
+            "seed": (
+                self.seed is None or -(2**63) <= self.seed < 2**64,
+                "-2^63 to 2^64 - 1",
+            ),
         }
         for name, (ok, allowed) in limits.items():
             if not ok:
@@ -93,7 +106,7 @@ class Sampler:
         if config.temperature == 0:
             return logits.softmax(0)
         # The largest logit becomes 0 first: a tiny temperature must not overflow.
-        logits = (logits - logits.max()) / config.temperature
+        logits = (logits - logits.max()) / max(config.temperature, SMALLEST)
         if 0 < config.top_k < len(logits):
             best = logits.topk(config.top_k)  # by index: among equals exactly k stay
             logits = torch.full_like(logits, -torch.inf).index_copy(0, best.indices, best.values)

@@ -23,6 +23,7 @@ try:
 
     from metastate.infer.gate import (
         ApiError,
+        ClientGoneError,
         Gate,
         ServerConfig,
         Traffic,
@@ -88,6 +89,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     for kind in (HTTPException, MetaStateError, Exception):
         app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientGoneError, _answer_nobody)
     openai = OpenAI(engine, store, config, template or ChatTemplate())
     add_openai_routes(app, openai)
     add_state_routes(app, openai)
@@ -137,6 +139,7 @@ def add_state_routes(app: FastAPI, openai: OpenAI) -> None:
         owner = request.state.owner
         before = await asyncio.to_thread(openai.before, owner, body.state)
         ids = await asyncio.to_thread(openai.encode, body.prompt, before)
+        openai.check_room(owner, [ids])
         after = await while_connected(request.receive, openai.read(ids, before))
         return (await asyncio.to_thread(store.add, owner, after)).to_json()
 
@@ -248,6 +251,10 @@ def metrics_text(openai: OpenAI, traffic: Traffic) -> str:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return as_api_error(error).response()
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # which is counted, and read by nobody
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

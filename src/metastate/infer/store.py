@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -20,11 +21,17 @@ import torch
 from metastate.data.files import alone_in, sync_folder
 from metastate.errors import ConfigError, MetaStateError, StateError
 from metastate.infer.generate import Continuation
+from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.state import config_hash
 
+logger = logging.getLogger(__name__)
+
 SUFFIX, UPLOAD = ".safetensors", ".upload-"
 NAME = re.compile(r"state-[0-9a-f]{24}")
+OWNER = re.compile(r"open|[0-9a-f]{32}")  # the folders of a server without keys, and of a key
+# What a killed process leaves: an upload that was being read, a file that was being written.
+HALF = re.compile(rf"\{UPLOAD}[0-9a-f]{{24}}|\.{NAME.pattern}\{SUFFIX}\.tmp")
 
 
 class NoSuchStateError(StateError):
@@ -63,8 +70,9 @@ class StateStore:
     """Continuations by owner and id, kept as files that `Continuation.save` writes.
 
     A file is whole or absent, and on the disk before its id is told. Opening a folder again finds
-    every state of the same model's configuration that was stored there; files of other models are
-    left alone. All methods may be called from any thread.
+    every state of the same model, weights and number format, that was stored there; those of others
+    are left alone and take none of the limits, and so is every file and folder that is not named
+    as the store names its own. All methods may be called from any thread.
     """
 
     def __init__(
@@ -94,11 +102,16 @@ class StateStore:
         with contextlib.suppress(OSError):  # alone_in says what is wrong with it
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._open.enter_context(alone_in(self.folder))
-        for path in list(self.folder.iterdir()):
-            if path.is_dir():
-                self._find(path)
-            elif path.name.startswith(UPLOAD):  # a killed process left it behind
-                path.unlink()
+        _drop_half_files(self.folder)
+        self._weights = weights_hash(model)
+        left = sum(self._find(p) for p in self.folder.iterdir() if OWNER.fullmatch(p.name))
+        if left:
+            logger.warning(
+                "left alone in %s until their model is served again: %d states of another model, "
+                "other weights or another number format",
+                self.folder,
+                left,
+            )
 
     def close(self) -> None:
         """Let go of the folder; what is stored stays."""
@@ -119,7 +132,9 @@ class StateStore:
         """Return what is known of a state; NoSuchStateError if the owner has none of that id."""
         with self._lock:
             if id not in self._states[owner]:
-                raise NoSuchStateError(f"no state {id!r}; it was deleted, or never there")
+                raise NoSuchStateError(
+                    f"no state {id!r}; it was deleted, never there, or is of other weights"
+                )
             return self._states[owner][id]
 
     def get(self, owner: str, id: str) -> Continuation:
@@ -136,6 +151,11 @@ class StateStore:
         with self._reading(owner, id) as path:
             return path.read_bytes()
 
+    def check_room(self, owner: str, num_states: int, num_bytes: int) -> None:
+        """Raise StoreFullError unless `num_states` more could be added, of `num_bytes` each."""
+        with self._lock:
+            self._check_room(owner, num_bytes, num_states)
+
     def add(self, owner: str, continuation: Continuation) -> StoredState:
         """Store a state.
 
@@ -146,12 +166,12 @@ class StateStore:
             self._check_room(owner, continuation.state.num_bytes)  # at least, before it is written
             id = f"state-{secrets.token_hex(12)}"
             path = self._path(owner, id)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
             try:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
                 continuation.save(path, self.model)
-            except StateError as cause:
+                size = path.stat().st_size
+            except (StateError, OSError) as cause:
                 raise StoreBrokenError("the server cannot write the state; see its log") from cause
-            size = path.stat().st_size
             try:
                 self._check_room(owner, size)
             except StoreFullError:
@@ -194,35 +214,41 @@ class StateStore:
             path.unlink(missing_ok=True)
             sync_folder(path.parent)
 
-    def _find(self, folder: Path) -> None:
-        """Take in what an earlier process stored, in the order of time."""
-        needed, found = config_hash(self.model.config), []
-        for path in list(folder.iterdir()):
-            if path.name.startswith("."):  # half a file, of a killed process
-                path.unlink()
-            elif NAME.fullmatch(path.stem) and path.suffix == SUFFIX:
-                try:
-                    with safetensors.safe_open(path, "pt") as file:
-                        header = file.metadata() or {}
-                    tokens_seen = int(header["tokens_seen"])
-                except (safetensors.SafetensorError, OSError, KeyError, ValueError):
-                    continue
-                if header.get("config") == needed:
-                    stat = path.stat()
-                    found.append(
-                        StoredState(path.stem, int(stat.st_mtime), stat.st_size, tokens_seen)
-                    )
+    def _find(self, folder: Path) -> int:
+        """Take in what an earlier process stored, by time; return how many are of others."""
+        if not folder.is_dir():
+            return 0
+        _drop_half_files(folder)
+        needed, found, left = config_hash(self.model.config), [], 0
+        for path in folder.iterdir():
+            if not NAME.fullmatch(path.stem) or path.suffix != SUFFIX:
+                continue
+            try:
+                with safetensors.safe_open(path, "pt") as file:
+                    header = file.metadata() or {}
+                tokens_seen, stat = int(header["tokens_seen"]), path.stat()
+            except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+                continue
+            weights = header.get("weights") or self._weights  # old files do not say
+            if (header.get("config"), weights) != (needed, self._weights):
+                left += 1
+                continue
+            found.append(StoredState(path.stem, int(stat.st_mtime), stat.st_size, tokens_seen))
         found.sort(key=lambda state: state.created)
         self._states[folder.name] = {state.id: state for state in found}
+        return left
 
-    def _check_room(self, owner: str, num_bytes: int) -> None:
-        own = self._states[owner].values()
+    def _check_room(self, owner: str, num_bytes: int, num_states: int = 1) -> None:
+        own, more = self._states[owner].values(), num_states * num_bytes
         used = sum(state.num_bytes for state in own)
-        if len(own) >= self.max_states:
-            raise StoreFullError(f"{len(own)} states are stored already; delete some first")
-        if used + num_bytes > self.max_bytes:
+        if len(own) + num_states > self.max_states:
             raise StoreFullError(
-                f"stored states take {used:,} bytes; {num_bytes:,} more would pass the limit of "
+                f"{len(own)} states are stored already; {num_states} more would pass the limit of "
+                f"{self.max_states}: delete some first"
+            )
+        if used + more > self.max_bytes:
+            raise StoreFullError(
+                f"stored states take {used:,} bytes; {more:,} more would pass the limit of "
                 f"{self.max_bytes:,}: delete some first"
             )
 
@@ -251,3 +277,9 @@ class StateStore:
                 raise StateError(f"the file's {name} holds NaN or infinity")
             if name.endswith(".start") and not 0 <= int(x) <= state.tokens_seen:
                 raise StateError(f"the file's {name} is {int(x)}, outside what was read")
+
+
+def _drop_half_files(folder: Path) -> None:
+    for path in list(folder.iterdir()):
+        if HALF.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()

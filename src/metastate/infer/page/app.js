@@ -136,6 +136,7 @@ class Column {
         const choice = event.choices?.[0];
         this.add("written", choice?.text);
         if (choice?.state) this.marks.push({ at: this.length, id: choice.state });
+        if (choice?.state_error) this.problem(`No state was stored: ${choice.state_error.message}`);
         reason = choice?.finish_reason ?? reason;
         usage = event.usage ?? usage;
       }

@@ -1,0 +1,223 @@
+"""The texts of a request: drawn apart, counted, never lost to their state or to each other."""
+
+import json
+import os
+import threading
+import time
+
+import httpx
+import pytest
+from served import KEYS, TOKENIZER, error_of, served, wait
+
+from metastate.infer.generate import Draft, generate
+from metastate.infer.sampling import SamplingConfig
+
+SECOND = {"authorization": f"Bearer {KEYS[1]}"}
+LONG = {"prompt": "ab", "max_tokens": 2000, "temperature": 0}
+
+
+@pytest.fixture
+def pace(monkeypatch):
+    """Let a token take `pace.s` seconds."""
+    write = Draft.write
+
+    class Pace:
+        s = 0.01
+
+    def slow(self, logits):
+        time.sleep(Pace.s)
+        return write(self, logits)
+
+    monkeypatch.setattr(Draft, "write", slow)
+    return Pace
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("states")) as server:
+        yield server
+
+
+def post(server, path="/v1/completions", **body):
+    answer = server.client.post(path, json=body)
+    assert answer.is_success, answer.text
+    return answer.json()
+
+
+def choices_of(answer):
+    """The choices of an answer, whole or streamed: text, finish reason and what came with it."""
+    if "text/event-stream" not in answer.headers["content-type"]:
+        return answer.json()["choices"]
+    events = [json.loads(e[6:]) for e in answer.text.split("\n\n")[:-2]]
+    found = {}
+    for event in events:
+        assert "error" not in event, event
+        for choice in event["choices"]:
+            own = found.setdefault(choice["index"], {"text": ""})
+            found[choice["index"]] = choice | {"text": own["text"] + choice["text"]}
+    return [found[i] for i in sorted(found)]
+
+
+def stop_within(server, **body):
+    """A stop string that ends the greedy text of `body` some way in, and what is then shown."""
+    text = post(server, **body)["choices"][0]["text"]
+    stop = text[40:44]
+    return stop, text[: text.index(stop)]
+
+
+# How texts are drawn.
+
+
+def test_texts_from_one_state_without_a_seed_all_differ(server):
+    id = post(server, "/v1/states", prompt="hello")["id"]
+    first = post(server, prompt="x", max_tokens=20, store_state=True)["choices"][0]["state"]
+    for state in (id, first):
+        fork = post(server, f"/v1/states/{state}/fork")["id"]
+        for path, prompt in (
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            body = prompt | {"max_tokens": 20, "n": 3}
+            answers = [post(server, path, state=s, **body) for s in (state, state, fork)]
+            texts = [str(c.get("text", c.get("message"))) for a in answers for c in a["choices"]]
+            assert len(set(texts)) == 9
+
+
+@pytest.mark.parametrize("prompt", ["", "yz"])
+def test_the_seed_of_a_state_goes_on_exactly_also_behind_a_read_prompt(server, prompt):
+    drawn = {"seed": 5, "temperature": 1.1}
+    first = post(server, prompt="ab", max_tokens=9, store_state=True, **drawn)["choices"][0]
+    straight = post(server, prompt=prompt + "w", max_tokens=9, state=first["state"], **drawn)
+    between = post(server, "/v1/states", prompt=prompt, state=first["state"])["id"]
+    parted = post(server, prompt="w", max_tokens=9, state=between, **drawn)
+    assert straight["choices"][0]["text"] == parted["choices"][0]["text"]
+
+
+def test_behind_a_stop_string_drawing_goes_on(server):
+    body = {"seed": 7, "repetition_penalty": 1.3, "max_tokens": 60}
+    text = post(server, prompt="ab", **body)["choices"][0]["text"]
+    stop = text[20:23]
+    got = post(server, prompt="ab", stop=stop, store_state=True, **body)["choices"][0]
+    assert got["finish_reason"] == "stop"
+    sampling = SamplingConfig(seed=7, repetition_penalty=1.3)
+    run = generate(server.model, TOKENIZER, "ab", sampling=sampling, max_tokens=60, stop=[stop])
+    expected = run.drain().continuation
+    found = server.store.get("open", got["state"])
+    assert found.seed == 7 and found.generator.equal(expected.generator)
+    assert bytes(found.recent).decode() == "ab" + got["text"]  # and not the stop string
+
+
+# What becomes of a text whose state cannot be stored.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stream):
+    pace.s = 0.005
+    with served(tmp_path) as server:
+        stop, shown = stop_within(server, **LONG | {"max_tokens": 60})
+        answers = []
+        body = LONG | {"stop": stop, "stream": stream, "store_state": True}
+        poster = threading.Thread(
+            target=lambda: answers.append(server.client.post("/v1/completions", json=body))
+        )
+        poster.start()
+        wait(lambda: server.engine.num_running == 1)
+        server.engine.max_waiting = 0  # as if as many waited by now
+        poster.join(20)
+        (choice,) = choices_of(answers[0])
+        assert (choice["text"], choice["finish_reason"]) == (shown, "stop")
+        assert server.store.info("open", choice["state"]).tokens_seen == len("ab" + shown)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_store_that_fills_meanwhile_does_not_take_the_text(tmp_path, pace, stream):
+    with served(tmp_path, store={"max_states": 2}) as server:
+        answers = []
+        body = {"prompt": "ab", "max_tokens": 40, "n": 2, "stream": stream, "store_state": True}
+        poster = threading.Thread(
+            target=lambda: answers.append(server.client.post("/v1/completions", json=body))
+        )
+        poster.start()
+        wait(lambda: server.engine.num_running == 2)
+        httpx.post(f"{server.url}/v1/states", json={"prompt": "a"})
+        poster.join(20)
+        found = choices_of(answers[0])
+        assert [len(c["text"]) > 9 for c in found] == [True, True]
+        assert [c["finish_reason"] for c in found] == ["length", "length"]
+        (refused,) = [c for c in found if c["state"] is None]
+        assert refused["state_error"]["code"] == "state_limit"
+        assert "delete some" in refused["state_error"]["message"]
+
+
+def test_a_full_disk_does_not_take_the_text(server, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    got = post(server, prompt="ab", max_tokens=5, temperature=0, store_state=True)["choices"][0]
+    monkeypatch.undo()
+    assert got["state"] is None and got["state_error"]["code"] == "storage"
+    assert got["text"] == post(server, **LONG | {"max_tokens": 5})["choices"][0]["text"]
+
+
+def test_without_room_for_the_states_nothing_is_written(tmp_path):
+    with served(tmp_path, store={"max_states": 2}) as server:
+        for fields in ({"n": 3}, {"prompt": ["a", "b", "c"]}):
+            body = {"prompt": "a", "max_tokens": 3, "store_state": True} | fields
+            answer = server.client.post("/v1/completions", json=body)
+            assert error_of(answer, 429)["code"] == "state_limit"
+        assert server.engine.totals["generated_tokens"] == 0
+        assert len(post(server, prompt="a", max_tokens=3, n=2, store_state=True)["choices"]) == 2
+        error_of(server.client.post("/v1/states", json={"prompt": "a"}), 429)
+        assert server.engine.totals["length"] == 2
+
+
+def test_storing_one_text_does_not_hold_up_the_others(tmp_path, pace, monkeypatch):
+    pace.s = 0
+    with served(tmp_path, max_behind=10) as server:
+        prompts = ["ab", "cd"]
+        texts = [
+            c["text"]
+            for c in post(server, **LONG | {"prompt": prompts, "max_tokens": 200})["choices"]
+        ]
+        stop = next(
+            texts[0][i : i + 4] for i in range(9, 60) if texts[0][i : i + 4] not in texts[1]
+        )
+        add, pace.s = server.store.add, 0.005
+
+        def slow(*args):
+            time.sleep(0.7)
+            return add(*args)
+
+        monkeypatch.setattr(server.store, "add", slow)
+        body = {"prompt": prompts, "max_tokens": 200, "temperature": 0, "stop": stop}
+        answer = server.client.post(
+            "/v1/completions", json=body | {"stream": True, "store_state": True}
+        )
+        first, second = choices_of(answer)
+        assert first["text"] == texts[0][: texts[0].index(stop)] and second["text"] == texts[1]
+        assert [c["finish_reason"] for c in (first, second)] == ["stop", "length"]
+        assert {s["id"] for s in stored(server)} == {first["state"], second["state"]}
+
+
+def stored(server):
+    return server.client.get("/v1/states").json()["data"]
+
+
+# How many texts a key may have at once.
+
+
+def test_texts_are_counted_not_requests(tmp_path, pace):
+    with served(tmp_path, keys=KEYS, max_concurrent=2) as server:
+        for fields in ({"n": 3}, {"prompt": ["a"] * 3}):
+            answer = server.client.post("/v1/completions", json=LONG | fields)
+            assert "at most 2" in error_of(answer, 400)["message"]
+        body = LONG | {"stream": True, "n": 2}
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            refused = server.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+            assert error_of(refused, 429)["code"] == "too_many_requests"
+            body = {"prompt": "a", "max_tokens": 1}
+            assert server.client.post("/v1/completions", json=body, headers=SECOND).is_success
+        wait(lambda: server.engine.num_running == 0)
+        assert server.client.post("/v1/completions", json=body).is_success

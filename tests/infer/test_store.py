@@ -1,0 +1,69 @@
+"""The folder of stored states: what in it is the store's own, and what it never touches."""
+
+import pytest
+import torch
+from served import make
+
+from metastate.infer.generate import Continuation
+from metastate.infer.store import StateStore
+from metastate.model.decode import store_bfloat16
+
+
+def store_one(folder, model, owner="open"):
+    store = StateStore(folder, model)
+    state = store.add(owner, Continuation(model.init_state(1)))
+    store.close()
+    return state
+
+
+def test_files_and_folders_of_others_are_never_touched(tmp_path):
+    names = [
+        ".env",
+        "project/.env",
+        "project/.git/config",
+        f"project/.state-{'0' * 24}.safetensors.tmp",
+        ".upload-mine",
+        "open/.env",
+        "open/.state-mine.tmp",
+        "open/.git/config",
+        f"open/.state-{'0' * 24}.safetensors.tmp/inside",
+        "0123456789abcdef/.env",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    link = tmp_path / "open" / f".state-{'1' * 24}.safetensors.tmp"
+    link.symlink_to(tmp_path / ".env")
+    StateStore(tmp_path, make()).close()
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("owner", ["open", "0123456789abcdef" * 2])
+def test_a_killed_process_half_files_are_removed(tmp_path, owner):
+    model = make()
+    state = store_one(tmp_path, model, owner)
+    (tmp_path / owner / f".state-{'0' * 24}.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / f".upload-{'0' * 24}").write_bytes(b"half")
+    store = StateStore(tmp_path, model)
+    assert [s.id for s in store.list(owner)] == [state.id]
+    store.close()
+    assert {p.name for p in tmp_path.rglob("*")} == {owner, ".lock", f"{state.id}.safetensors"}
+
+
+@pytest.mark.parametrize("other", ["weights", "number format"])
+def test_states_of_other_weights_are_left_out_and_take_no_room(tmp_path, caplog, other):
+    model = make()
+    old = store_one(tmp_path, model)
+    changed = make(seed=5 if other == "weights" else 0)
+    if other != "weights":
+        store_bfloat16(changed)
+    store = StateStore(tmp_path, changed, max_states=1)
+    assert store.list("open") == [] and store.totals() == (0, 0)
+    assert ": 1 states" in caplog.text and "other weights" in caplog.text
+    store.add("open", Continuation(changed.init_state(1)))
+    store.close()
+    store = StateStore(tmp_path, model)
+    assert [s.id for s in store.list("open")] == [old.id]
+    assert torch.equal(store.get("open", old.id).state.layers[0].S, model.init_state(1).layers[0].S)
+    store.close()
