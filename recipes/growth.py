@@ -3,7 +3,8 @@
     metastate prepare DIR_OF_PILELITE --tokenizer bytes --out runs/pilelite-bytes
     python recipes/growth.py --data runs/pilelite-bytes --out runs/growth --seeds 0 1 2
 
-Every cell is a run that goes on where it was stopped. Figures: `growth.png` and the tables on
+Every cell is a run that goes on where it was stopped; one of other settings or other data in its
+place is refused. Figures: `growth.png` and the tables on
 standard output; `results.json` holds every point. D 128, 4 heads, 4 layers, vocabulary 256.
 
     grown          N 32 -> 64 at half of the steps -> 128 at three quarters, new entries exact
@@ -27,8 +28,9 @@ from typing import Any
 from metastate.cli.training import train_with_bar
 from metastate.config import GrowthStep, TrainConfig
 from metastate.eval.plots import read_log
+from metastate.eval.runs import is_finished
 from metastate.model.io import load
-from metastate.train.checkpoint import find_checkpoint, has_run
+from metastate.train.checkpoint import has_run
 from metastate.train.trainer import LOG
 
 SMALL = {"hidden_size": 128, "num_heads": 4, "num_layers": 4, "vocab_size": 256}
@@ -99,8 +101,7 @@ def run(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace
         checkpoint_every=every,
         valid_tokens=args.valid_tokens,
     )
-    found = find_checkpoint(out)
-    if found is None or not found.name.endswith(f"{config.steps:08d}"):
+    if not is_finished(config):
         print(f"== {name}, seed {seed}")
         if train_with_bar(config, resume=has_run(out)).interrupted is not None:
             raise SystemExit("stopped; the same command goes on")

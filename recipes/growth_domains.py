@@ -5,7 +5,8 @@
 Stage 1 trains D 128, 4 heads, 4 layers, N 32 on prose, dialogue and law. Stage 2 goes on with code
 and mathematics alone, from the same checkpoint: not grown, or grown exactly to N 64 with the old
 slice free, at a tenth of the learning rate, or frozen. Held-out loss of both halves is measured on
-the way. Every run goes on where it was stopped. Bytes, batches of 8 x 256.
+the way. Every run goes on where it was stopped; one of other settings or other data in its place is
+refused. Bytes, batches of 8 x 256.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.eval.loss import evaluate
 from metastate.eval.plots import read_log
+from metastate.eval.runs import is_finished
 from metastate.model.lm import LanguageModel
-from metastate.train.checkpoint import find_checkpoint, has_run
+from metastate.train.checkpoint import has_run
 from metastate.train.trainer import LOG, train
 
 NEW = ("code", "math")
@@ -74,6 +76,7 @@ def run(out: Path, data: Path, both: tuple[Path, Path], args: Any, **settings: A
         warmup=20,
         valid_every=every,
         checkpoint_every=every,
+        valid_tokens=args.valid_tokens,
         **settings,
     )
 
@@ -84,14 +87,13 @@ def run(out: Path, data: Path, both: tuple[Path, Path], args: Any, **settings: A
                 PreparedData.open(folder).split("valid"),
                 mode="windowed",
                 context=256,
-                limit_tokens=args.valid_tokens,
+                limit_tokens=config.valid_tokens,
             ).nats_per_token
             for folder in both
         )
         return {"nats_per_token": new, "old_domains": old}
 
-    found = find_checkpoint(out)
-    if found is None or not found.name.endswith(f"{args.steps:08d}"):
+    if not is_finished(config):
         print(f"== {out.name}")
         with bar("train", "steps") as show:
             result = train(config, evaluate=score, progress=show, resume=has_run(out))

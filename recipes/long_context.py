@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from metastate.cli.progress import bar
+from metastate.config import to_dict
 from metastate.data.files import write_json
 from metastate.errors import ConfigError
 from metastate.eval.loss import token_losses
@@ -64,16 +66,30 @@ def losses(
     return out, [sizes[edge] for edge in EDGES[1:]]
 
 
-def measure(path: Path, text_folder: Path, count: int | None) -> dict[str, Any]:
-    """Return the losses of one checkpoint by position, carried and in windows."""
+def measured(path: Path, text_folder: Path, count: int | None, out: Path) -> dict[str, Any]:
+    """Return the losses of one checkpoint by position, from `out` if it was measured on this text.
+
+    A file there is named by what was measured: two runs each have a folder `best`.
+    """
     model = load(path).eval()
     tokenizer = tokenizer_of(model, path)
     if tokenizer.name != "bytes":
         raise ConfigError(f"{path} reads {tokenizer.name}; this recipe needs a model of bytes")
     text = texts(text_folder, count, tokenizer.eod_id)
-    rows = {"checkpoint": str(path), "weights": weights_hash(model), "texts": len(text)}
+    made = {"config": to_dict(model.config), "weights": weights_hash(model)}
+    made["text"] = sha256(text.numpy().tobytes()).hexdigest()
+    key = sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    file = out / f"{path.name}-{key[:16]}.json"
+    if not file.exists():
+        write_json(file, made | measure(model, text, path.name))
+    return json.loads(file.read_text()) | {"checkpoint": str(path)}
+
+
+def measure(model: LanguageModel, text: Tensor, title: str) -> dict[str, Any]:
+    """Return the losses of a model by position, carried and in windows."""
+    rows: dict[str, Any] = {"texts": len(text)}
     for mode in ("carried", "windows"):
-        with bar(f"{path.name}, {mode}", "bytes") as show:
+        with bar(f"{title}, {mode}", "bytes") as show:
             nats, sizes = losses(model, text, mode == "carried", show)
         rows[f"{mode}_state_bytes"] = sizes
         rows[mode] = [float(nats[:, a:b].mean()) for a, b in zip(EDGES, EDGES[1:], strict=False)]
@@ -91,7 +107,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for own in results:
         for mode in ("carried", "windows"):
             figures = " | ".join(f"{x:.4f}" for x in own[mode])
-            name = Path(own["checkpoint"]).name if mode == "carried" else ""
+            name = own["checkpoint"] if mode == "carried" else ""
             lines.append(f"| {name} | {mode} | {figures} | {own[f'{mode}_state_bytes'][-1]:,} |")
         gains = [b - a for a, b in zip(own["carried_by_text"], own["windows_by_text"], strict=True)]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
@@ -112,7 +128,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     middles = [(a + b) / 2 for a, b in zip(EDGES, EDGES[1:], strict=False)]
     for i, own in enumerate(results):
-        name = Path(own["checkpoint"]).name
+        name = own["checkpoint"]
         left.plot(middles, own["carried"], "o-", color=f"C{i}", label=name)
         left.plot(middles, own["windows"], ":", color=f"C{i}")
         sizes = [size / 1024 for size in own["carried_state_bytes"]]
@@ -135,12 +151,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="texts to read (default: all)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for path in args.checkpoints:
-        file = args.out / f"{path.name}-{args.texts or 'all'}.json"
-        if not file.exists():
-            write_json(file, measure(path, args.text, args.texts))
-        results.append(json.loads(file.read_text()))
+    results = [measured(path, args.text, args.texts, args.out) for path in args.checkpoints]
     write_json(args.out / "results.json", results)
     figure(results, args.out / "loss-by-position.png")
     text = table(results)

@@ -4,8 +4,9 @@
     python recipes/upgrade.py --data runs/pilelite-bytes --out runs/upgrade --seeds 0 1 2
 
 An rwkv7-tiny (vocabulary of the data) is trained, then each cell trains on from its weights and
-moments, all on the same further text in the same order. Every run goes on where it was stopped.
-`results.json` holds every figure; the table is on standard output.
+moments, all on the same further text in the same order. Every run goes on where it was stopped;
+one of other settings or other data in its place is refused. `results.json` holds every figure; the
+table is on standard output.
 
     continued          the RWKV-7 itself
     beside frozen      a Meta-State layer beside every feed-forward layer, only the new is trained
@@ -32,9 +33,10 @@ from metastate.cli.training import train_with_bar
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.eval.loss import held_out
+from metastate.eval.runs import is_finished
 from metastate.growth import logits_change, upgrade
 from metastate.model.io import checkpoint_folder, load
-from metastate.train.checkpoint import find_checkpoint, has_run
+from metastate.train.checkpoint import has_run
 from metastate.train.optim import make_optimizer
 
 # name: (upgraded how: None, "beside" or "replaced"; old_lr_scale)
@@ -74,8 +76,7 @@ def settings(args: argparse.Namespace, out: Path, steps: int, seed: int, lr: flo
 
 def trained(config: TrainConfig, what: str) -> Path:
     """Train a run to its end, or find it finished; return its last checkpoint."""
-    found = find_checkpoint(config.out)
-    if found is None or not found.name.endswith(f"{config.steps:08d}"):
+    if not is_finished(config):
         print(f"== {what}, seed {config.seed}", flush=True)
         if train_with_bar(config, resume=has_run(config.out)).interrupted is not None:
             raise SystemExit("stopped; the same command goes on")

@@ -19,6 +19,7 @@ from metastate.errors import ConfigError
 T = TypeVar("T")
 
 CONFIG_VERSION = 1
+SEEDS = 2**43  # of a run; times a million, as each of its steps has one, they stay below 2^64
 ATTENTION = ("transformer", "tokenformer")  # architectures with a cache of keys and values
 # Metadata of fields that came later: at None they are not written, so that what was written before
 # (states with a hash of their config, settings of runs) is still equal to what is written now.
@@ -445,6 +446,8 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; in [0, 1)")
         _fraction("train.old_lr_scale", self.old_lr_scale)
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"train.seed is {self.seed}; from 0 to {SEEDS - 1}")
         if self.shard_size < 0:
             raise ConfigError(f"train.shard_size is {self.shard_size}; 0 or more processes")
         steps = [g.step for g in self.growth]

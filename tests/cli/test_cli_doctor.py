@@ -7,7 +7,8 @@ import torch
 
 from metastate.cli import main
 from metastate.eval import doctor
-from metastate.ops import cpu
+from metastate.model.decode import NativeDecoder
+from metastate.ops import cpu, fused
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,24 @@ def test_json_and_the_exit_code_of_a_wrong_machine(capsys, monkeypatch):
     assert not report["ok"] and "WRONG" in report["verdict"]
     wrong = next(b for b in report["backends"] if b["name"] == "cpu")
     assert wrong["failures"][0]["error"] is None and wrong["us_per_token"] is None
+
+
+def test_the_exit_code_of_wrong_training_and_of_wrong_decoding(capsys, monkeypatch):
+    """Each fault alone, in code that the operations themselves do not run."""
+    case = doctor.Case("model", 1, 5, 1, 16, layers=2)
+    monkeypatch.setattr(doctor, "CASES", (*doctor.CASES, case))
+    backward, step = fused._TokenMix.backward, NativeDecoder.step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            fused._TokenMix,
+            "backward",
+            staticmethod(lambda ctx, *grads: (0.5 * (out := backward(ctx, *grads))[0], *out[1:])),
+        )
+        assert main(["doctor", "--device", "cpu"]) == 1
+    assert "WRONG: gradient of " in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(NativeDecoder, "step", lambda self, tokens: -step(self, tokens))
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert "WRONG: decoded logits off by 2e+00" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("given", "said"), [("abacus", "is no device"), ("mps", "has none")])

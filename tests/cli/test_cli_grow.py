@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
+import torch
 
 import metastate
 from metastate.model.io import read_tensors
@@ -41,6 +43,21 @@ def test_grow_reports_and_writes_a_whole_checkpoint(trained, tmp_path, data, run
     assert run("generate", big, "--prompt", "the", "--max-tokens", 5)
 
 
+def test_grow_takes_what_sharded_processes_wrote(trained, tmp_path, run):
+    """Their counts of steps are vectors of one."""
+    folder = trained / "last"
+    run("grow", folder, "--heads", 3, "--out", tmp_path / "whole")
+    tensors = read_tensors(folder / "optimizer.safetensors")
+    as_written = {k: x.reshape(1) if k.startswith("step:") else x for k, x in tensors.items()}
+    safetensors.torch.save_file(as_written, folder / "optimizer.safetensors")
+    run("grow", folder, "--heads", 3, "--out", tmp_path / "parts")
+    whole, parts = (
+        read_tensors(tmp_path / x / "optimizer.safetensors") for x in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(x, parts[key]) for key, x in whole.items())
+
+
 def test_a_table_for_people_and_the_paper_s_random_choice(trained, tmp_path, run):
     exact = run("grow", trained, "--head-size", 12, "--out", tmp_path / "a")
     assert "logits moved by at most" in exact and "Python's documentation" in exact
@@ -57,6 +74,7 @@ def test_a_table_for_people_and_the_paper_s_random_choice(trained, tmp_path, run
         (["--attention-slots", "99"], ["cannot grow"]),
         (["--hed-size", "9"], ["--head-size"]),
         (["--head-size", "9", "--init", "released"], ["TokenFormer"]),
+        (["--head-size", "9", "--seed", "99999999999999999999"], ["seed is 9999", "2^64 - 1"]),
     ],
 )
 def test_grow_refuses_and_writes_nothing(checkpoint, tmp_path, refused, argv, words):

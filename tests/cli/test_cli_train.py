@@ -109,6 +109,8 @@ def test_overrides_reach_the_model(settings, tmp_path, run):
         (["--out", ""], ["--out is missing"]),
         (["--device", "abacus"], ["'abacus'"]),
         (["--set", "model.vocab_size=300"], ["256", "300"]),
+        (["--backend", "tritn"], ["'tritn'", "triton"]),
+        (["--seed", "100000000000000"], ["train.seed is 100000000000000; from 0 to"]),
         (["--resume"], ["no run"]),
     ],
 )

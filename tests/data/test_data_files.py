@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from metastate.data.files import atomic_write, sha256_file, write_json
-from metastate.errors import DataError, TrainingError
+from metastate.data.files import LOCK, alone_in, atomic_write, sha256_file, write_json
+from metastate.errors import BusyError, DataError, TrainingError
 
 
 def test_writes_bytes_and_callables_and_makes_folders(tmp_path):
@@ -71,3 +71,54 @@ def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path):
 def test_json_is_utf8_and_readable(tmp_path):
     write_json(tmp_path / "a.json", {"name": "é"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "name": "é"\n}\n'
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path):
+    with alone_in(tmp_path / "a" / "b"):
+        with pytest.raises(BusyError, match="another process works in"), alone_in(tmp_path / "a/b"):
+            pass
+        (tmp_path / "a" / "b" / "work").touch()
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == [LOCK, "work"]
+    with alone_in(tmp_path / "a" / "b"):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(DataError, match="cannot write"),
+        alone_in(tmp_path / "file", error=DataError),
+    ):
+        pass
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    with pytest.raises(ValueError), alone_in(tmp_path / "new"):
+        raise ValueError
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    with alone_in(tmp_path / "old"):
+        pass
+    assert os.listdir(tmp_path / "old") == [LOCK]
+
+    flock = fcntl.flock  # the holder removes the folder just before the next one gets the lock
+
+    def late(file, how):
+        (tmp_path / "new" / LOCK).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BusyError), alone_in(tmp_path / "new"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told = pytest.warns(RuntimeWarning, match="no locks .* nothing keeps a second process")
+    with told, alone_in(tmp_path / "run"):
+        (tmp_path / "run" / "work").touch()
+    assert (tmp_path / "run" / "work").exists()

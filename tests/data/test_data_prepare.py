@@ -1,16 +1,18 @@
 import errno
 import hashlib
 import json
+import math
 import random
 
 import numpy as np
 import pytest
 
 from metastate.data import prepare as module
+from metastate.data.files import alone_in
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.data.tokenizer import ByteTokenizer
-from metastate.errors import ConfigError, DataError
+from metastate.errors import BusyError, ConfigError, DataError
 
 
 def write_lines(path, documents, domain="a"):
@@ -192,6 +194,26 @@ def test_a_finished_folder_is_taken_as_it_is(tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_one_process_at_a_time_prepares_into_a_folder(tmp_path):
+    """Else a second one with --overwrite mixes its blocks with those of the first."""
+    pytest.importorskip("fcntl")
+    write_lines(tmp_path / "a.jsonl", random_documents(9))
+    out, refused = tmp_path / "out", []
+
+    class Beside(ByteTokenizer):
+        def encode_batch(self, batch):
+            for overwrite in (False, True):
+                with pytest.raises(BusyError, match="another process works in"):
+                    run(tmp_path / "a.jsonl", out, overwrite=overwrite)
+                refused.append(overwrite)
+            return super().encode_batch(batch)
+
+    run(tmp_path / "a.jsonl", out, tokenizer=Beside())
+    assert refused == [False, True]
+    with alone_in(out):  # what is finished can be taken at any time
+        run(tmp_path / "a.jsonl", out)
+
+
 def test_empty_and_missing_inputs(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     write_lines(tmp_path / "a.jsonl", ["", "\0"])
@@ -199,8 +221,9 @@ def test_empty_and_missing_inputs(tmp_path):
         run([tmp_path / "empty.txt", tmp_path / "a.jsonl"], tmp_path / "out")
     with pytest.raises(DataError, match="no input was given"):
         run([], tmp_path / "out")
-    with pytest.raises(ConfigError, match="fractions are"):
-        run(tmp_path / "a.jsonl", tmp_path / "out", fractions=(0.5, 0.6, 0.0))
+    for fractions in ((0.5, 0.6, 0.0), (0.0, 0.5, 0.5), (math.nan, math.nan, 0.01), (0.9, 0.1)):
+        with pytest.raises(ConfigError, match="fractions are"):
+            run(tmp_path / "a.jsonl", tmp_path / "out", fractions=fractions)
 
 
 def test_nul_characters_do_not_end_a_document(tmp_path):

@@ -1,4 +1,5 @@
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -7,6 +8,7 @@ import types
 
 import pytest
 
+from metastate.data import sources
 from metastate.data.sources import find_sources
 from metastate.errors import ConfigError, DataError
 
@@ -60,6 +62,19 @@ def test_a_truncated_archive_is_an_error_not_a_short_text(tmp_path, suffix, name
         read(path)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", ""])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
+    """An empty name: the whole folder, in which every file is looked into first."""
+    (tmp_path / (name or "b.txt")).write_text("text")
+
+    def refuse(path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources, "open", refuse, raising=False)  # root may read everything
+    with pytest.raises(DataError, match=f"{name or 'b.txt'} cannot be read: Permission denied"):
+        read(tmp_path / name)
+
+
 def test_zst_of_several_frames(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zst(b"one ") + zst(b"two ") + zst(b"three"))
     assert read(tmp_path / "a.txt.zst")[0].text == "one two three"
@@ -101,6 +116,7 @@ def test_what_is_not_text_is_named_with_its_offset(tmp_path, content, message):
         ('{"body": "b", "id": 1}', r"a\.jsonl:2: .* field 'text'.* found: body, id"),
         ('{"text": null}', r"a\.jsonl:2: a record needs a field 'text'"),
         ("[1]", r"a\.jsonl:2: .*found: list"),
+        ('{"text": ' + "[" * 200_000, r"a\.jsonl:2: the line is not JSON"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, message):

@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 
 from metastate.config import from_dict
 from metastate.data.files import alone_in
+from metastate.data.loader import PreparedData
 from metastate.errors import BusyError, ConfigError
 from metastate.eval import compare as harness
 from metastate.eval.compare import chosen_rate, collect, compare, estimate
@@ -51,16 +55,52 @@ def finished(few_words, tmp_path_factory):
     return suite, out, compare(suite, out)
 
 
-@pytest.mark.parametrize("name", ["rwkv7", "transformer", "tokenformer"])
+@pytest.mark.parametrize("name", ["metastate", "rwkv7", "transformer", "tokenformer"])
 @pytest.mark.parametrize("size", ["tiny", "mini"])
-def test_fitted_counts_are_equal_within_one_percent(name, size):
+def test_a_preset_fitted_to_its_size_s_count_keeps_its_shape(name, size):
+    own = preset(f"{name}-{size}", vocab_size=256)
     target = count(preset(f"metastate-{size}", vocab_size=256))
-    fitted = fit_parameters(preset(f"{name}-{size}", vocab_size=256), target)
+    fitted = fit_parameters(own, target)
     assert abs(count(fitted) - target) <= 0.01 * target
-    assert fitted.hidden_size == preset(f"{name}-{size}").hidden_size
-    # No other depth that fits is nearer to the usual shape.
-    usual = 3 if name == "tokenformer" else 4
-    assert usual / 2.5 < fitted.ffn_size / fitted.hidden_size < usual * 2.5
+    assert (fitted.hidden_size, fitted.num_layers) == (own.hidden_size, own.num_layers)
+    assert fitted.ffn_size == pytest.approx(own.ffn_size, rel=0.03)
+
+
+def test_of_the_depths_that_fit_the_nearest_to_the_own_ratio_is_taken():
+    own = preset("rwkv7-tiny", vocab_size=256)
+    wide = own.replace(hidden_size=192, num_heads=3, head_size=64)
+    shapes = [
+        (f.num_layers, f.ffn_size) for r in (4.0, 1.8) for f in [fit_parameters(wide, 2_000_000, r)]
+    ]
+    assert shapes[0][0] == 4 and shapes[1][0] == 6  # of depths 1 to 7
+    assert (
+        fit_parameters(wide, 2_000_000).num_layers
+        == fit_parameters(wide, 2_000_000, 232 / 192).num_layers
+    )
+
+
+def test_the_plan_fits_by_the_preset_s_ratio_unless_the_suite_gives_a_width(few_words, tmp_path):
+    wide = {"hidden_size": 192, "num_heads": 3}
+    both = {"a": {"preset": "rwkv7"}, "b": {"preset": "rwkv7", "model": {"ffn_size": 768}}}
+    sizes = {"2m": {"preset": "tiny", "parameters": 2_000_000, "model": wide}}
+    a, b = plan(suite_of(few_words, models=both, sizes=sizes), tmp_path, match_params=True)
+    assert a.config.num_layers == 6 and a.config.ffn_size / 192 == pytest.approx(232 / 128, rel=0.1)
+    assert b.config.num_layers == 4 and b.config.ffn_size == pytest.approx(768, rel=0.03)
+
+
+def test_the_recipe_s_shapes_are_equal_and_those_that_its_own_fit_would_choose(few_words, tmp_path):
+    text = (Path(__file__).parents[2] / "recipes" / "compare.yaml").read_text()
+    suite = from_dict(Suite, yaml.safe_load(text) | {"data": str(few_words)})
+    cells = [c for c in plan(suite, tmp_path) if c.rate is None]
+    for c in cells:
+        target = suite.sizes[c.size].parameters
+        assert abs(c.parameters - target) <= 0.01 * target, c.title
+    own = {c.model: c.config for c in cells if c.size == "tiny"}
+    for c in cells:
+        if c.size == "2m" and c.config.ffn_size:
+            ratio = own[c.model].ffn_size / own[c.model].hidden_size
+            chosen = fit_parameters(c.config, c.parameters, ratio)
+            assert chosen == c.config, c.title
 
 
 def test_a_model_without_a_hidden_part_is_fitted_by_depth_or_refused():
@@ -149,6 +189,93 @@ def test_other_settings_are_refused(finished):
     longer = dataclasses.replace(suite, tokens_per_parameter=0.06)
     with pytest.raises(ConfigError, match="other settings .*steps"):
         compare(longer, out)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same suite and results, in a folder that may be changed."""
+    suite, out, _ = finished
+    return suite, shutil.copytree(out, tmp_path / "out", symlinks=True)
+
+
+def test_results_name_the_data_and_the_sources(finished):
+    suite, out, results = finished
+    data = PreparedData.open(suite.data).fingerprint
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert results["data"] == data and commit in (results["environment"]["commit"] or "")
+    for row in results["rows"]:
+        assert row["data"] == data and row["test_tokens"] == 512
+        assert row["source"] == {k: results["environment"][k] for k in ("metastate", "commit")}
+
+
+def test_results_of_other_data_are_refused(copied, tmp_path):
+    suite, out = copied
+    other = shutil.copytree(suite.data, tmp_path / "data")
+    record = json.loads((other / "data.json").read_text())
+    record["splits"]["valid"]["text_bytes"] += 1
+    (other / "data.json").write_text(json.dumps(record))
+    changed = dataclasses.replace(suite, data=str(other))
+    for call in (compare, lambda suite, out: collect(suite, plan(suite, out), out)):
+        with pytest.raises(ConfigError, match="other data than .* holds now"):
+            call(changed, out)
+    # The same data in another place is the same data.
+    moved = shutil.copytree(suite.data, tmp_path / "moved")
+    assert len(compare(dataclasses.replace(suite, data=str(moved)), out)["rows"]) == 4
+
+
+def test_results_on_another_piece_of_the_test_text_are_refused_until_scored_again(copied):
+    suite, out = copied
+    shorter = dataclasses.replace(suite, test_tokens=64)
+    with pytest.raises(ConfigError, match=r"512 tokens .* 64; remove its score.json"):
+        compare(shorter, out)
+    before = compare(suite, out)["rows"]
+    for file in out.glob("cells/*/score.json"):
+        file.unlink()
+    after = compare(shorter, out)["rows"]
+    for old, new in zip(before, after, strict=True):
+        assert new["test_tokens"] == 64 and new["loss"] != old["loss"]
+        assert new["curve"] == old["curve"]  # nothing was trained again
+
+
+def test_cells_of_before_data_and_sources_were_noted_still_count(copied):
+    suite, out = copied
+    for file in out.glob("*/*/score.json"):
+        score = json.loads(file.read_text())
+        old = {k: v for k, v in score.items() if k not in ("data", "test_tokens", "source")}
+        assert len(old) < len(score)
+        del old["run"]["growth"]  # a setting that came later had its default
+        file.write_text(json.dumps(old))
+    rows = compare(dataclasses.replace(suite, test_tokens=64), out)["rows"]
+    assert len(rows) == 4 and all(r["data"] is r["source"] is None for r in rows)
+
+
+def test_a_cell_of_another_rate_than_the_sweep_s_choice_is_refused(copied):
+    """A rate is added to the sweep and wins: what was run with the old choice is not its result."""
+    suite, out = copied
+    wider = dataclasses.replace(
+        suite, lr=dataclasses.replace(suite.lr, values=(*suite.lr.values, 3e-2))
+    )
+    cells = plan(wider, out)
+    for cell in cells:
+        if cell.rate == 3e-2:  # another rate's run, with a last held-out loss that no other has
+            old = next(c for c in cells if c.model == cell.model and c.rate)
+            shutil.copytree(old.folder, cell.folder, symlinks=True)
+            score = json.loads((cell.folder / "score.json").read_text())
+            score["run"] |= {"lr": 3e-2, "min_lr": cell.train.min_lr}
+            (cell.folder / "score.json").write_text(json.dumps(score | {"lr": 3e-2}))
+            log = (cell.folder / "log.jsonl").read_text().splitlines()
+            last = max(i for i, line in enumerate(log) if '"valid"' in line)
+            log[last] = json.dumps(json.loads(log[last]) | {"nats_per_token": 0.5})
+            (cell.folder / "log.jsonl").write_text("\n".join(log) + "\n")
+    for call in (compare, lambda suite, out: collect(suite, plan(suite, out), out)):
+        with pytest.raises(ConfigError, match=r"lr .*, the sweep chose 0.03; remove that folder"):
+            call(wider, out)
+    for folder in out.glob("cells/*"):
+        shutil.rmtree(folder)
+    rows = compare(wider, out)["rows"]
+    assert [r["lr"] for r in rows] == pytest.approx([3e-2, 3e-2, 3e-2 * 0.5**0.5, 3e-2 * 0.5**0.5])
 
 
 def test_an_interrupted_cell_goes_on_where_it_was(few_words, tmp_path, monkeypatch):

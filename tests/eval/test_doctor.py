@@ -7,6 +7,7 @@ import torch
 
 from metastate import ops
 from metastate.eval import doctor
+from metastate.model.decode import NativeDecoder
 from metastate.ops import chunked, cpu, fused
 from tolerance import TOLERANCE
 
@@ -23,6 +24,16 @@ def _small_cases(monkeypatch):
     )
     monkeypatch.setattr(doctor, "CASES", cases)
     monkeypatch.setattr(doctor, "speeds", lambda names, device: dict.fromkeys(names, 1.0))
+
+
+@pytest.fixture
+def _models(monkeypatch):
+    """A whole model alone, with M and without."""
+    cases = (
+        doctor.Case("model", 2, 9, 2, 16, layers=2),
+        doctor.Case("model with M", 2, 9, 2, 16, layers=2, readout="both"),
+    )
+    monkeypatch.setattr(doctor, "CASES", cases)
 
 
 def entry(report, name):
@@ -130,6 +141,76 @@ def test_a_meta_state_that_forgets_to_normalise(monkeypatch):
     monkeypatch.setattr(fused, "_Unit", type("_Wrong", (), {"apply": staticmethod(lambda x: x)}))
     failures = entry(doctor.diagnose(CPU), "cpu")["failures"]
     assert failures and "wkv7" not in {row["path"] for row in failures}
+
+
+@pytest.mark.usefixtures("_models")
+def test_a_whole_model_is_trained_and_decodes():
+    report = doctor.diagnose(CPU)
+    assert report["ok"], report["verdict"]
+    for name in ("chunked", "cpu"):
+        assert entry(report, name)["checks"] == 2
+        assert entry(report, name)["worst_error"] < TOLERANCE[F32] / 2  # not by a hair
+    case, like = doctor.CASES[1], torch.empty(0)
+    found = doctor.through_model(like, case, "cpu")
+    assert found.keys() == {"loss", "decoded logits"} | {
+        f"gradient of {name}" for name, _ in case.model().named_parameters()
+    }
+    assert all(x.count_nonzero() for x in found.values())
+
+
+FUSED = ("_TokenMix", "_WkvInputs", "_WkvOutput", "_NormProduct", "_Unit")
+
+
+@pytest.mark.usefixtures("_models")
+@pytest.mark.parametrize("name", FUSED)
+def test_a_wrong_gradient_of_native_elementwise_work(name, monkeypatch):
+    function = getattr(fused, name)
+    plain = function.backward
+
+    def wrong(ctx, *grads):
+        out = plain(ctx, *grads)
+        scaled = [
+            0.995 * x if torch.is_tensor(x) else x for x in (out if name != "_Unit" else [out])
+        ]
+        return tuple(scaled) if name != "_Unit" else scaled[0]
+
+    monkeypatch.setattr(function, "backward", staticmethod(wrong))
+    report = doctor.diagnose(CPU)
+    assert not report["ok"] and "doctor: WRONG |" in report["verdict"]
+    failures = entry(report, "cpu")["failures"]
+    # Only M's update takes a unit vector.
+    assert {row["case"] for row in failures} == {"model", "model with M"} - (
+        {"model"} if name == "_Unit" else set()
+    )
+    assert all(row["what"].startswith("gradient of ") for row in failures)
+    assert entry(report, "chunked")["right"]
+
+
+@pytest.mark.usefixtures("_models")
+def test_a_native_decoder_that_is_wrong(monkeypatch):
+    plain = NativeDecoder.step
+    monkeypatch.setattr(NativeDecoder, "step", lambda self, tokens: plain(self, tokens) * 1.001)
+    report = doctor.diagnose(CPU)
+    assert not report["ok"]
+    assert {row["what"] for row in entry(report, "cpu")["failures"]} == {"decoded logits"}
+
+
+def test_a_query_of_its_own_reaches_the_meta_state(monkeypatch):
+    cases = (doctor.Case("asked", 1, 5, 1, 16, query=True), doctor.Case("unasked", 1, 5, 1, 16))
+    monkeypatch.setattr(doctor, "CASES", cases)
+    path = "wkv7_trajectory, read, meta_state"
+    found = [doctor.values(path, c.inputs(), c, "reference") for c in cases]
+    assert "dq" in found[0] and "dq" not in found[1]
+    plain = ops.meta_state
+    monkeypatch.setattr(
+        ops,
+        "meta_state",
+        lambda x, e, q, *rest, backend, **named: plain(
+            x, e, q if backend == "reference" else None, *rest, backend=backend, **named
+        ),
+    )
+    failures = entry(doctor.diagnose(CPU), "cpu")["failures"]
+    assert failures and {row["case"] for row in failures} == {"asked"}
 
 
 def test_a_kernel_that_crashes_or_gives_nan(monkeypatch):

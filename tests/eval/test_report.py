@@ -15,6 +15,7 @@ from metastate.eval.report import (
     main_table,
     markdown,
     power_law,
+    seed_table,
     sweep_table,
     write_report,
 )
@@ -60,13 +61,30 @@ def test_gains_are_paired_by_seed(results):
     absolute, relative = gains(results, "small", "new <1>")
     assert absolute == pytest.approx([0.2, 0.5]) and relative == pytest.approx([10.0, 20.0])
     table = main_table(results)
-    assert table[1][:2] == ["small", "new <1>"] and table[1][8] == "2"
+    assert table[1][:2] == ["small", "new <1>"] and table[1][8:] == ["1e+09", "2"]
     assert table[1][2] == "1.9000 ± 0.1414" and table[1][3] == "0.3500 ± 0.2121"
     assert table[1][4] == "15.00 ± 7.07 %"
     assert table[2][3:5] == ["", ""]  # the baseline has no gain over itself
     # Where the baseline diverged there is nothing to gain over.
     assert table[3][:2] == ["large", "new <1>"] and table[3][3:5] == ["-", "-"]
-    assert markdown(table).splitlines()[1] == "|" + "---|" * 9
+    assert markdown(table).splitlines()[1] == "|" + "---|" * 10
+
+
+def test_every_run_is_shown_with_its_gain_over_the_same_seed(results):
+    assert seed_table(results) == [
+        ["size", "model", "seed 0", "seed 1"],
+        ["small", "new <1>", "1.8000 (+0.2000)", "2.0000 (+0.5000)"],
+        ["small", "old", "2.0000", "2.5000"],
+        ["large", "new <1>", "1.5000", ""],  # the baseline diverged, and there is one seed
+        ["huge", "new <1>", "1.2000", ""],
+    ]
+
+
+def test_the_table_s_file_says_flops_seeds_and_how_gains_are_paired(results, tmp_path):
+    write_report(results, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| training FLOPs |" in text.splitlines()[0] and "gains are paired by seed" in text
+    assert "### Seed by seed (gain over old)" in text and "(+0.5000)" in text
 
 
 def test_what_diverged_or_is_missing_is_said(results):

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 import metastate
 from metastate.config import GrowthStep, TrainConfig, to_dict
-from metastate.errors import ConfigError, TrainingError
+from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.growth import grow_in_training
 from metastate.model.io import read_tensors
 from metastate.train import checkpoint, distributed
@@ -194,6 +195,42 @@ def test_other_settings_on_another_process_are_told_to_all(config):
     told = run_ranks(rejects, 2, config(parallel="ddp"))
     assert all("process 1 has another seed than process 0" in message for message in told)
     assert not Path(config().out).exists()
+
+
+def goes_on_elsewhere(rank, config, folder):
+    """Go on as after a failure, where rank 1 sees another folder; return what each was told."""
+    torch.set_num_threads(1)
+    os.chdir(folder if rank == 0 else Path(folder, "elsewhere"))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    try:
+        return run(config).step
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+def test_all_processes_go_on_from_the_first_ones_checkpoint(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    asked = TrainConfig(**vars(config()) | {"out": "run"})
+    run(TrainConfig(**vars(asked) | {"steps": 3}))
+    many = TrainConfig(**vars(asked) | {"parallel": "ddp", "steps": 4})
+
+    def told():
+        return run_ranks(goes_on_elsewhere, 2, many, str(tmp_path))
+
+    not_seen = "process 1 does not see run/checkpoints/step-00000003 as process 0 does"
+    assert all(not_seen in message and "share" in message for message in told())
+    # Another run's checkpoint of that step, and a newer one that only process 1 has.
+    shutil.copytree("run", "elsewhere/run", symlinks=True)
+    os.rename("elsewhere/run/checkpoints/step-00000003", "elsewhere/run/checkpoints/step-00000005")
+    shutil.copytree("run/last", "elsewhere/run/checkpoints/step-00000003")
+    file = Path("elsewhere/run/checkpoints/step-00000003/trainer.json")
+    file.write_text(file.read_text().replace('"window_nats": ', '"window_nats": 1'))
+    assert all(not_seen in message for message in told())
+    shutil.rmtree("elsewhere/run")
+    os.symlink(tmp_path / "run", "elsewhere/run")
+    assert told() == [4, 4]
 
 
 def torchrun(config, *more):

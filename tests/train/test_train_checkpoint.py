@@ -235,6 +235,7 @@ def newer(content):
         (damage("optimizer.safetensors", lambda b: b[:50]), "optimizer.safetensors"),
         (damage("optimizer.safetensors", lambda b: b.replace(b"exp_avg:", b"exp_abc:")), "lacks"),
         (damage("trainer.json", lambda b: b[:-5]), "trainer.json is missing or broken"),
+        (damage("trainer.json", lambda b: b"[" * 200_000), "trainer.json is missing or broken"),
         (damage("trainer.json", newer), "version 99.*newer metastate"),
         (damage("trainer.json", lambda b: b.replace(b'"tokens"', b'"token"')), "'token'"),
         (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.*missing"),

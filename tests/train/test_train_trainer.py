@@ -1,10 +1,13 @@
 """The training loop: exact resume, real kills, signals, numbers that are not finite, full disks."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +20,16 @@ import torch
 import torch.nn.functional as F
 
 import metastate
-from metastate.config import GrowthStep, TrainConfig, to_dict
+from metastate.config import GrowthStep, TrainConfig, from_dict, to_dict
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.data.prepare import prepare
-from metastate.errors import ConfigError, DataError, TrainingError
+from metastate.errors import BusyError, ConfigError, DataError, TrainingError
+from metastate.growth import grow_in_training
 from metastate.model.io import read_tensors
 from metastate.model.loss import lm_loss
-from metastate.train import distributed, trainer
-from metastate.train.checkpoint import read_trainer, saved_config
+from metastate.model.presets import preset
+from metastate.train import distributed, log, trainer
+from metastate.train.checkpoint import find_checkpoint, read_trainer, saved_config
 from metastate.train.trainer import WALL_CLOCK, train
 
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
@@ -189,8 +194,7 @@ CHANGED = {
     **{"decay_fraction": 0.3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8},
     **{"clip": 2.0, "z_loss": 0.0, "seed": 1, "dtype": "bfloat16", "backend": "reference"},
     **{"compile": True, "activation_checkpointing": True, "document_reset": False},
-    **{"carry_state": True, "device": "cuda", "from_checkpoint": "elsewhere"},
-    **{"old_lr_scale": 0.5, "growth": (GrowthStep(9, num_layers=3),)},
+    "carry_state": True,
 }
 
 
@@ -207,6 +211,18 @@ def test_resuming_with_a_changed_setting_names_it(config, name):
         trainer.check_same_run(before, config(**{name: CHANGED[name]}), "abc", "runs/x")
 
 
+def test_what_means_the_same_may_be_spelt_otherwise(config):
+    """Lists for tuples, defaults named, and what a preset says anyway."""
+    before = trainer.TrainerState(1, 32, config(model=MODEL | {"meta_layers": (0,)}), "abc")
+    full = preset("metastate-tiny", **MODEL, meta_layers=(0,))
+    for model in (MODEL | {"meta_layers": [0]}, to_dict(full)):
+        trainer.check_same_run(before, config(model=model), "abc", "runs/x")
+    record = to_dict(before)
+    del record["config"]["context_parallel"]  # written before there was such a setting
+    old = from_dict(trainer.TrainerState, record)
+    trainer.check_same_run(old, config(model=MODEL | {"meta_layers": [0]}), "abc", "runs/x")
+
+
 def test_resuming_on_other_data_is_refused(config, tmp_path):
     train(config(steps=5))
     (tmp_path / "other.txt").write_text("something else " * 50)
@@ -221,6 +237,9 @@ def test_resuming_on_other_data_is_refused(config, tmp_path):
         ({"out": ""}, ConfigError, "out is missing"),
         ({"data": "nowhere"}, DataError, "nowhere"),
         ({"seed": -1}, ConfigError, "seed is -1"),
+        ({"seed": 10**14}, ConfigError, "seed is 1000.*; from 0 to"),
+        ({"backend": "tritn"}, ConfigError, "backend is 'tritn'; allowed"),
+        ({"tensorboard": True}, ConfigError, r"metastate\[tensorboard\]"),
         ({"preset": "metastat-tiny"}, ConfigError, "metastate-tiny"),
         ({"context": 100_000}, DataError, "context"),
         ({"model": {"vocab_size": 300}}, DataError, "vocabulary"),
@@ -229,11 +248,47 @@ def test_resuming_on_other_data_is_refused(config, tmp_path):
         ({"preset": "transformer-tiny", "carry_state": True}, ConfigError, "recurrent"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_written(config, changes, error, message):
-    asked = config(**changes) if "out" not in changes else config().__class__(**changes)
+def test_mistakes_are_said_before_anything_is_written(config, monkeypatch, changes, error, message):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(error, match=message):
-        train(asked)
+        train(config(**changes) if "out" not in changes else TrainConfig(**changes))
     assert not Path(config().out).exists()
+
+
+def test_the_largest_seed_trains(config):
+    seed = metastate.config.SEEDS - 1
+    growth = (GrowthStep(1, num_heads=3),)
+    assert train(config(seed=seed, steps=2, growth=growth), grow=grow_in_training).step == 2
+
+
+def test_a_run_that_ended_while_another_began_is_not_touched(config, monkeypatch):
+    """The lock is taken before the folder is looked at and the model built."""
+    first_model, finished = trainer._Run.first_model, []
+
+    def late(self, *args):
+        monkeypatch.undo()
+        with pytest.raises(BusyError, match="another process works in"):
+            train(config(steps=2))
+        finished.append(self.out)
+        return first_model(self, *args)
+
+    monkeypatch.setattr(trainer._Run, "first_model", late)
+    assert train(config()).step == 12 and finished
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config())
+
+
+def test_a_users_folder_beside_the_checkpoints_stays(config):
+    train(config(steps=5))
+    folder = Path(config().out, "checkpoints")
+    for name in ("step-00000005-keep", "step-7", "step-00000099.bak"):
+        shutil.copytree(folder / "step-00000005", folder / name)
+    assert train(config(), resume=True).step == 12
+    names = ["step-00000005-keep", "step-00000012", "step-00000099.bak", "step-7"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert (folder / "step-7" / "optimizer.safetensors").exists()
+    shutil.rmtree(folder / "step-00000012")
+    assert find_checkpoint(config().out) is None
 
 
 def test_accumulation_equals_a_big_batch(config):
@@ -328,8 +383,13 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(config):
         return gradient
 
     model.blocks[0].ln2.bias.register_hook(poison)
-    with pytest.raises(TrainingError, match=r"step 7: .*Largest gradients: blocks.0.ln2.bias nan"):
+    match = (
+        r"step 7: .*Largest gradients: blocks.0.ln2.bias nan.*metastate train --from (.*) --data"
+    )
+    with pytest.raises(TrainingError, match=match) as told:
         train(config(), model=model, progress=progress)
+    start = re.search(match, str(told.value))[1]  # what the message says works
+    assert train(config("again", from_checkpoint=start, model={}, lr=5e-4)).step == 12
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     last = read_tensors(Path(config().out, "last", "model.safetensors"))
     assert all(torch.isfinite(x).all() for x in last.values())
@@ -441,6 +501,25 @@ def test_the_second_signal_kills(config):
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_at_a_line_of_the_log(config):
+    Path(config().out).mkdir()
+    Path(config().out, "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"cannot write .*log\.jsonl: No space.*--resume"):
+        train(config())
+
+
+def test_a_log_that_cannot_be_synced_is_told(config, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def progress(done, total, **figures):
+        monkeypatch.setattr(log.os, "fsync", full)
+
+    with pytest.raises(TrainingError, match=r"cannot write .*log\.jsonl: Input/output error"):
+        train(config(steps=1), progress=progress)
 
 
 def test_a_full_disk_while_training(config):

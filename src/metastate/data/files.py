@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,27 +130,59 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, *, error: type[MetaStateError] = TrainingError) -> Iterator[None]:
     """Hold `folder` for this process alone; the system lets go of it however the process ends.
 
+    The folder is made if it is missing, and removed again if nothing was written into it. Where the
+    file system has no locks a warning says so, and the folder is not guarded.
+
+    Args:
+        folder: what to hold.
+        error: the class to raise when the system refuses.
+
     Raises:
-        BusyError: another process holds it. TrainingError: the folder cannot be written.
+        BusyError: another process holds it. error: the folder cannot be written.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
+    lock, missing = folder / LOCK, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "wb")  # noqa: SIM115
+        file = open(lock, "wb")  # noqa: SIM115
     except OSError as cause:
-        raise TrainingError(f"cannot write {folder / LOCK}: {cause.strerror}") from cause
+        raise error(f"cannot write {lock}: {cause.strerror}") from cause
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            held = _is_at(file, lock)  # or the one who held it has just removed it
+        except OSError as cause:
+            held = cause.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+            if held:
+                warnings.warn(
+                    f"the file system of {folder} has no locks ({cause.strerror}): nothing keeps a "
+                    "second process from working there at the same time; see that none does",
+                    RuntimeWarning,
+                    stacklevel=3,  # behind contextlib, the one who asked
+                )
+        if not held:
             raise BusyError(
                 f"another process works in {folder}; wait for it, or choose another folder"
-            ) from None
-        yield
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if missing and os.listdir(folder) == [LOCK]:
+                    lock.unlink()
+                    folder.rmdir()
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Return whether `path` is the open file, and not another one or none."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

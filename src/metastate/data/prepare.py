@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from metastate.data.files import atomic_write, write_json
+from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.data.indexed import token_dtype, write_index
 from metastate.data.loader import FORMAT, RECORD, PreparedData
 from metastate.data.sources import SPLITS, Source, find_sources
@@ -75,9 +75,11 @@ def prepare(
     Raises:
         DataError: an input is missing, is no text, or holds none; `out` holds data made with other
             settings; the disk is full. ConfigError: a package is missing, or fractions are wrong.
+            BusyError: another process prepares into `out`.
     """
     folder = Path(out)
-    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or sum(fractions) > 1 + 1e-9:
+    possible = all(x >= 0 for x in fractions) and sum(fractions) <= 1 + 1e-9  # no NaN is either
+    if len(fractions) != 3 or not possible or not fractions[0]:
         raise ConfigError(
             f"fractions are {tuple(fractions)}; three numbers for train, valid and test are needed "
             "that sum to 1, the first above 0"
@@ -101,23 +103,34 @@ def prepare(
             }
         )
     )
-    if overwrite:
-        _remove(folder)
-    elif (folder / RECORD).is_file():
-        done = PreparedData.open(folder)
-        _same_settings(folder, done.record.get("settings"), settings)
+    if not overwrite and (done := _finished(folder, settings)):
         return done
-    parts = folder / "parts"
-    if (parts / "settings.json").is_file():
-        _same_settings(folder, _read_settings(parts / "settings.json"), settings)
-    else:
-        write_json(parts / "settings.json", settings, error=DataError)
-    count = _write_parts(sources, tokenizer, parts, fractions, progress)
-    record = _merge([parts / f"{i:06d}.npz" for i in range(count)], folder, tokenizer, fractions)
-    tokenizer.save(folder)
-    write_json(folder / RECORD, record | {"settings": settings}, error=DataError)
-    shutil.rmtree(parts)
+    with alone_in(folder, error=DataError):
+        if overwrite:
+            _remove(folder)
+        elif done := _finished(folder, settings):  # by the one that held the folder until now
+            return done
+        parts = folder / "parts"
+        if (parts / "settings.json").is_file():
+            _same_settings(folder, _read_settings(parts / "settings.json"), settings)
+        else:
+            write_json(parts / "settings.json", settings, error=DataError)
+        count = _write_parts(sources, tokenizer, parts, fractions, progress)
+        blocks = [parts / f"{i:06d}.npz" for i in range(count)]
+        record = _merge(blocks, folder, tokenizer, fractions)
+        tokenizer.save(folder)
+        write_json(folder / RECORD, record | {"settings": settings}, error=DataError)
+        shutil.rmtree(parts)
     return PreparedData.open(folder)
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> PreparedData | None:
+    """Return the data in `folder`, None where none is finished; DataError where it is other."""
+    if not (folder / RECORD).is_file():
+        return None
+    done = PreparedData.open(folder)
+    _same_settings(folder, done.record.get("settings"), settings)
+    return done
 
 
 def _settle_splits(

@@ -74,22 +74,29 @@ def find_sources(
         exclude: leave out what lies in this folder (the output).
 
     Raises:
-        DataError: an input does not exist. ConfigError: a dataset name needs a missing package.
+        DataError: an input does not exist or cannot be read. ConfigError: a dataset name needs a
+            missing package.
     """
     found: list[Source] = []
     for item in [os.fspath(given) for given in inputs]:
-        path = Path(item).expanduser()
-        if path.is_file():
-            found.append(_file_source(path, split or _split_of(path)))
-        elif path.is_dir():
-            found.extend(_folder_sources(path, split, exclude))
-        elif item == "stdlib":
-            found.append(_stdlib_source(split))
-        elif _is_path(item):
-            raise DataError(f"no such file or folder: {item}")
-        else:
-            found.extend(_hub_sources(item, split))
+        try:
+            found.extend(_sources(item, split, exclude))
+        except OSError as cause:
+            raise _unreadable(cause.filename or item, cause) from cause
     return found
+
+
+def _sources(item: str, split: str | None, exclude: Path | None) -> list[Source]:
+    path = Path(item).expanduser()
+    if path.is_file():
+        return [_file_source(path, split or _split_of(path))]
+    if path.is_dir():
+        return _folder_sources(path, split, exclude)
+    if item == "stdlib":
+        return [_stdlib_source(split)]
+    if _is_path(item):
+        raise DataError(f"no such file or folder: {item}")
+    return _hub_sources(item, split)
 
 
 def _split_of(path: Path) -> str | None:
@@ -186,7 +193,9 @@ def _open(path: Path, raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, openers[kind](raw))
 
 
-def _damaged(path: Path, cause: Exception) -> DataError:
+def _unreadable(path: str | Path, cause: Exception) -> DataError:
+    if isinstance(cause, OSError) and cause.strerror:  # the system's own refusal, no damage
+        return DataError(f"{path} cannot be read: {cause.strerror}")
     return DataError(f"{path} cannot be read, it is damaged or truncated: {cause}")
 
 
@@ -222,7 +231,7 @@ def _read_text(path: Path) -> Iterator[RawDocument]:
             data = _open(path, raw).read()
     except Exception as cause:
         if _is_damage(cause):
-            raise _damaged(path, cause) from cause
+            raise _unreadable(path, cause) from cause
         raise
     yield RawDocument(_decode(data, str(path)), NO_DOMAIN, path.stat().st_size)
 
@@ -230,24 +239,24 @@ def _read_text(path: Path) -> Iterator[RawDocument]:
 def _read_lines(path: Path) -> Iterator[RawDocument]:
     """Yield one document a line of JSONL."""
     offset = 0
-    with open(path, "rb") as raw:
-        try:
+    try:
+        with open(path, "rb") as raw:
             for number, line in enumerate(_open(path, raw), 1):
                 text = _decode(line, str(path), offset)
                 offset += len(line)
                 if text.strip():
                     record = _parse(text, f"{path}:{number}")
                     yield RawDocument(*record, raw.tell())
-        except Exception as cause:
-            if _is_damage(cause):
-                raise _damaged(path, cause) from cause
-            raise
+    except Exception as cause:
+        if _is_damage(cause):
+            raise _unreadable(path, cause) from cause
+        raise
 
 
 def _parse(line: str, where: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise DataError(f"{where}: the line is not JSON ({cause})") from cause
     return _text_and_domain(record, where)
 

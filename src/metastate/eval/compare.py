@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from metastate import __version__
-from metastate.config import TrainConfig, to_dict
+from metastate.config import to_dict
 from metastate.data.files import write_json
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
+from metastate.eval.runs import check_settings, settings, source
 from metastate.eval.suite import Cell, Suite, plan, sketch
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel
@@ -60,12 +60,14 @@ def compare(
         say: told what happens.
 
     Raises:
-        ConfigError: the suite is impossible, or a cell in `out` was run with other settings.
+        ConfigError: the suite is impossible, or a cell in `out` was run with other settings, on
+            other data, or at another learning rate than the sweep chose.
         DataError: no such data.
         KeyboardInterrupt: a signal came; the running cell has its checkpoint, the same call goes
             on.
     """
     out = Path(out)
+    source()  # that of now, not of the hour when the first cell ends
     cells = plan(suite, out, match_params=match_params)
     work = {id(c): max(1, round(c.flops / 1e9)) for c in cells}
     told = False
@@ -75,6 +77,8 @@ def compare(
             sweeping = any(c.rate is not None and not _finished(c) for c in left)
             if _finished(cell) or (cell.rate is None and sweeping):
                 continue
+            if cell.rate is None:
+                _check_rates(suite, cells)
             done = sum(work[id(c)] for c in cells if _finished(c))
 
             def show(step: int, steps: int, cell: Cell = cell, done: int = done, **f: str) -> None:
@@ -83,7 +87,7 @@ def compare(
                     progress(now, sum(work.values()), cell=cell.title, **f)
 
             try:
-                _run(cell, chosen_rate(suite, cells, cell), suite, show)
+                _run(cell, chosen_rate(suite, cells, cell), show)
             except BusyError:
                 continue
             worked = True
@@ -104,35 +108,53 @@ def _told(cell: Cell) -> str:
 
 def _finished(cell: Cell) -> bool:
     """Say whether a cell is run and scored; refuse one that was run with other settings."""
-    file = cell.folder / SCORE
-    if not file.exists():
+    if not (cell.folder / SCORE).exists():
         return False
-    old, new = json.loads(file.read_text(encoding="utf-8"))["run"], _settings(cell)
-    old = to_dict(TrainConfig()) | old  # a setting that came later had its default
-    changed = [k for k in new if old.get(k) != new[k]]
-    if changed:
+    score = _score(cell)
+    check_settings(score["run"], cell.train, "choose another --out, or remove that folder")
+    # What an older score does not say counts as equal.
+    if score.get("data", cell.data) != cell.data:
         raise ConfigError(
-            f"{cell.folder} was run with other settings ({changed[0]} {old.get(changed[0])!r}, now "
-            f"{new[changed[0]]!r}); choose another --out, or remove that folder"
+            f"{cell.folder} was run on other data than {cell.train.data} holds now; choose another "
+            "--out, or remove that folder"
+        )
+    tokens = score.get("test_tokens", cell.test_tokens)
+    if tokens != cell.test_tokens:
+        raise ConfigError(
+            f"{cell.folder} was scored on {tokens:,} tokens of test text, the suite says "
+            f"{cell.test_tokens:,}; remove its {SCORE} to score it again, or choose another --out"
         )
     return True
 
 
-def _settings(cell: Cell) -> dict[str, Any]:
-    """Return the settings that decide what a run computes."""
-    free = ("out", "data", "device", "backend", "compile", "log_every", "tensorboard")
-    return {k: v for k, v in to_dict(cell.train).items() if k not in free}
+def _check_rates(suite: Suite, cells: list[Cell]) -> None:
+    """Refuse a finished cell whose learning rate is not the one that a finished sweep chose."""
+    for cell in cells:
+        sweep = [c for c in cells if c.rate is not None and c.model == cell.model]
+        if cell.rate is not None or not all(map(_finished, [cell, *sweep])):
+            continue
+        used, chosen = _score(cell)["lr"], chosen_rate(suite, cells, cell)
+        if not math.isclose(used, chosen):
+            raise ConfigError(
+                f"{cell.folder} was run with lr {used:g}, the sweep chose {chosen:g}; remove that "
+                "folder to run it again, or go back to the lr.values that it was run with"
+            )
 
 
-def _run(cell: Cell, rate: float, suite: Suite, show: Callable[..., None]) -> None:
+def _score(cell: Cell) -> dict[str, Any]:
+    """Return what a finished cell's score.json says."""
+    return json.loads((cell.folder / SCORE).read_text(encoding="utf-8"))
+
+
+def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
     """Train a cell to its end and score it; a run that diverged is a result too."""
     run = replace(cell.train, lr=rate, min_lr=rate * cell.train.min_lr / cell.train.lr)
     data = PreparedData.open(run.data)
+    made = {"run": settings(cell.train), "lr": rate, "data": cell.data, "source": source()}
     try:
         result = train(run, evaluate=held_out(data, run), progress=show, resume=has_run(run.out))
     except DivergedError as error:
-        score = {"run": _settings(cell), "lr": rate, "failed": str(error)}
-        write_json(cell.folder / SCORE, score)
+        write_json(cell.folder / SCORE, made | {"failed": str(error)})
         return
     if result.interrupted is not None:
         raise KeyboardInterrupt
@@ -140,15 +162,16 @@ def _run(cell: Cell, rate: float, suite: Suite, show: Callable[..., None]) -> No
     model.backend = run.backend
     has_test = bool(data.record["splits"].get("test", {}).get("tokens"))
     split = "test" if has_test else "valid"
-    score = {"run": _settings(cell), "lr": rate, "split": split}
+    score = made | {"split": split}
     if cell.rate is None:
+        score["test_tokens"] = cell.test_tokens
         score |= evaluate(
             model.to(run.device),
             data.split(split),
             mode="windowed",
             context=run.context,
             by_domain=True,
-            limit_tokens=suite.test_tokens,
+            limit_tokens=cell.test_tokens,
         ).to_json()
     write_json(cell.folder / SCORE, score)
 
@@ -171,7 +194,7 @@ def chosen_rate(suite: Suite, cells: list[Cell], cell: Cell) -> float:
 def last_loss(cell: Cell) -> float:
     """Return the held-out loss that a run ended with; infinite if it diverged."""
     points = [row["nats_per_token"] for row in _valid_rows(cell)]
-    failed = "failed" in json.loads((cell.folder / SCORE).read_text(encoding="utf-8"))
+    failed = "failed" in _score(cell)
     return math.inf if failed or not points else points[-1]
 
 
@@ -206,15 +229,20 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
     """Read finished cells back, write results.json, and return it.
 
     Returns:
-        {"suite", "environment", "sweep": [...], "rows": [...]}; a row has model, size, seed, lr,
-        parameters, tokens, flops, loss (nats a token of the test split), bits_per_byte, domains,
-        state_bytes, tokens_per_s, config and curve.
+        {"suite", "environment", "data", "cells", "sweep": [...], "rows": [...]}; a row has model,
+        size, seed, lr, parameters, tokens, flops, loss (nats a token of the test split),
+        bits_per_byte, domains, state_bytes, tokens_per_s, config, curve, and what it was made of:
+        data (fingerprint), test_tokens and source, None where an older score does not say.
+
+    Raises:
+        ConfigError: as `compare`.
     """
+    _check_rates(suite, cells)
     rows, sweep = [], []
     for cell in cells:
         if not _finished(cell):
             continue
-        score = json.loads((cell.folder / SCORE).read_text(encoding="utf-8"))
+        score = _score(cell)
         if cell.rate is not None:
             loss = last_loss(cell)
             shown = loss if math.isfinite(loss) else None
@@ -237,6 +265,9 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
                 "domains": {n: d["nats_per_token"] for n, d in score.get("domains", {}).items()},
                 "state_bytes": model.state_bytes(1, cell.train.context),
                 "tokens_per_s": cell.tokens / points[-1]["seconds"] if points else None,
+                "data": score.get("data"),
+                "test_tokens": score.get("test_tokens"),
+                "source": score.get("source"),
                 "config": to_dict(cell.config),
                 "curve": points,
             }
@@ -244,6 +275,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
     results = {
         "suite": to_dict(suite),
         "environment": environment(),
+        "data": cells[0].data,
         "cells": sum(c.rate is None for c in cells),
         "sweep": sweep,
         "rows": rows,
@@ -253,9 +285,9 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader needs to judge speeds by."""
+    """Return what a reader needs to judge speeds by, and the sources that report."""
     return {
-        "metastate": __version__,
+        **source(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {platform.system()}",

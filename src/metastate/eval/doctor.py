@@ -2,7 +2,8 @@
 
 Wrong kernels have mostly been silent: a new GPU generation gave wrong gradients, an argument
 vanished in somebody's **kwargs, two entry points scaled by different defaults. Here every backend
-that can run is compared with the float64 token-by-token reference, through every entry point.
+that can run is compared with the float64 token-by-token reference, through every entry point, and
+so is a whole small model, trained one step and decoding: there the rest of the native code runs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metastate import __version__, ops
+from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError
+from metastate.model.decode import make_decoder
+from metastate.model.lm import LanguageModel
+from metastate.model.loss import lm_loss
 
 # Largest |x - x_ref| / largest |x_ref| that counts as right; the tests' own table.
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -41,12 +46,15 @@ class Case:
     lengths: tuple[int, ...] = ()  # of packed documents; none means one a row
     update: str = "delta"
     by: str = "key"
+    query: bool = False  # whether M is read with a query of its own
+    layers: int = 0  # of a whole model, whose `readout` the next field is; 0: operations alone
+    readout: Literal["both", "encoding"] = "encoding"
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Draw inputs of realistic scale, float64 but of the dtype's precision, on the CPU."""
         draw = torch.Generator().manual_seed(seed)
         shape = (self.batch, self.length, self.heads, self.size)
-        out = {name: torch.randn(shape, generator=draw) for name in (*NAMES, "x")}
+        out = {name: torch.randn(shape, generator=draw) for name in (*NAMES, "x", "q")}
         out["log_w"] = -0.6065 * torch.sigmoid(2 * out["log_w"])
         out["k"] *= self.size**-0.5
         out["kappa"] = F.normalize(out["kappa"], dim=-1)
@@ -64,15 +72,39 @@ class Case:
             return None
         return torch.tensor([0, *self.lengths], device=device).cumsum(0)
 
+    def model(self) -> LanguageModel:
+        """Return a float64 model whose values are float32's, none of them left at zero."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)  # rounding moves nothing by more than 2e-6 here
+            shape: dict[str, Any] = {
+                "hidden_size": self.heads * self.size,
+                "num_heads": self.heads,
+                "num_layers": self.layers,
+                "ffn_size": 40,
+                "meta_state": MetaStateConfig(readout=self.readout),
+            }
+            model = LanguageModel(ModelConfig(vocab_size=VOCABULARY, **shape))
+            with torch.no_grad():
+                for p in model.parameters():
+                    # Small: the larger, the more a model makes of the rounding before it.
+                    scale = 0.25 * p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1
+                    p.add_(torch.randn(p.shape), alpha=scale)
+        return model.double()
+
 
 BF16 = torch.bfloat16
+VOCABULARY = 64  # of a model
+DECODED = 5  # tokens a row
+MODEL = "a model's loss, gradients and decoding"
 CASES = (
     Case("float32", 2, 67, 2, 64),
-    Case("bfloat16", 2, 67, 1, 64, BF16),
-    Case("packed documents", 2, 35, 1, 64, lengths=(1, 66, 3), update="input"),
+    Case("bfloat16", 2, 67, 1, 64, BF16, query=True),
+    Case("packed documents", 2, 35, 1, 64, lengths=(1, 66, 3), update="input", query=True),
     Case("packed documents in bfloat16", 1, 40, 1, 64, BF16, (1, 20, 19)),
     Case("read by value", 1, 33, 2, 64, update="self", by="value"),
     Case("head size 24", 1, 17, 1, 24),
+    Case("two layers", 2, 67, 2, 16, layers=2),
+    Case("two layers with M", 2, 67, 2, 16, layers=2, readout="both"),
 )
 GPU_CASES = (
     Case("head size 128", 1, 100, 2, 128),
@@ -98,7 +130,7 @@ def through_layer(x: dict[str, Tensor], case: Case, backend: str) -> dict[str, T
     z, meta = ops.meta_state(
         x["x"],
         F.normalize(e, dim=-1),
-        None,
+        x["q"] if case.query else None,
         trajectory,
         x["meta"],
         update=case.update,
@@ -114,6 +146,29 @@ def through_one_token(x: dict[str, Tensor], case: Case, backend: str) -> dict[st
         return through_layer(first, case, backend)
 
 
+def through_model(like: Tensor, case: Case, backend: str) -> dict[str, Tensor]:
+    """Return a model's loss, the gradient of every parameter, and the logits of decoding.
+
+    Args:
+        like: of the device and dtype to compute on and in.
+        case: a model's; the second document of the last row starts in its middle.
+        backend: of the model; it decides what decodes, too.
+    """
+    model = case.model().to(like.device, like.dtype)
+    model.backend = backend
+    draw = torch.Generator().manual_seed(1)
+    text = torch.randint(VOCABULARY, (case.batch, case.length + 1), generator=draw).to(like.device)
+    resets = torch.zeros_like(text[:, 1:], dtype=torch.bool)
+    resets[-1, case.length // 2] = True
+    loss = lm_loss(model, text[:, :-1], text[:, 1:], resets=resets).loss
+    loss.backward()
+    grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        decoder = make_decoder(model.eval(), case.batch)
+        steps = [decoder.step(text[:, t].tolist()).clone() for t in range(DECODED)]
+    return {"loss": loss.detach(), "decoded logits": torch.stack(steps)} | grads
+
+
 PATHS: dict[str, Callable[[dict[str, Tensor], Case, str], dict[str, Tensor]]] = {
     "wkv7": through_wkv7,
     "wkv7_trajectory, read, meta_state": through_layer,
@@ -123,6 +178,8 @@ PATHS: dict[str, Callable[[dict[str, Tensor], Case, str], dict[str, Tensor]]] = 
 
 def values(path: str, x: dict[str, Tensor], case: Case, backend: str) -> dict[str, Tensor]:
     """Return the outputs of one path and, where it has any, the gradient of every input."""
+    if path == MODEL:
+        return through_model(x["r"], case, backend)
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items()}
     out = PATHS[path](leaves, case, backend)
     if path == "one token":
@@ -320,6 +377,8 @@ def diagnose(
 
 def paths_of(case: Case) -> list[str]:
     """Return the entry points that take `case`: a packed batch has no single token."""
+    if case.layers:
+        return [MODEL]
     return [p for p in PATHS if p != "one token" or not case.lengths]
 
 

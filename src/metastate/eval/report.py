@@ -23,6 +23,10 @@ FIGURES = {  # x of a figure: (title, file)
     "flops": ("Loss against training FLOPs", "loss-by-flops"),
     "seconds": ("Loss against training time", "loss-by-seconds"),
 }
+MEANING = (
+    "Loss: held-out test text, windows of the training length. Mean ± standard deviation over "
+    "seeds; gains are paired by seed."
+)
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,13 @@ Table = list[list[str]]
 
 
 def main_table(results: dict[str, Any]) -> Table:
-    """Return the layout of the paper's table 1: loss, absolute and relative gain."""
+    """Return the layout of the paper's table 1: loss, absolute and relative gain.
+
+    Gains are over the baseline's run of the same seed; FLOPs are those of the whole training run.
+    """
     baseline = results["suite"]["baseline"]
     head = ["size", "model", "loss (nats a token)", f"gain over {baseline}", "relative"]
-    out = [[*head, "bits a byte", "parameters", "tokens", "seeds"]]
+    out = [[*head, "bits a byte", "parameters", "tokens", "training FLOPs", "seeds"]]
     for size in results["suite"]["sizes"]:
         for model in results["suite"]["models"]:
             rows = _of(results, size, model)
@@ -142,22 +149,41 @@ def main_table(results: dict[str, Any]) -> Table:
                     "" if is_base else mean_and_spread(absolute),
                     "" if is_base else mean_and_spread(relative, 2) + " %" * bool(relative),
                     mean_and_spread(bits),
-                    *(f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}", str(len(rows))),
+                    *(f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}"),
+                    *(f"{rows[0]['flops']:.3g}", str(len(rows))),
                 ]
             )
     return out
 
 
+def seed_table(results: dict[str, Any]) -> Table:
+    """Return the loss of every run, and in brackets its gain over the baseline of its seed."""
+    baseline = results["suite"]["baseline"]
+    seeds = sorted({r["seed"] for r in results["rows"]})
+    out = [["size", "model", *(f"seed {seed}" for seed in seeds)]]
+    for size in results["suite"]["sizes"]:
+        base = {r["seed"]: r["loss"] for r in _of(results, size, baseline)}
+        for model in results["suite"]["models"]:
+            own = {r["seed"]: r["loss"] for r in _of(results, size, model)}
+            gain = {s: f" ({base[s] - own[s]:+.4f})" for s in own.keys() & base.keys()}
+            if model == baseline:
+                gain = {}
+            if own:
+                shown = [f"{own[s]:.4f}{gain.get(s, '')}" if s in own else "" for s in seeds]
+                out.append([size, model, *shown])
+    return out
+
+
 def cost_table(results: dict[str, Any]) -> Table:
-    """Return what each model costs: FLOPs, speed here, state, and the learning rate it got."""
-    out = [["size", "model", "lr", "training FLOPs", "tokens/s here", "state bytes (one row)"]]
+    """Return what each model costs here: speed, state, and the learning rate it got."""
+    out = [["size", "model", "lr", "tokens/s here", "state bytes (one row)"]]
     for size in results["suite"]["sizes"]:
         for model in results["suite"]["models"]:
             rows = _of(results, size, model)
             if rows:
                 speed = statistics.fmean(r["tokens_per_s"] for r in rows)
-                figures = f"{rows[0]['lr']:.3g}", f"{rows[0]['flops']:.3g}", f"{speed:,.0f}"
-                out.append([size, model, *figures, f"{rows[0]['state_bytes']:,}"])
+                figures = f"{rows[0]['lr']:.3g}", f"{speed:,.0f}", f"{rows[0]['state_bytes']:,}"
+                out.append([size, model, *figures])
     return out
 
 
@@ -227,7 +253,12 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
     out = Path(out)
     if not any(r["curve"] for r in results["rows"]):
         raise DataError("no cell is finished yet, so there is nothing to report")
-    tables = [("", main_table(results)), ("What it costs", cost_table(results))]
+    tables = [("", main_table(results))]
+    if len({r["seed"] for r in results["rows"]}) > 1:
+        tables.append(
+            (f"Seed by seed (gain over {results['suite']['baseline']})", seed_table(results))
+        )
+    tables.append(("What it costs", cost_table(results)))
     if results["sweep"]:
         tables.append(("Learning rates tried (held-out loss)", sweep_table(results)))
     tables += [
@@ -236,7 +267,7 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
         if any(_of(results, size, m) and len(_of(results, size, m)[0]["domains"]) > 1
                for m in results["suite"]["models"])
     ]  # fmt: skip
-    notes = [budget(results), *failures(results)]
+    notes = [MEANING, budget(results), *failures(results)]
     text = [f"### {title}\n\n{markdown(t)}" if title else markdown(t) for title, t in tables]
     paths = [out / "table.md"]
     atomic_write(paths[0], "\n\n".join([*text, *notes, ""]).encode("utf-8"), error=DataError)
@@ -284,10 +315,6 @@ def _page(
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     parts.append(_table(tables[0][1]))
-    parts.append(
-        '<p class="note">Loss: held-out test text, windows of the training length. Mean ± '
-        "standard deviation over seeds; gains are paired by seed.</p>"
-    )
     for name, image, laws in pictures:
         parts.append(f"<h2>{html.escape(name)}</h2><figure>{_inline(image)}")
         for model, law in laws.items():

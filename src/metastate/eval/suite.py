@@ -30,7 +30,6 @@ from metastate.model.presets import preset
 
 TOLERANCE = 0.01  # of the non-embedding parameters, under which two counts are called equal
 MOST_BLOCKS = 200
-NATURAL_FFN = {"tokenformer": 3.0}  # hidden width in units of D that a fit prefers, else 4
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,8 @@ class Cell:
         config: of the model.
         train: settings of the run.
         parameters: of the model, without embedding and head.
+        data: fingerprint of the prepared data.
+        test_tokens: of the test text, to score the finished run on.
     """
 
     model: str
@@ -144,6 +145,8 @@ class Cell:
     config: ModelConfig
     train: TrainConfig
     parameters: int
+    data: str
+    test_tokens: int
 
     @property
     def title(self) -> str:
@@ -183,26 +186,28 @@ def count(config: ModelConfig) -> int:
     return sketch(config).count_parameters()["non_embedding"]
 
 
-def fit_parameters(config: ModelConfig, target: int) -> ModelConfig:
+def fit_parameters(config: ModelConfig, target: int, ratio: float | None = None) -> ModelConfig:
     """Return `config` with the depth and hidden width whose count comes to `target` within 1 %.
 
-    Of the depths that can meet it, the one whose hidden width is nearest to the architecture's
-    usual multiple of D (4, TokenFormer 3; a Meta-State layer's own `ffn_size` where it has one);
-    D, H and N stay. A layer without a hidden part is fitted by depth alone.
+    Of the depths that can meet it, the one whose hidden width F comes nearest to `ratio` D; D, H
+    and N stay. A layer without a hidden part is fitted by depth alone.
+
+    Args:
+        config: what to fit.
+        target: parameters without embedding and head.
+        ratio: F / D that is preferred; that of `config` unless given, so that every architecture
+            keeps the shape that it was found to do best in.
 
     Raises:
         ConfigError: no depth meets the target.
     """
-    D, kind = config.hidden_size, config.architecture
-    has_hidden = kind != "metastate" or config.ffn_size is not None
-    usual = NATURAL_FFN.get(kind, 4.0)
-    if kind == "metastate" and config.ffn_size:
-        usual = config.ffn_size / D
+    D, kind, hidden = config.hidden_size, config.architecture, config.hidden_channels
+    usual = (D * ratio if ratio else hidden) or 1.0  # 1: nothing to choose by
     step = config.num_heads if kind == "metastate" else 4
     # The count is linear in the width, and in the depth from one block on.
-    widths = (1, 2) if has_hidden else (1, 1)
+    widths = (1, 2) if hidden else (1, 1)
     (one, wider), (two, two_wider) = (
-        [count(_shape(config, depth, n * step if has_hidden else None)) for n in widths]
+        [count(_shape(config, depth, n * step if hidden else None)) for n in widths]
         for depth in (1, 2)
     )
     found: list[tuple[float, int, int]] = []
@@ -213,15 +218,15 @@ def fit_parameters(config: ModelConfig, target: int) -> ModelConfig:
         if n < 1 or base > target * (1 + TOLERANCE):
             break
         if abs(base + (n - 1) * slope - target) <= TOLERANCE * target:
-            found.append((abs(math.log(n * step / (usual * D))), depth, n * step))
+            found.append((abs(math.log(n * step / usual)), depth, n * step))
     if not found:
         raise ConfigError(
             f"no depth of this {kind} (D {D}) has {target:,} parameters within 1 %: one block "
             f"makes {one:,}, each further one {two - one:,}; choose another target or hidden_size"
-            + ("" if has_hidden else ", or give it an ffn_size, which can be fitted")
+            + ("" if hidden else ", or give it an ffn_size, which can be fitted")
         )
     _, depth, width = min(found)
-    return _shape(config, depth, width if has_hidden else None)
+    return _shape(config, depth, width if hidden else None)
 
 
 def _shape(config: ModelConfig, depth: int, width: int | None) -> ModelConfig:
@@ -243,15 +248,19 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
     if not data.record["splits"].get("valid", {}).get("tokens"):
         raise DataError(f"{suite.data} has no valid split, by which the comparison is made")
     cells: list[Cell] = []
+    fingerprint = data.fingerprint
     for size_name, size in suite.sizes.items():
         target = size.parameters
         for name, side in suite.models.items():
             changes = merge(merge({"vocab_size": data.vocab_size}, size.model), side.model)
             changes = merge(changes, size.shapes.get(name) or {})
-            config = preset(f"{side.preset}-{size.preset or size_name}", **changes)
+            origin = f"{side.preset}-{size.preset or size_name}"
+            config = preset(origin, **changes)
             target = target or count(config)
-            if match_params:
-                config = fit_parameters(config, target)
+            if match_params:  # by the preset's own F / D, unless the suite says an F
+                own = config if "ffn_size" in changes else preset(origin)
+                ratio = own.hidden_channels / own.hidden_size
+                config = fit_parameters(config, target, ratio)
             settings = merge(merge(suite.train, size.train), side.train)
             for reserved in ("data", "out", "seed", "steps", "preset", "model", "growth"):
                 if reserved in settings:
@@ -262,7 +271,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
             steps = max(1, round(tokens / a_step))
             base = replace(
                 base,
-                preset=f"{side.preset}-{size.preset or size_name}",
+                preset=origin,
                 model={k: v for k, v in to_dict(config).items() if k != "version"},
                 data=suite.data,
                 steps=steps,
@@ -282,7 +291,8 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                 parts += [] if rate is None else [f"lr{rate:g}"]
                 folder = Path(out) / ("cells" if rate is None else "sweep") / "-".join(parts)
                 run = replace(run, out=str(folder), seed=seed)
-                return Cell(name, size_name, seed, rate, config, run, count(config))
+                made = name, size_name, seed, rate, config, run, count(config)
+                return Cell(*made, fingerprint, suite.test_tokens)
 
             if size_name == next(iter(suite.sizes)):
                 for rate in suite.lr.values:

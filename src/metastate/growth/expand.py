@@ -13,6 +13,8 @@ Source: arXiv:2504.08247, section 3.4, eqs 7-11, which leave the values of new e
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -173,7 +175,7 @@ def grow(
 
     Raises:
         ConfigError: an axis shrinks, does not divide, is unknown to the architecture or cannot
-            grow exactly.
+            grow exactly; or torch takes no such seed.
 
     Source: arXiv:2504.08247, section 3.4; the choice of new entries is ours (docs/architecture.md).
     """
@@ -188,8 +190,7 @@ def grow(
     parent = model.config
     config = grown_config(parent, init=init, **sizes)
     like = model.embedding.weight
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing(seed):
         grown = LanguageModel(config).to(like.dtype)
         before, axes = dict(model.named_parameters()), grown.growth_axes()
         parts = regions(grown, parent)
@@ -214,6 +215,16 @@ def grow(
     }
     inherit(grown, model, step | {"init": init, "seed": seed})
     return grown.to(like.device).train(model.training)
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Draw random numbers from `seed`, and afterwards as if nothing had been drawn."""
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed is {seed}; from 0 to 2^64 - 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def inherit(grown: LanguageModel, model: LanguageModel, step: dict[str, Any]) -> None:
@@ -258,8 +269,8 @@ def grow_moments(
     first updates would be twice as large as Adam's ever are.
 
     Args:
-        moments: `kind:name` -> a tensor laid out like the parameter `name` of the parent, or a
-            scalar (the count of steps).
+        moments: `kind:name` -> a tensor laid out like the parameter `name` of the parent; of kind
+            `step` the count of steps, which stays.
         grown: from `grow`.
         parent: configuration of the model that the moments are of.
 
@@ -274,7 +285,7 @@ def grow_moments(
             continue
         old = parts[name].old
         assert old is not None
-        if value.dim():
+        if not key.startswith("step:"):
             start = float(value.mean()) if key.startswith("exp_avg_sq:") else 0.0
             whole = value.new_full(grown.get_parameter(name).shape, start)
             old.of(whole).copy_(_parents(parts[name], value))

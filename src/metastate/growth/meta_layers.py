@@ -15,7 +15,7 @@ import torch
 
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError
-from metastate.growth.expand import inherit
+from metastate.growth.expand import drawing, inherit
 from metastate.layers.meta_state import MetaState
 from metastate.model.block import RecurrentBlock
 from metastate.model.lm import LanguageModel
@@ -88,7 +88,7 @@ def upgrade(
 
     Raises:
         ConfigError: another architecture, no such block, nothing to change, or other options than
-            the layers that are there.
+            the layers that are there; or torch takes no such seed.
 
     Source: arXiv:2504.08247, eqs 5 and 6, for the block; the upgrade is ours.
     """
@@ -99,8 +99,7 @@ def upgrade(
     own = {k: v.detach().clone() for k, v in model.state_dict().items() if k in needed}
     upgraded.load_state_dict(own, strict=False, assign=True)
     like = model.embedding.weight
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing(seed):
         for i, block in enumerate(upgraded.blocks):
             assert isinstance(block, RecurrentBlock)
             if block.meta_state is not None and not model.config.second_layers(i)[0]:

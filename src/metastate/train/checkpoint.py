@@ -34,6 +34,7 @@ from metastate.data.files import atomic_write, sync_folder, write_json
 from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.model import io
 from metastate.model.lm import LanguageModel
+from metastate.model.presets import preset
 from metastate.model.state import ModelState
 from metastate.train.distributed import is_sharded, placed, save_sharded
 from metastate.train.optim import GroupedAdamW, moments, step_count
@@ -41,8 +42,9 @@ from metastate.train.optim import GroupedAdamW, moments, step_count
 # What may differ between a run and its continuation: its end, where things are, what is reported.
 MAY_CHANGE = {
     *("steps", "data", "out", "log_every", "valid_every", "valid_tokens", "checkpoint_every"),
-    *("tensorboard", "parallel", "shard_size", "context_parallel", "async_checkpoint"),
+    *("tensorboard", "device", "parallel", "shard_size", "context_parallel", "async_checkpoint"),
 }
+NO_RECORD = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what broken JSON raises
 VERSION = 1
 MODEL, MOMENTS, CARRIED = "model.safetensors", "optimizer.safetensors", "state.safetensors"
 RUN = "run.json"  # the settings of the run, written before its first step
@@ -154,8 +156,8 @@ def write_checkpoint(
         TrainingError: the disk is full or the system refuses; the checkpoint before is whole.
     """
     trainer = snapshot.trainer
-    folder = Path(out) / "checkpoints"
-    final = folder / _name(trainer.step)
+    final = checkpoint_of(out, trainer.step)
+    folder = final.parent
     temporary = folder / f".{final.name}.tmp"
     leads = group is None or group.rank() == 0
     try:
@@ -222,10 +224,11 @@ def load_checkpoint(
     out: str | os.PathLike[str],
     model: LanguageModel,
     optimizer: GroupedAdamW,
+    folder: Path | None = None,
     *,
     repair: bool = True,
 ) -> tuple[TrainerState, ModelState | None]:
-    """Load the newest checkpoint of `out` into `model` and `optimizer`, in place.
+    """Load a checkpoint of `out` into `model` and `optimizer`, in place.
 
     A sharded model takes its parts out of the whole tensors, whatever processes wrote them.
 
@@ -233,6 +236,7 @@ def load_checkpoint(
         out: folder of the run.
         model: of the checkpoint's shape.
         optimizer: of `make_optimizer` on it.
+        folder: the checkpoint; None means the newest.
         repair: set the links right where a kill came between the folder's rename and theirs; one
             process does it.
 
@@ -243,7 +247,7 @@ def load_checkpoint(
         CheckpointError: there is none, or it is damaged, newer than this program or of another
             model.
     """
-    folder = find_checkpoint(out)
+    folder = folder or find_checkpoint(out)
     if folder is None:
         raise CheckpointError(f"{out} holds no checkpoint; start the run without --resume")
     trainer = read_trainer(folder)
@@ -262,8 +266,23 @@ def load_checkpoint(
 
 def find_checkpoint(out: str | os.PathLike[str]) -> Path | None:
     """Return the folder of the newest checkpoint of a run, None before the first."""
-    found = sorted((Path(out) / "checkpoints").glob("step-*"), key=_step)
-    return found[-1] if found else None
+    return max(_checkpoints(out), key=step_of, default=None)
+
+
+def checkpoint_of(out: str | os.PathLike[str], step: int) -> Path:
+    """Return the folder that the checkpoint of `step` has, whether it is there or not."""
+    return Path(out) / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _checkpoints(out: str | os.PathLike[str]) -> list[Path]:
+    """Return the folders that `checkpoint_of` names; others, as a user's copy, are not ours."""
+    found = (Path(out) / "checkpoints").glob("step-*")
+    return [f for f in found if re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", f.name)]
 
 
 def read_trainer(folder: Path) -> TrainerState:
@@ -281,7 +300,7 @@ def read_trainer(folder: Path) -> TrainerState:
                 "install a newer metastate"
             )
         return from_dict(TrainerState, data, "trainer")
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as cause:
+    except (*NO_RECORD, ConfigError) as cause:
         raise CheckpointError(f"{file} is missing or broken ({cause})") from None
 
 
@@ -301,17 +320,8 @@ def saved_config(out: str | os.PathLike[str]) -> TrainConfig:
         raise ConfigError(f"there is no run in {out}; leave out --resume, or correct --out")
     try:
         return from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8"))["train"])
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as cause:
+    except (*NO_RECORD, ConfigError) as cause:
         raise CheckpointError(f"{file} is broken ({cause})") from None
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _step(folder: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)", folder.name)
-    return int(match[1]) if match else -1
 
 
 def _publish(out: Path, trainer: TrainerState) -> None:
@@ -321,13 +331,13 @@ def _publish(out: Path, trainer: TrainerState) -> None:
         if step is not None:
             temporary = out / f".{link}.tmp"
             temporary.unlink(missing_ok=True)
-            temporary.symlink_to(Path("checkpoints") / _name(step), target_is_directory=True)
+            temporary.symlink_to(checkpoint_of("", step), target_is_directory=True)
             os.replace(temporary, out / link)
     sync_folder(out)
-    for folder in (out / "checkpoints").glob("step-*"):
-        if _step(folder) not in keep.values():
+    for folder in _checkpoints(out):
+        if step_of(folder) not in keep.values():
             shutil.rmtree(folder, ignore_errors=True)
-        elif _step(folder) != trainer.step:
+        elif step_of(folder) != trainer.step:
             for name in (MOMENTS, CARRIED):
                 with contextlib.suppress(OSError):
                     (folder / name).unlink(missing_ok=True)
@@ -361,11 +371,13 @@ def check_same_run(trainer: TrainerState, config: TrainConfig, data: str, out: s
     Raises:
         ConfigError: a setting that shapes the weights differs; the message names it.
     """
+    before, now = _meant(trainer.config), _meant(config)
     for field in dataclasses.fields(TrainConfig):
-        old, new = getattr(trainer.config, field.name), getattr(config, field.name)
-        if old != new and field.name not in MAY_CHANGE:
+        name = field.name
+        if before[name] != now[name] and name not in MAY_CHANGE:
+            old, new = getattr(trainer.config, name), getattr(config, name)
             raise ConfigError(
-                f"the run in {out} has {field.name} {old!r}, this command asks for {new!r}; leave "
+                f"the run in {out} has {name} {old!r}, this command asks for {new!r}; leave "
                 f"it out to resume, or start another run with another --out"
             )
     if trainer.data != data:
@@ -373,3 +385,8 @@ def check_same_run(trainer: TrainerState, config: TrainConfig, data: str, out: s
             f"{config.data} is not the data that the run in {out} was trained on; give that with "
             "--data, or start another run with another --out"
         )
+
+
+def _meant(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings as they act, which a record can spell otherwise or be too old to have."""
+    return to_dict(config) | {"model": to_dict(preset(config.preset, **config.model))}

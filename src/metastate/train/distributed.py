@@ -96,6 +96,16 @@ class Team:
                         f"{self.rank}, it is {fact!r}); start all with the same settings"
                     )
 
+    def check_shared(self, folder: Path, *facts: float) -> None:
+        """Raise CheckpointError, on every process, unless all find the same `facts` in `folder`."""
+        found = self.everyone(*facts)
+        for rank, theirs in enumerate(found):
+            if theirs != found[0]:
+                raise CheckpointError(
+                    f"process {rank} does not see {folder} as process 0 does, which goes on from "
+                    "it; --out must be one folder that all machines share"
+                )
+
     @contextmanager
     def alone_in(self, folder: Path) -> Iterator[None]:
         """Hold `folder` for this run alone: the first process has the lock."""

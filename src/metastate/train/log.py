@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,6 @@ class RunLog:
 
     def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
         self.path, self.started = path, time.monotonic()
-        try:
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as cause:
-            raise TrainingError(f"cannot write {path}: {cause.strerror}") from cause
         self.board: Any = None
         if tensorboard:
             try:
@@ -39,18 +37,17 @@ class RunLog:
                     "tensorboard needs a package: pip install 'metastate[tensorboard]'"
                 ) from None
             self.board = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
+        try:
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as cause:
+            raise TrainingError(f"cannot write {path}: {cause.strerror}") from cause
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line, and its numbers to TensorBoard."""
         record = record | {"seconds": round(time.monotonic() - self.started, 3)}
-        try:
+        with self._writing():
             self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.file.flush()
-        except OSError as cause:
-            raise TrainingError(
-                f"cannot write {self.path}: {cause.strerror}; the last checkpoint is whole, "
-                "make room and go on with --resume"
-            ) from cause
         if self.board is not None:
             for key, value in record.items():
                 if isinstance(value, int | float) and key not in ("step", "tokens"):
@@ -58,13 +55,25 @@ class RunLog:
 
     def sync(self) -> None:
         """Return when all lines are safely on the disk."""
-        os.fsync(self.file.fileno())
+        with self._writing():
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` has refused already
+            self.file.close()
         if self.board is not None:
             self.board.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as cause:
+            raise TrainingError(
+                f"cannot write {self.path}: {cause.strerror}; the last checkpoint is whole, "
+                "make room and go on with --resume"
+            ) from cause
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -208,9 +208,11 @@ def whole_moments(found: dict[str, Tensor], model: LanguageModel) -> dict[str, T
     out: dict[str, Tensor] = {}
     for key, value in found.items():
         base, bracket, axis = key.rstrip("]").partition("[")
+        is_count = key.startswith("step:")
+        value = value.reshape(()) if is_count else value  # a vector of one where saved sharded
         if not bracket:
             out[key] = value
-        elif not value.dim():
+        elif is_count:
             out[base] = torch.maximum(value, out[base]) if base in out else value
         else:
             name = base.partition(":")[2]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
+from metastate.ops import resolve_backend
 from metastate.train.checkpoint import (
     MOMENTS,
     RUN,
@@ -33,10 +30,12 @@ from metastate.train.checkpoint import (
     TrainerState,
     Writer,
     check_same_run,
+    checkpoint_of,
     find_checkpoint,
     has_run,
     load_checkpoint,
     read_trainer,
+    step_of,
     write_checkpoint,
 )
 from metastate.train.distributed import Team, join, whole
@@ -50,6 +49,7 @@ from metastate.train.optim import (
     set_learning_rate,
     whole_moments,
 )
+from metastate.train.signals import signals
 
 LOG = "log.jsonl"
 WALL_CLOCK = ("tokens_per_s", "seconds")  # fields of the log that differ between equal runs
@@ -118,41 +118,25 @@ def train(
     Raises:
         ConfigError: a setting is impossible, or config.out does not fit `resume`.
         DataError: the data is missing, broken, too short or of another vocabulary.
-        CheckpointError: the checkpoint to resume from is damaged.
+        CheckpointError: the checkpoint to resume from is damaged, or processes see others.
         BusyError: another process trains in config.out.
         TrainingError: the loss or a gradient is not finite (DivergedError), or the disk is full;
             the last checkpoint is whole and the weights of this step were not written to it.
     """
     if not config.out:
         raise ConfigError("out is missing; name a folder for checkpoints and log")
-    if config.seed < 0:
-        raise ConfigError(f"seed is {config.seed}; 0 or more is needed")
     if config.growth and grow is None:
         raise ConfigError("config.growth needs train(..., grow=metastate.growth.grow_in_training)")
     keep_freed_memory()
     with join(config) as team:
-        resume = resume or (team.restarted and has_run(config.out))
-        _check_out(config.out, resume)
         run = _Run(config, evaluate, progress, grow, team)
-        run.use(*run.first_model(model, resume))
-        with team.alone_in(run.out):
-            if resume:
-                run.restore()
+        with team.alone_in(run.out):  # what is in there stays so from here on
+            run.find(resume)
+            run.use(*run.first_model(model))
+            run.restore()
             run.start()
             with signals(run.interrupt):
                 return run.loop()
-
-
-def _check_out(out: str, resume: bool) -> None:
-    """Raise ConfigError unless the folder `out` is what `resume` says it is."""
-    if has_run(out) and not resume:
-        raise ConfigError(
-            f"{out} already holds a run; go on with it by --resume, or choose another --out"
-        )
-    if resume and not has_run(out):
-        raise ConfigError(f"there is no run in {out}; leave out --resume, or correct --out")
-    if (Path(out) / "config.json").exists():
-        raise ConfigError(f"{out} already holds a checkpoint; choose another --out")
 
 
 class _Run:
@@ -181,6 +165,8 @@ class _Run:
         self.at = TrainerState(step=0, tokens=0, config=config, data=data.fingerprint)
         team.check_same(to_dict(config) | {"text": data.fingerprint, "version": __version__})
         self.writer = Writer(config.async_checkpoint)
+        self.resumes = False
+        self.found: Path | None = None  # the checkpoint to go on from
         self.carried: ModelState | None = None
         self.growths = 0  # steps of config.growth that the model has made
         self.noted = 0  # number of the signal that came to this process
@@ -188,12 +174,34 @@ class _Run:
         self.loss: float | None = None
         self.busy_s, self.busy_tokens = 0.0, 0
 
-    def first_model(
-        self, model: LanguageModel | None, resume: bool
-    ) -> tuple[LanguageModel, Moments]:
+    def find(self, resume: bool) -> None:
+        """Find the checkpoint to go on from: the newest that the first process sees.
+
+        Raises:
+            ConfigError: `out` is not what `resume` says it is. CheckpointError: another process
+                does not see that checkpoint.
+        """
+        out = self.out
+        newest = find_checkpoint(out)
+        step = step_of(newest) if newest is not None else -1
+        facts = (has_run(out), (out / "config.json").exists(), step)
+        started, taken, step = map(int, self.team.everyone(*facts)[0])
+        self.resumes = resume or (self.team.restarted and started > 0)
+        if started and not self.resumes:
+            raise ConfigError(
+                f"{out} already holds a run; go on with it by --resume, or choose another --out"
+            )
+        if self.resumes and not started:
+            raise ConfigError(f"there is no run in {out}; leave out --resume, or correct --out")
+        if taken:
+            raise ConfigError(f"{out} already holds a checkpoint; choose another --out")
+        if self.resumes and step >= 0:
+            self.found = checkpoint_of(out, step)
+            self.team.check_shared(self.found, self.found.is_dir())
+
+    def first_model(self, model: LanguageModel | None) -> tuple[LanguageModel, Moments]:
         """Return the model that the run begins or goes on with, and moments it brings along."""
-        config, data = self.config, self.data
-        found = find_checkpoint(self.out) if resume else None
+        config, data, found = self.config, self.data, self.found
         if found is not None:  # its weights come later; its shape may have grown since the start
             info, at = io.read_config(found), read_trainer(found)
             check_same_run(at, config, self.at.data, config.out)
@@ -223,6 +231,8 @@ class _Run:
             raise ConfigError(
                 "carry_state needs a recurrent model; a transformer's cache would grow for ever"
             )
+        if model.recurrent:  # a transformer has no kernels to choose
+            resolve_backend(config.backend, self.device)
         self.model = model.to(self.device, DTYPES[config.dtype]).train()
         self.model.backend = config.backend
         self.model.activation_checkpointing = config.activation_checkpointing
@@ -238,23 +248,25 @@ class _Run:
         self.objective = self.team.objective(self.model)
 
     def restore(self) -> None:
-        """Go back to the newest checkpoint; to the very start where there is none yet."""
-        if find_checkpoint(self.out) is not None:
-            first = self.team.rank == 0
-            found, carried = load_checkpoint(self.out, self.model, self.optimizer, repair=first)
-            self.at = replace(found, config=self.config)
+        """Go back to the checkpoint; to the very start where there is none yet."""
+        first = self.team.rank == 0
+        if self.found is not None:
+            folder, model, optimizer = self.found, self.model, self.optimizer
+            at, carried = load_checkpoint(self.out, model, optimizer, folder, repair=first)
+            self.at = replace(at, config=self.config)
             self.carried = self.team.own_rows(carried)
-        if self.team.rank == 0:  # growth due at this step is made and logged again
+            self.team.check_shared(folder, at.step, at.tokens, at.window_nats)
+        if self.resumes and first:  # growth due at this step is made and logged again
             cut_log(self.out / LOG, self.at.step)
 
     def start(self) -> None:
-        """Write the settings and the vocabulary, and open the logs: the first process does."""
+        """Open the logs, and write the settings and the vocabulary: the first process does."""
         self.log: RunLog | None = None
         if self.team.rank == 0:
+            self.log = RunLog(self.out / LOG, self.at.step, self.config.tensorboard)
             settings = {"train": to_dict(self.config), "model": to_dict(self.model.config)}
             write_json(self.out / RUN, settings)
             self.data.tokenizer.save(self.out)  # the run can write text when its data is gone
-            self.log = RunLog(self.out / LOG, self.at.step, self.config.tensorboard)
 
     def interrupt(self, number: int) -> None:
         """Note that a signal came; the loop ends after the step, the same one everywhere."""
@@ -399,11 +411,17 @@ class _Run:
         largest = ", ".join(f"{name} {norms[name]:.3g}" for name in order[:5])
         self.writer.wait()
         folder = find_checkpoint(self.out)
-        kept = f"the last good checkpoint is {folder}" if folder else "no checkpoint was due yet"
+        if folder is not None:
+            kept = f"the last good checkpoint is {folder}"
+            again = f"go on from it: metastate train --from {self.out / 'last'}"
+        else:
+            kept, again = "no checkpoint was due yet", "start anew: metastate train"
         raise DivergedError(
             f"step {self.at.step + 1}: the loss is {figures['nll']:.4g}, the gradient's norm "
             f"{figures['grad_norm']:.4g}; the weights were left as they were and {kept}. Largest "
-            f"gradients: {largest}. Try a lower --lr, a longer --warmup or --dtype float32"
+            f"gradients: {largest}. --resume would make the same steps again; {again} --data "
+            f"{self.config.data} --out NEW ..., with a lower --lr, a longer --warmup or "
+            "--dtype float32"
         )
 
     def log_step(self, figures: dict[str, float]) -> None:
@@ -465,30 +483,3 @@ class _Run:
 def _overrides(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
     """Return the preset's fields to replace; the vocabulary is the data's unless set."""
     return {"vocab_size": data.vocab_size} | config.model
-
-
-@contextmanager
-def signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Hand the first SIGINT or SIGTERM to `note`; the second one acts as it did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: Any) -> None:
-        restore()
-        note(number)
-        # os.write: the signal may have come in the middle of a print, which must not be re-entered.
-        os.write(2, b"\nfinishing the step, then writing a checkpoint; again to stop at once\n")
-
-    for number in numbers:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()

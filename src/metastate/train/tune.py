@@ -33,7 +33,7 @@ from metastate.train.optim import (
     moments,
     set_learning_rate,
 )
-from metastate.train.trainer import signals
+from metastate.train.signals import signals
 
 FORMAT, VERSION = "metastate-tuning", 1
 WHAT = ("tokens", "state")
@@ -274,7 +274,8 @@ class _Tuning:
         if not (math.isfinite(self.loss) and math.isfinite(float(norm))):
             raise DivergedError(
                 f"step {step + 1}: the loss is {self.loss:.4g}, the gradient's norm "
-                f"{float(norm):.4g}; what was written before is whole. Try a lower --lr"
+                f"{float(norm):.4g}; what was written before is whole. --resume would make the "
+                "same steps again; start anew with another --out and a lower --lr"
             )
         nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         set_learning_rate(self.optimizer, learning_rate(step, config))
