@@ -479,8 +479,8 @@ class OpenAI:
     def _name(self, token: int) -> tuple[str, list[int] | None]:
         """Return a token as text, and its bytes where they are known; half a character is bytes.
 
-        The text is that inside a text: some tokenizers drop the space of the first word. Where it has
-        none it is the spelling of the vocabulary.
+        The text is that inside a text: some tokenizers drop the space of the first word. Else it is
+        the spelling of the vocabulary.
         """
         decode_bytes = getattr(self.tokenizer, "decode_bytes", None)
         if decode_bytes is None:
