@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import metastate
+from metastate.cli import main
 from metastate.config import ModelConfig
 from metastate.data.tokenizer import load_tokenizer
 from metastate.model.lm import LanguageModel
@@ -103,6 +104,14 @@ def test_to_hugging_face_and_back(checkpoint, pth, tmp_path, run, refused):
     run("convert", tmp_path / "fla", "--to", "rwkv", "--out", tmp_path / "again.pth")
     assert same(pth, tmp_path / "again.pth")
     assert "no keys" in refused("convert", checkpoint, "--to", "fla", "--out", tmp_path / "no")
+
+
+def test_what_has_no_place_in_a_folder_is_said(pth, tmp_path, capsys):
+    for target, said in (("hf", True), ("metastate", False)):
+        out = str(tmp_path / target)
+        assert main(["convert", str(pth), "--to", target, "--out", out]) == 0
+        names = "left out: blocks.0.att.v0, blocks.0.att.v1, blocks.0.att.v2"
+        assert (names in capsys.readouterr().err) is said
 
 
 def test_convert_refuses_and_writes_nothing(pth, checkpoint, tmp_path, refused):

@@ -133,3 +133,18 @@ def test_growth_inside_a_run_from_a_file(tmp_path, data, run, refused):
     assert "'head_size'" in refused(*other)
     schedule.write_text("steps: 3\n")
     assert "named `growth`" in refused(*other)
+
+
+def test_weights_that_are_not_finite_are_named(checkpoint, tmp_path, data, refused):
+    """A loss of NaN is no result, and neither is a larger model of them."""
+    bad = metastate.load(checkpoint)
+    with torch.no_grad():
+        bad.blocks[0].time_mix.k_k[0] = torch.nan
+    metastate.save(bad, tmp_path / "bad")
+    for argv in (
+        ("eval", tmp_path / "bad", "--data", data, "--json"),
+        ("grow", tmp_path / "bad", "--layers", 3, "--out", tmp_path / "out"),
+        ("upgrade", tmp_path / "bad", "--out", tmp_path / "out"),
+    ):
+        assert "blocks.0.time_mix.k_k" in refused(*argv), argv
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,11 @@
 """What a person sees while a command works."""
 
 import io
+import json
+import math
 import sys
+
+import pytest
 
 from metastate.cli import progress
 
@@ -39,3 +43,9 @@ def test_a_bar_on_a_terminal(monkeypatch):
         show(5, 10, loss="2.5")
         show(10, 10, loss="2.0")
     assert "train" in screen.getvalue() and "5/10" in screen.getvalue()
+
+
+def test_json_holds_no_number_that_json_cannot_say(capsys):
+    progress.print_json({"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": 3}})
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": [None, 1.5, [None]], "b": {"c": None, "d": 3}}

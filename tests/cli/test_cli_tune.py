@@ -48,6 +48,19 @@ def test_generate_begins_a_document_from_it(checkpoint, tuned, tmp_path, run):
         assert info["tokens_seen"] == len(prompt) + report["tokens"]
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_state_fits_its_checkpoint_in_any_number_format(checkpoint, stored, data, tmp_path, run):
+    folder, tuned = tmp_path / "c", tmp_path / "s"
+    run("convert", checkpoint, "--to", "metastate", "--dtype", stored, "--out", folder)
+    run("tune-state", folder, "--data", data, "--out", tuned, *FEW, "--dtype", "bfloat16")
+    for made in ("bfloat16", "float32"):
+        argv = ["generate", folder, "--max-tokens", "3", "--json"]
+        out = tmp_path / f"{made}.state"
+        run(*argv, "--state-in", tuned, "--prompt", "a", "--dtype", made, "--state-out", out)
+        for asked in ("float32", "bfloat16"):
+            assert json.loads(run(*argv, "--state-in", out, "--dtype", asked))["tokens"] == 3
+
+
 def test_info_of_state_files(checkpoint, tuned, tmp_path, run):
     text = run("info", tuned)
     assert "parameter tokens" in text and "layers.1.token_values" in text and "tuning" in text

@@ -213,7 +213,9 @@ def test_values_that_are_not_finite(tmp_path):
     blinkdl.write(model, tmp_path / "b.pth", kept)
     assert equal(tensors, back(tmp_path / "b.pth"))
     tensors["emb.weight"][3, 3] = 1e5  # too large for the type that is asked for
-    with pytest.raises(CheckpointError, match=r"emb.weight \(float16\)"):
+    with pytest.raises(
+        CheckpointError, match="emb.weight has 1 values beyond 65504, the range of float16"
+    ):
         blinkdl.read(saved(tensors, tmp_path), dtype=torch.float16)
 
 

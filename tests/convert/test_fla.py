@@ -23,6 +23,9 @@ V, D, H, N, L, WIDTH = 30, 128, 2, 64, 3, 72
 RANKS = {"w": 6, "a": 5, "v": 4, "g": 7}
 
 
+A = "model.layers.0.attn.w_lora.lora.0.weight"
+
+
 def their_weights(dtype=torch.float64):
     """Return random weights under the names and shapes of RWKV7ForCausalLM."""
     generator = torch.Generator().manual_seed(4)
@@ -205,14 +208,25 @@ def test_another_function_is_refused(change, message, tmp_path):
         (lambda w: w.update({"model.embeddings.weight": torch.ones(3)}), "two axes"),
         (lambda w: w["lm_head.weight"].fill_(float("nan")), "NaN or infinite"),
         (lambda w: [w.pop(k) for k in list(w) if "layers" in k and "pre" not in k], "no layers"),
+        (lambda w: w.update({"model.layers.0.attn.x_r": torch.ones(1, 1, 64)}), "differ in width"),
+        (lambda w: w.update({A: torch.ones(4)}), r"w_lora.lora.0.weight is \[4\]; two axes"),
+        (lambda w: w.update({A: w[A].to(torch.float8_e4m3fn)}), "is float8_e4m3fn; allowed"),
+        (lambda w: w.update({A: w[A].half()}), r"several types \(float16, float32\)"),
     ],
-    ids=range(9),
+    ids=range(13),
 )
 def test_broken_weights_are_refused(change, message, tmp_path):
-    weights = their_weights()
+    weights = their_weights(torch.float32)
     change(weights)
     with pytest.raises(CheckpointError, match=message):
         from_hf(write(tmp_path, weights))
+
+
+def test_a_dtype_settles_several(tmp_path):
+    weights = their_weights(torch.float32)
+    weights[A] = weights[A].half()
+    model = from_hf(write(tmp_path, weights), dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

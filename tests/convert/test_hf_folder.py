@@ -325,13 +325,22 @@ def test_wrong_weights_are_refused(folder, change, message, theirs):
     both_refuse(folder, CheckpointError, message, theirs)
 
 
+@pytest.mark.parametrize("names", [{"a": 1, "b": "x"}, {"a": ["x"]}, {"a": 1}])
+def test_an_index_of_the_wrong_kind_is_refused(folder, names):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match=r"index.json (cannot be read|names 1)"):
+        from_hf(folder)
+
+
 def test_integer_and_foreign_weights_are_refused(folder):
     edit_weights(
         folder, lambda t: t.update({"model.ln_out.bias": torch.ones(16, dtype=torch.int8)})
     )
-    with pytest.raises(CheckpointError, match="not floating point"):
+    with pytest.raises(CheckpointError, match="ln_out.bias is int8; allowed: float16"):
         from_hf(folder)
-    edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.ones(1)}))
+    foreign = {"lm_head.weight": torch.ones(1), "model.ln_out.bias": torch.ones(16)}
+    edit_weights(folder, lambda t: t.update(foreign))
     with pytest.raises(CheckpointError, match="'lm_head.weight' is no weight of ours"):
         from_hf(folder)
 

@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import CONFIGS, RECURRENT, language_model
+from hf_models import CONFIGS, RECURRENT, SIZES, language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, TextIteratorStreamer
 
+from metastate.config import MetaStateConfig as LayerOptions
+from metastate.config import ModelConfig
 from metastate.convert.hf import MetaStateCache, MetaStateConfig, MetaStateForCausalLM
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.layers.common import RecurrentState
@@ -289,6 +291,17 @@ def test_right_padded_batches_generate_what_single_rows_do(name):
 
 
 @ALL
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_generate_refuses_padding_on_the_right(name, settings):
+    model, rows = wrapped(name), [tokens(1, n, seed=n)[0] for n in (9, 4)]
+    ids, mask = padded(rows, "right")
+    with pytest.raises(ConfigError, match="a row .* ends with padding.*pad on the left"):
+        model.generate(ids.clamp_min(0), attention_mask=mask, max_new_tokens=2, **settings)
+    with pytest.raises(ConfigError, match="pad on the left"):  # here transformers makes the mask
+        model.generate(ids.clamp_min(0), max_new_tokens=2, pad_token_id=0, eos_token_id=1)
+
+
+@ALL
 def test_sampling_is_reproducible_and_streams(name):
     model, ids = wrapped(name), tokens(1)
     settings = {"max_new_tokens": 6, "do_sample": True, "top_k": 20, "temperature": 0.7}
@@ -380,6 +393,27 @@ def test_loss_is_lm_loss_of_the_shifted_labels(name):
     for wrong in (labels[:, :3], labels.float(), labels + 1000):
         with pytest.raises(ShapeError, match="labels must be"):
             model(ids, labels=wrong)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_kl_term_of_a_variational_encoder_does_not_see_padding(side, monkeypatch):
+    options = LayerOptions(encoder="cross", variational=True, kl_weight=1.0)
+    fields = SIZES | {"parameter_tokens": 2, "meta_state": options}
+    monkeypatch.setitem(CONFIGS, "variational", ModelConfig(**fields))
+    model, rows = wrapped("variational"), [tokens(1, n, seed=n)[0] for n in (9, 4)]
+    losses = [model(row[None], labels=row[None]).loss for row in rows]
+    terms = [model.model.features(row[None])[2] for row in rows]
+    ids, mask = padded(rows, side)
+    for i in (0, 1):
+        one = {"attention_mask": mask[i : i + 1], "labels": ids[i : i + 1].clamp_min(0)}
+        assert_same(model(ids[i : i + 1], **one).loss, losses[i])
+    out = model(ids, attention_mask=mask, labels=ids.clamp_min(0))
+    scored = (8 * (losses[0] - terms[0]) + 3 * (losses[1] - terms[1])) / 11
+    assert_same(out.loss, scored + (9 * terms[0] + 4 * terms[1]) / 13)
+    out.loss.backward()
+    assert all(bool(p.grad.any()) for n, p in model.named_parameters() if "token_" in n)
+    step = model(tokens(2, 1), past_key_values=out.past_key_values)
+    assert step.past_key_values.get_seq_length() == 10
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

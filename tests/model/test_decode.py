@@ -1,5 +1,7 @@
 """Decoding natively: the forward pass's logits and states, and a row's bits in any batch."""
 
+import copy
+
 import pytest
 import torch
 from small_models import build, randomise
@@ -8,6 +10,7 @@ from metastate.config import MetaStateConfig, ModelConfig
 from metastate.infer.generate import inference
 from metastate.model.decode import Decoder, NativeDecoder, make_decoder, store_bfloat16
 from metastate.model.lm import LanguageModel
+from metastate.model.state import ModelState
 from tolerance import TOLERANCE, relative_error
 
 KINDS = {
@@ -125,6 +128,21 @@ def test_bfloat16_matrices_round_the_weights_and_nothing_else():
     assert stored["head.weight"] == stored["blocks.0.time_mix.key.weight"] == torch.bfloat16
     assert stored["embedding.weight"] == stored["blocks.0.time_mix.mu"] == torch.float32
     assert make_decoder(model, 1).get(0).layers[0].S.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["rwkv7", "both", "tokens"])
+def test_a_model_stored_in_bfloat16_decodes_in_float32(kind):
+    model = make(**KINDS[kind]).bfloat16()
+    tokens = torch.randint(77, (2, 8))
+    decoder = make_decoder(model, 2)
+    assert isinstance(decoder, NativeDecoder)
+    logits = decode(decoder, tokens)
+    exact = decode(make_decoder(copy.deepcopy(model).float(), 2), tokens)
+    assert relative_error(logits, exact) < TOLERANCE[torch.float32]
+    with inference(model):  # and the forward pass goes on from a row
+        again = model(tokens[:, :1], ModelState.stack([decoder.get(0), decoder.get(1)]))[0]
+    step = decoder.step(tokens[:, 0].tolist())
+    assert relative_error(step, again[:, 0]) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from small_models import GROWN, SIZES, WITH_M, build
 import metastate
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import CheckpointError, StateError
+from metastate.growth import grow
+from metastate.model.decode import store_bfloat16
 from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
@@ -155,7 +157,54 @@ def test_weights_of_another_size_and_kind(saved):
     refused(saved, "'blocks.7.ln1.weight', which this model does not have")
     whole = tensors | {"ln0.bias": torch.ones(12, dtype=torch.int64)}
     safetensors.torch.save_file(whole, saved / "model.safetensors")
-    refused(saved, "ln0.bias is torch.int64, not floating point")
+    refused(saved, "ln0.bias is int64; allowed: float16, bfloat16, float32, float64")
+    odd = tensors["head.weight"].to(torch.float8_e4m3fn)
+    safetensors.torch.save_file(tensors | {"head.weight": odd}, saved / "model.safetensors")
+    refused(saved, "head.weight is float8_e4m3fn; allowed")
+
+
+def test_weights_of_several_number_formats(saved, tmp_path):
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    mixed = tensors | {"head.weight": tensors["head.weight"].half()}
+    safetensors.torch.save_file(mixed, saved / "model.safetensors")
+    refused(saved, r"several types \(float16, float32\); choose a dtype")
+    model = metastate.load(saved, dtype=torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    store_bfloat16(model)
+    with pytest.raises(CheckpointError, match="several types"):
+        metastate.save(model, tmp_path / "mixed")
+    tensors["head.weight"][0, :2] = torch.tensor([7e4, torch.inf])
+    safetensors.torch.save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match="head.weight has 1 values beyond 65504.*float16"):
+        metastate.load(saved, dtype=torch.float16)
+    assert metastate.load("rwkv7-tiny", dtype=torch.float16).head.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lineage": 5}, "lineage is 5; a list of mappings"),
+        ({"lineage": [5]}, "lineage is .5.; a list of mappings"),
+        ({"lineage": {}}, "lineage is {}"),
+        ({"step": "x"}, "step is 'x'; a count"),
+        ({"step": -1}, "step is -1"),
+        ({"step": True}, "step is True"),
+        ({"tokenizer": "bytes"}, "tokenizer is 'bytes'; its record"),
+        ({"tokenizer": [1]}, r"tokenizer is \[1\]"),
+        ({"tokenizer": {"kind": ["json"]}}, "tokenizer.kind is .*; str is needed"),
+        ({"tokenizer": {"kind": "json", "path": 5}}, "tokenizer.path is 5"),
+    ],
+    ids=str,
+)
+def test_a_record_of_the_wrong_kind(saved, change, message):
+    edit(saved, **change)
+    refused(saved, message)
+
+
+def test_a_record_may_say_nothing(saved):
+    edit(saved, lineage=None, step=None, tokenizer=None)
+    model = metastate.load(saved)
+    assert (model.lineage, model.step, model.tokenizer_info) == ([], 0, None)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +492,7 @@ def test_a_state_comes_in_the_models_number_format(tmp_path):
     state = run(model)[1]
     state.save(tmp_path / "s", model)
     single = made("metastate", torch.float32)
-    with pytest.raises(StateError, match="in another number format"):
+    with pytest.raises(StateError, match="to another number format"):
         ModelState.load(tmp_path / "s", single)
     again = ModelState.load(tmp_path / "s", single, allow_other_weights=True)
     assert {x.dtype for x in again.tensors().values()} == {torch.float32}
@@ -471,6 +520,40 @@ def test_the_weights_hash_is_kept_until_the_weights_change(monkeypatch):
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert weights_hash(model) not in (first, second, third)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_model_has_the_hash_of_its_file(stored, tmp_path):
+    """However the weights were cast for the work at hand; but any change of them is seen."""
+    original = made("metastate", stored)
+    first = weights_hash(original)
+    metastate.save(original, tmp_path / "a")
+    casts = [
+        lambda m: m,
+        lambda m: m.float(),
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: store_bfloat16(m.float()) or m,
+    ]
+    for cast in casts:
+        model = cast(metastate.load(tmp_path / "a"))
+        assert weights_hash(model) == first
+        name, p = list(model.named_parameters())[3]
+        with torch.no_grad():
+            p.view(-1)[0] *= 2
+        assert weights_hash(model) != first, name
+    model = metastate.load(tmp_path / "a").float()
+    p = model.blocks[0].time_mix.key.weight
+    p.grad = torch.ones_like(p)
+    torch.optim.AdamW([p], lr=1e-3, fused=True).step()
+    assert weights_hash(model) != first
+    assert weights_hash(grow(model, num_layers=3)) != weights_hash(model)
+    other = metastate.load(tmp_path / "a")
+    with torch.no_grad():
+        other.ln0.bias[0] += 1  # in memory that the tensors of the file share
+    assert weights_hash(other.float()) != first
+    metastate.save(model, tmp_path / "b")
+    assert weights_hash(metastate.load(tmp_path / "b")) == weights_hash(model)
 
 
 # Rows.

@@ -275,6 +275,32 @@ def test_going_on_needs_the_same_run(config):
         tune(model, config, resume=True)
 
 
+def test_going_on_needs_the_best_state_so_far(config, tmp_path):
+    """It is in the state file alone; nothing of what is left may be lost over it."""
+    model, config = made(), settings(config, valid_every=1)
+    losses = iter([5.0, 4.0, 4.5, 4.5, 4.5, 4.5, 4.5])
+
+    def score(model, start):
+        return {"nats_per_token": next(losses)}
+
+    stopped(model, config, evaluate=score)
+    best = (tmp_path / "s.state").read_bytes()
+    (tmp_path / "s.state").unlink()
+    with pytest.raises(ConfigError, match=r"s.state is gone.*step 1\).*put it back"):
+        tune(model, config, evaluate=score, resume=True)
+    (tmp_path / "s.state").write_bytes(best)
+    seen = []
+
+    def lose(step, steps, **figures):
+        seen.append(step)
+        if step == steps:
+            (tmp_path / "s.state").unlink()
+
+    with pytest.raises(TrainingError, match="s.state is gone, deleted while this ran"):
+        tune(model, config, evaluate=score, progress=lose, resume=True)
+    assert seen == [3, 4, 5, 6] and (tmp_path / "s.state.tuning").exists()
+
+
 def test_damaged_files_are_refused(config, tmp_path):
     model, kept = made(), tmp_path / "s.state.tuning"
     stopped(model, config)

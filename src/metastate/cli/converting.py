@@ -24,6 +24,7 @@ from metastate.model.io import (
     check_finite,
     checkpoint_folder,
     load,
+    one_dtype,
     read_config,
     read_tensors,
     save,
@@ -94,10 +95,9 @@ def read_rwkv(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Conte
 
 def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
     """Read one of our checkpoints."""
-    model, folder = load(source), checkpoint_folder(source)
-    unused = read_tensors(folder / UNUSED) if (folder / UNUSED).exists() else {}
-    if dtype is not None:
-        model, unused = model.to(dtype), {key: x.to(dtype) for key, x in unused.items()}
+    model, folder = load(source, dtype=dtype), checkpoint_folder(source)
+    file = folder / UNUSED
+    unused = one_dtype(read_tensors(file), dtype, file) if file.exists() else {}
     if not allow_nan:
         check_finite(model.state_dict(), source)
     return model, unused
@@ -105,8 +105,7 @@ def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Conte
 
 def read_hf(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
     """Read a Hugging Face folder."""
-    model = from_hf(source, allow_nan=allow_nan)
-    return (model if dtype is None else model.to(dtype)), {}
+    return from_hf(source, dtype=dtype, allow_nan=allow_nan), {}
 
 
 def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Tokenizer | None:
@@ -155,6 +154,11 @@ def write_hf(
     layout: Literal["metastate", "fla"] = "metastate",
 ) -> None:
     """Write a Hugging Face folder that is whole or absent; NaN was refused when it was read."""
+    if unused:
+        log(
+            f"left out: {', '.join(sorted(unused))}, which RWKV-7 never uses and a Hugging Face "
+            "folder has no place for; a .pth file made from it will not hold them"
+        )
     with whole_folder(out, error=CheckpointError) as temporary:
         to_hf(model, temporary, tokenizer, layout=layout, allow_nan=True)
 

@@ -18,6 +18,7 @@ from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
 from metastate.model.io import (
+    check_finite,
     checkpoint_folder,
     load,
     read_config,
@@ -63,9 +64,11 @@ def run_grow(args: argparse.Namespace) -> None:
 
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[LanguageModel, Path]:
-    """Return the model of a checkpoint, and the folder that it lies in."""
+    """Return the model of a checkpoint, its weights finite, and the folder that it lies in."""
     read_config(path)  # a preset's name is no checkpoint
-    return load(path).eval(), checkpoint_folder(path)
+    model = load(path).eval()
+    check_finite(model.state_dict(), path)
+    return model, checkpoint_folder(path)
 
 
 def check_exact(report: dict[str, Any], folder: Path) -> None:

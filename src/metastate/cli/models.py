@@ -10,16 +10,19 @@ import torch
 
 from metastate.errors import ConfigError
 from metastate.model.decode import store_bfloat16
-from metastate.model.io import load
+from metastate.model.io import check_finite, load
 from metastate.model.lm import LanguageModel
 
 
 def load_model(path: str, args: argparse.Namespace, *, decoding: bool = False) -> LanguageModel:
     """Load the checkpoint `path` as `--device` and `--dtype` say.
 
-    With `decoding`, `--dtype bfloat16` stores the matrices so: every token reads all of them.
+    With `decoding`, `--dtype bfloat16` stores the matrices so: every token reads all of them. The
+    logits of each token are checked then; else it is the weights that must be finite.
     """
     model = load(path)
+    if not decoding:
+        check_finite(model.state_dict(), path)
     try:
         model = model.to(torch.device(getattr(args, "device", "cpu")))
     except RuntimeError as error:

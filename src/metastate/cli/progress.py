@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,16 @@ def log(text: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print the one object that a script reads."""
-    print(json.dumps(value, ensure_ascii=False))
+    """Print the one object that a script reads; a number that JSON cannot say becomes null."""
+    print(json.dumps(_sayable(value), ensure_ascii=False, allow_nan=False))
+
+
+def _sayable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sayable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sayable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from metastate.config import ModelConfig, unknown_key_message
 from metastate.data.files import atomic_write
 from metastate.errors import CheckpointError, ConfigError
-from metastate.model.io import check_finite
+from metastate.model.io import check_finite, one_dtype
 from metastate.model.lm import LanguageModel
 
 # What the pickle of a file of plain tensors may ask for, besides torch's storage types.
@@ -74,15 +74,11 @@ def read(
 
     Raises:
         CheckpointError: the file is missing, damaged, no RWKV-7 checkpoint, asks for code to be
-            run, or holds weights that are not finite.
+            run, or holds weights that are not finite, or beyond the range of `dtype`.
     """
     tensors = _load(Path(path))
     config = infer_config(tensors, path)
-    if dtype is not None:
-        tensors = {key: x.to(dtype) for key, x in tensors.items()}
-    elif len(found := {x.dtype for x in tensors.values()}) > 1:
-        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in found))
-        raise CheckpointError(f"{path} holds tensors of several types ({names}); choose a dtype")
+    tensors = one_dtype(tensors, dtype, path)
     if not allow_nan:
         check_finite(tensors, path)
     unused = {key: tensors.pop(key) for key in UNUSED if key in tensors}

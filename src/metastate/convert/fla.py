@@ -87,10 +87,16 @@ def from_fla(
         if f"{prefix}attn.x_x" in rest:
             mu = take(f"{prefix}attn.x_x")
         else:
-            mu = torch.stack([take(prefix + name).flatten() for name in MIXES])
+            rows = [take(prefix + name).flatten() for name in MIXES]
+            if len({len(row) for row in rows}) > 1:
+                raise CheckpointError(f"the six mixes {prefix}{MIXES[0]} and so on differ in width")
+            mu = torch.stack(rows)
         out[f"blocks.{layer}.time_mix.mu"] = mu
         for theirs, ours in _inner(layer):
             x = take(prefix + theirs)
+            if theirs in FACTORS and x.dim() != 2:
+                shape = list(x.shape)
+                raise CheckpointError(f"{prefix}{theirs} is {shape}; two axes are needed")
             x = x.flatten() if theirs in VECTORS else x
             out[f"blocks.{layer}.{ours}"] = x.mT.contiguous() if theirs in FACTORS else x
         layer += 1

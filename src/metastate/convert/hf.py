@@ -56,7 +56,8 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
     it in front; with another one begin input_ids with its `eos_token_id`.
 
     Rows may be padded anywhere, told by `attention_mask`: the result of every row is that of the
-    row alone, since padding is skipped (the recurrent state does not see it).
+    row alone, since padding is skipped (the recurrent state does not see it). `generate` goes on
+    from the last column, so there it must stand on the left.
 
     Args:
         config: a MetaStateConfig.
@@ -152,6 +153,22 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
         self.model.activation_checkpointing = value
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of `forward`, as every GenerationMixin does.
+
+        Raises:
+            ConfigError: a row's last column is padding. `generate` goes on from the logits there.
+        """
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("is_first_iteration") and mask is not None and mask.dim() == 2:
+            mask = mask.bool()
+            if bool((mask.any(1) & ~mask[:, -1]).any()):
+                raise ConfigError(
+                    "a row of attention_mask ends with padding, and generate goes on from the last "
+                    "column; pad on the left: tokenizer(..., padding_side='left')"
+                )
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,
@@ -259,6 +276,10 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         if not bool(mask.any(1).all()):
             row = int((~mask.any(1)).nonzero()[0])
             raise ShapeError(f"row {row} of attention_mask is padding alone; a token is needed")
+        config = self.model.config
+        if config.architecture == "metastate" and config.meta_state.variational:
+            # The KL term is a mean over all tokens that are run: none of them may be padding.
+            return self._rows(tokens, None, mask, resets, every)
         # Move the padding of each row to its left and start a document at the first token.
         order = mask.int().argsort(dim=1, stable=True)
         resets = resets.gather(1, order)
@@ -268,26 +289,27 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         return [x.take_along_dim(back, 1) for x in hidden], state, kl
 
     def _rows(
-        self, tokens: Tensor, state: ModelState, mask: Tensor, resets: Tensor, every: bool
+        self, tokens: Tensor, state: ModelState | None, mask: Tensor, resets: Tensor, every: bool
     ) -> tuple[list[Tensor], ModelState, Tensor | None]:
-        """Return what `_run` does, row after row, without the padding behind the state."""
+        """Return what `_run` does, row after row, without the padding (behind the state)."""
         if not self.model.recurrent:
             raise ConfigError(
                 f"a {self.model.config.architecture} cannot skip padding behind a cache; give rows "
                 "of equal length, or run them one by one"
             )
-        if state.batch_size != len(tokens):
+        if state is not None and state.batch_size != len(tokens):
             raise StateError(f"the cache has {state.batch_size} rows, input_ids {len(tokens)}")
         outputs, states, terms = [], [], []
         size = self.model.config.hidden_size
         for i, own in enumerate(mask):
-            row = state[i]
+            row = None if state is None else state[i]
             found = [self.model.ln_out.weight.new_zeros(1, 0, size)] * (
                 self.model.config.num_layers + 1 if every else 1
             )
             if bool(own.any()):
                 found, row, kl = self._run(tokens[i, own][None], row, resets[i, own][None], every)
-                terms += [] if kl is None else [kl]
+                terms += [] if kl is None else [kl * own.sum()]
+            assert row is not None
             states.append(row)
             at = own.nonzero().flatten()
             outputs.append([x.new_zeros(1, len(own), size).index_copy(1, at, x) for x in found])
@@ -297,8 +319,8 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
             fields = zip(*(vars(layer).values() for layer in own_layers), strict=True)
             joined = (None if f[0] is None else torch.cat(f) for f in fields)
             layers.append(RecurrentState(*joined))  # type: ignore[arg-type]
-        seen = state.tokens_seen + tokens.shape[1]
-        kl = torch.stack(terms).mean() if terms else None
+        seen = (0 if state is None else state.tokens_seen) + tokens.shape[1]
+        kl = torch.stack(terms).sum() / mask.sum() if terms else None
         return hidden, ModelState(tuple(layers), seen), kl
 
     def _run(

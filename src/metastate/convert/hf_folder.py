@@ -21,7 +21,13 @@ from metastate.convert import fla
 from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
-from metastate.model.io import adopt_record, check_finite, check_tensors, read_tensors
+from metastate.model.io import (
+    adopt_record,
+    check_finite,
+    check_tensors,
+    one_dtype,
+    read_tensors,
+)
 from metastate.model.lm import LanguageModel
 
 MODEL_TYPE = "metastate"
@@ -99,20 +105,30 @@ def to_hf(
     write_json(folder / "config.json", config, error=CheckpointError)
 
 
-def from_hf(folder: str | os.PathLike[str], *, allow_nan: bool = False) -> LanguageModel:
+def from_hf(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    allow_nan: bool = False,
+) -> LanguageModel:
     """Return the model of a Hugging Face folder that `to_hf` or `save_pretrained` wrote.
 
     Weights may be cut into several files. Lineage and tokenizer record come along. An RWKV-7 of
     flash-linear-attention's layout becomes an rwkv7; it records no tokenizer.
 
+    Args:
+        folder: see above.
+        dtype: of the model; None keeps that of the weights, all of which must then have one.
+        allow_nan: take weights that are NaN or infinite.
+
     Raises:
         CheckpointError: a file is missing, truncated, corrupt or of another model, the config has
-            unknown keys or is newer than this program, or a weight is not finite and `allow_nan`
-            does not take it so.
+            unknown keys or is newer than this program, or a weight is not finite or beyond the
+            range of `dtype`.
     """
     folder = Path(folder)
     info = read_hf_config(folder)
-    weights = read_weights(folder)
+    weights = one_dtype(read_weights(folder), dtype, folder)
     try:
         if info["model_type"] in fla.MODEL_TYPES:
             config, found = fla.from_fla(info, weights)
@@ -125,7 +141,7 @@ def from_hf(folder: str | os.PathLike[str], *, allow_nan: bool = False) -> Langu
         model = LanguageModel(config)
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
-    adopt_record(model, info)
+    adopt_record(model, info, folder / "config.json")
     if not allow_nan:
         check_finite(model.state_dict(), folder)
     return model
@@ -184,11 +200,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not index.exists():
         return read_tensors(folder / "model.safetensors")
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise CheckpointError(f"{index} cannot be read ({cause!r}); it is corrupt") from None
     out: dict[str, torch.Tensor] = {}
-    for name in sorted(names):
+    for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is no file of its own folder")
         out |= read_tensors(folder / name)

@@ -1,7 +1,8 @@
 """States in the layouts of other programs: RWKV's own `rwkv` package and flash-linear-attention.
 
 S is [B, H, N_v, N_k] here and, without B, in RWKV; flash-linear-attention keeps [B, H, N_k, N_v].
-Only the state of an RWKV-7 has a counterpart there: S and both token shifts, no meta state.
+Only what an RWKV-7 carries has a counterpart there: S and both token shifts, no meta state. An
+upgraded RWKV-7 that has no M carries just that, and a state does not say which model made it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def to_rwkv(state: ModelState) -> list[Tensor]:
         change in place.
 
     Raises:
-        StateError: the state has more rows than one, or is no RWKV-7's.
+        StateError: the state has more rows than one, or is not S and two token shifts a layer.
 
     Source: rwkv 0.8 (PyPI), rwkv/model.py, RWKV_x070.generate_zero_state.
     """
@@ -86,7 +87,7 @@ def to_fla(state: ModelState) -> list[dict[str, Tensor]]:
         [B, D], the last inputs of time and channel mixing; no memory is shared.
 
     Raises:
-        StateError: the state is no RWKV-7's.
+        StateError: the state is not S and two token shifts a layer.
 
     Source: flash-linear-attention, fla/layers/rwkv7.py, what RWKV7Attention.forward hands to
     past_key_values.update.

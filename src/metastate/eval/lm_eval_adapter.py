@@ -24,7 +24,7 @@ from metastate.errors import ConfigError, DataError
 from metastate.eval.zero_shot import Score, check_tokenizer, score_tokens
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
-from metastate.model.io import load, tokenizer_of
+from metastate.model.io import check_finite, load, tokenizer_of
 from metastate.model.lm import LanguageModel
 
 try:
@@ -80,6 +80,7 @@ class MetaStateLM(TemplateLM):
             self._model = checkpoint
         else:
             self._model = load(checkpoint, device=device).eval()
+            check_finite(self._model.state_dict(), checkpoint)
             tokenizer = tokenizer or tokenizer_of(self._model, checkpoint)
         check_tokenizer(self._model, tokenizer)
         self._tokenizer: Tokenizer = tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -64,7 +65,7 @@ class NativeDecoder(Decoder):
     def __init__(self, model: LanguageModel, rows: int) -> None:
         from metastate.ops import decode_kernels as kernels
 
-        self.model = model
+        self.model, self.ln0 = model, copy.deepcopy(model.ln0).float()
         self.tokens_seen = [0] * rows
         self.state = model.init_state(rows).map(lambda x: x.float().contiguous().clone())
         config = model.config
@@ -173,7 +174,7 @@ class NativeDecoder(Decoder):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows, model = len(tokens), self.model
-        self.x[:rows] = model.ln0(model.embedding(torch.tensor(tokens)).float())
+        self.x[:rows] = self.ln0(model.embedding(torch.tensor(tokens)).float())
         self._run(rows)
         for row in range(rows):
             self.tokens_seen[row] += 1

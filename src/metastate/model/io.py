@@ -23,16 +23,24 @@ from metastate.model.lm import LanguageModel
 
 FORMAT = "metastate"
 VERSION = 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a model has one of them
+# What config.json may say of a tokenizer, besides other keys.
+TOKENIZER = {"kind": str, "name": str, "sha256": str, "path": str, "vocab_size": int, "eod_id": int}
 # The weights hash of each model, and what its weights looked like then.
 _HASHES: WeakKeyDictionary[LanguageModel, tuple[list[Any], str]] = WeakKeyDictionary()
+# The tensors of each model that `load` made as its file has them: mapped from there, so that
+# keeping them takes no memory.
+_STORED: WeakKeyDictionary[LanguageModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
 def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
     """Write `model` to the folder `path` as model.safetensors and config.json, each atomically.
 
     Raises:
-        CheckpointError: the disk is full or the system refuses; the previous file is untouched.
+        CheckpointError: the weights are of several number formats; or the disk is full or the
+            system refuses, and the previous file is untouched.
     """
+    one_dtype(model.state_dict(), None, "the model")
     write_tensors(model.state_dict(), Path(path) / "model.safetensors")
     write_record(record(model), Path(path))
 
@@ -68,25 +76,45 @@ def write_record(record: dict[str, Any], folder: Path) -> None:
 def weights_hash(model: LanguageModel) -> str:
     """Return the SHA-256 of a model's weights, names and shapes included, in hexadecimal.
 
+    A model that `load` made has the hash of the weights in its file as long as its own are these,
+    in whatever number format: what was made in float32 fits the same checkpoint in bfloat16. Which
+    it is, is seen by comparing them, so that no change of the weights goes by.
+
     Kept for each model and made again when the weights have changed. Fused optimizers do not raise
     a tensor's version counter, so the sum of its bits is compared too: one pass at the speed of
     memory, a fifteenth of the time of the hash on a CPU.
     """
-    tensors = sorted((name, x.detach()) for name, x in model.state_dict().items())
-    marks = [(name, x.dtype, *_mark(x)) for name, x in tensors]
+    tensors = {name: x.detach() for name, x in sorted(model.state_dict().items())}
+    marks = [(name, x.dtype, *_mark(x)) for name, x in tensors.items()]
     known = _HASHES.get(model)
     if known is None or known[0] != marks:
+        stored = _STORED.get(model)
+        if stored is not None and _is_cast(stored, tensors):
+            tensors = {name: stored[name] for name in tensors}
         digest = hashlib.sha256()
-        for name, x in tensors:
+        for name, x in tensors.items():
             digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
             digest.update(x.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
         known = _HASHES[model] = marks, digest.hexdigest()
     return known[1]
 
 
+def _is_cast(stored: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
+    """Say whether each of a model's tensors is the stored one, but for device and dtype."""
+    return stored.keys() == own.keys() and all(
+        stored[name].shape == x.shape and torch.equal(_raw(stored[name].to(x)), _raw(x))
+        for name, x in own.items()
+    )
+
+
+def _raw(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, [num_bytes] uint8."""
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
 def _mark(x: torch.Tensor) -> tuple[int, int]:
     """Return the version of a tensor and the sum of its bits, eight bytes at a time."""
-    raw = x.contiguous().view(-1).view(torch.uint8)
+    raw = _raw(x)
     if raw.storage_offset() % 8:
         raw = raw.clone()  # a view of eight bytes must begin at a multiple of eight
     whole = len(raw) // 8 * 8
@@ -95,33 +123,64 @@ def _mark(x: torch.Tensor) -> tuple[int, int]:
 
 
 def load(
-    path_or_preset: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    path_or_preset: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> LanguageModel:
     """Return a trained model from a checkpoint folder, or a fresh one from the name of a preset.
 
     The folder of a training run stands for its last checkpoint.
 
+    Args:
+        path_or_preset: the folder or the name.
+        device: of the model.
+        dtype: of the model; None keeps that of the weights, all of which must then have one.
+
     Raises:
         CheckpointError: nothing is there, or it is truncated, corrupt, foreign or newer than this
-            program.
+            program, or a weight is beyond the range of `dtype`.
     """
     path = Path(path_or_preset)
     if not path.exists() and str(path_or_preset) in presets.NAMES:
-        return LanguageModel(presets.preset(str(path_or_preset))).to(device)
+        return LanguageModel(presets.preset(str(path_or_preset))).to(device, dtype)
     info, path = read_config(path), checkpoint_folder(path)
     with torch.device("meta"):
         model = LanguageModel(info["model"])
-    tensors = read_tensors(path / "model.safetensors")
-    check_tensors(tensors, dict(model.state_dict()), path / "model.safetensors")
-    model.load_state_dict(tensors, assign=True)
-    adopt_record(model, info)
+    file = path / "model.safetensors"
+    tensors = read_tensors(file)
+    check_tensors(tensors, dict(model.state_dict()), file)
+    model.load_state_dict(one_dtype(tensors, dtype, file), assign=True)
+    adopt_record(model, info, path / "config.json")
+    _STORED[model] = tensors
     return model.to(device)
 
 
-def adopt_record(model: LanguageModel, info: dict[str, Any]) -> None:
-    """Give `model` what a checkpoint's config.json says of its weights."""
-    model.lineage, model.step = info.get("lineage") or [], info.get("step") or 0
-    model.tokenizer_info = info.get("tokenizer")
+def adopt_record(
+    model: LanguageModel, info: Mapping[str, Any], where: str | os.PathLike[str] = "config.json"
+) -> None:
+    """Give `model` what a checkpoint's config.json says of its weights; `where` it is, for people.
+
+    Raises:
+        CheckpointError: the lineage is no list of steps, the step no count, or the tokenizer no
+            record of one. Its name alone would be read as what a person asks for: any file, or a
+            download.
+    """
+    lineage, step, tokenizer = info.get("lineage"), info.get("step"), info.get("tokenizer")
+    lineage, step = [] if lineage is None else lineage, 0 if step is None else step
+    if not isinstance(lineage, list) or not all(isinstance(x, dict) for x in lineage):
+        raise CheckpointError(f"{where}: lineage is {lineage!r:.80}; a list of mappings is needed")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{where}: step is {step!r:.80}; a count of updates is needed")
+    if tokenizer is not None and not isinstance(tokenizer, dict):
+        raise CheckpointError(f"{where}: tokenizer is {tokenizer!r:.80}; its record is needed")
+    for key, kind in TOKENIZER.items():
+        value = (tokenizer or {}).get(key)
+        if value is not None and type(value) is not kind:
+            raise CheckpointError(
+                f"{where}: tokenizer.{key} is {value!r:.80}; {kind.__name__} is needed"
+            )
+    model.lineage, model.step, model.tokenizer_info = lineage, step, tokenizer
 
 
 def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenizer:
@@ -195,7 +254,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def check_tensors(
     found: dict[str, torch.Tensor], needed: dict[str, torch.Tensor], file: Path
 ) -> None:
-    """Raise CheckpointError unless `found` has exactly the names and shapes of `needed`."""
+    """Raise CheckpointError unless `found` has the names and shapes of `needed`, in DTYPES."""
     for name, x in needed.items():
         if name not in found:
             raise CheckpointError(f"{file} has no tensor {name!r}; it is of another model")
@@ -203,11 +262,50 @@ def check_tensors(
             raise CheckpointError(
                 f"{file}: {name} is {list(found[name].shape)}, the config needs {list(x.shape)}"
             )
-        if not found[name].is_floating_point():
-            raise CheckpointError(f"{file}: {name} is {found[name].dtype}, not floating point")
+        if found[name].dtype not in DTYPES:
+            raise CheckpointError(f"{file}: {_not_allowed(name, found[name])}")
     extra = sorted(found.keys() - needed.keys())
     if extra:
         raise CheckpointError(f"{file} holds {extra[0]!r}, which this model does not have")
+
+
+def one_dtype(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, where: str | os.PathLike[str]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors in `dtype`; None keeps theirs, of which there must be one.
+
+    Raises:
+        CheckpointError: a dtype is not one of DTYPES, there are several and None to choose, or a
+            value is beyond the range of `dtype`. `where` they are from, for people.
+    """
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            raise CheckpointError(f"{where}: {_not_allowed(name, x)}")
+    if dtype is None:
+        if len(found := {x.dtype for x in tensors.values()}) > 1:
+            raise CheckpointError(
+                f"{where} holds tensors of several types ({', '.join(sorted(map(_name, found)))}); "
+                "choose a dtype (`metastate convert --dtype float32` writes a copy of one)"
+            )
+        return dict(tensors)
+    out = {name: x.to(dtype) for name, x in tensors.items()}
+    for name, x in out.items():
+        if torch.finfo(dtype).max < torch.finfo(tensors[name].dtype).max:
+            lost = int((x.isinf() & tensors[name].isfinite()).sum())
+            if lost:
+                raise CheckpointError(
+                    f"{where}: {name} has {lost:,} values beyond {torch.finfo(dtype).max:.5g}, the "
+                    f"range of {_name(dtype)}; take bfloat16 or float32"
+                )
+    return out
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _not_allowed(name: str, x: torch.Tensor) -> str:
+    return f"{name} is {_name(x.dtype)}; allowed: {', '.join(map(_name, DTYPES))}"
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
@@ -216,7 +314,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike[s
         bad = 0 if x.is_meta else x.numel() - int(x.isfinite().sum())
         if bad:
             raise CheckpointError(
-                f"{where}: {name} ({str(x.dtype).removeprefix('torch.')}) has {bad:,} values that "
+                f"{where}: {name} ({_name(x.dtype)}) has {bad:,} values that "
                 "are NaN or infinite; training diverged or the file is damaged: take another "
                 "(`metastate convert --allow-nan` takes it as it is)"
             )

@@ -182,8 +182,9 @@ class ModelState:
         if file.weights and not allow_other_weights and file.weights != _weights_hash(model):
             raise StateError(
                 f"{path} was made with other weights of this configuration (before more training, "
-                "or in another number format), to which its numbers need not mean the same; use "
-                "that checkpoint, or allow it with allow_other_weights, --allow-other-weights"
+                "or converted to another number format), to which its numbers need not mean the "
+                "same; use that checkpoint, or allow it with allow_other_weights, "
+                "--allow-other-weights"
             )
         kind = AttentionState if model.config.architecture in ATTENTION else RecurrentState
         device = next(model.parameters()).device

@@ -231,12 +231,13 @@ class _Tuning:
         at, complete = self.at, self.at.step >= config.steps
         if at.best_step is None:
             self.write()
-        if complete:
-            with contextlib.suppress(OSError):
-                self.kept.unlink(missing_ok=True)
-        else:
+        if not complete:
             self.save()
-        return TuneResult(
+        try:
+            file_bytes = self.out.stat().st_size
+        except OSError as cause:
+            raise TrainingError(f"{self.out} is gone, deleted while this ran ({cause})") from None
+        result = TuneResult(
             self.out,
             at.step,
             at.tokens,
@@ -244,9 +245,13 @@ class _Tuning:
             self.before,
             at.best_loss,
             at.best_step,
-            self.out.stat().st_size,
+            file_bytes,
             None if complete else self.signal,
         )
+        if complete:  # and the state is in its file
+            with contextlib.suppress(OSError):
+                self.kept.unlink(missing_ok=True)
+        return result
 
     def update(self) -> None:
         """Make one optimizer step of `accumulate` batches."""
@@ -324,8 +329,9 @@ class _Tuning:
         """Go back to where the file that `save` wrote says.
 
         Raises:
-            ConfigError: there is none, or it was made with other settings. CheckpointError: it is
-                damaged, newer than this program, or of another model.
+            ConfigError: there is none, it was made with other settings, or the state that it goes
+                with is gone.
+            CheckpointError: it is damaged, newer than this program, or of another model.
         """
         header, tensors = read_kept(self.kept)
         try:
@@ -335,6 +341,11 @@ class _Tuning:
         except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as cause:
             raise CheckpointError(f"{self.kept} is broken ({cause}); delete it") from None
         check_same_run(at, self.config, self.at.data, str(self.out))
+        if at.best_step is not None and not self.out.exists():
+            raise ConfigError(
+                f"{self.out} is gone, which held the state of the best validation (step "
+                f"{at.best_step}); put it back, or delete {self.kept} and start again"
+            )
         start = self.start
         for name, old in (("what", what), ("parameter_tokens", number)):
             if old != (new := getattr(start, name)):
