@@ -133,7 +133,7 @@ def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stre
 def test_a_store_that_fills_meanwhile_does_not_take_the_text(tmp_path, pace, stream):
     with served(tmp_path, store={"max_states": 2}) as server:
         answers = []
-        body = {"prompt": "ab", "max_tokens": 40, "n": 2, "stream": stream, "store_state": True}
+        body = LONG | {"max_tokens": 40, "n": 2, "stream": stream, "store_state": True}
         poster = threading.Thread(
             target=lambda: answers.append(server.client.post("/v1/completions", json=body))
         )

@@ -283,8 +283,7 @@ class OpenAI:
         It goes before all requests that wait, and ends before the whole request is late.
         """
         task, job, config = feed.task, feed.jobs[index], self.config
-        prompt = task.prompts[index // (task.request.n or 1)]
-        ids = [*prompt, *self.tokenizer.encode(text)]
+        ids = task.prompts[index // (task.request.n or 1)] + self.tokenizer.encode(text)
         request = CommonFields(repetition_penalty=task.request.repetition_penalty)
         left_s = feed.started + config.timeout_s + config.send_timeout_s / 2 - time.monotonic()
         reading = Task([ids], request, (), 0, task.before, None, False)
@@ -322,9 +321,7 @@ class OpenAI:
         most = min(config.max_choices, config.max_concurrent)
         if len(prompts) * (request.n or 1) > most:
             raise ApiError(
-                400,
-                f"that many texts at once are not allowed; at most {most}",
-                param="n",
+                400, f"that many texts at once are not allowed; at most {most}", param="n"
             )
         if any(len(s) > 256 for s in stop):
             raise ApiError(400, "a stop string has at most 256 characters", param="stop")
@@ -482,8 +479,8 @@ class OpenAI:
     def _name(self, token: int) -> tuple[str, list[int] | None]:
         """Return a token as text, and its bytes where they are known; half a character is bytes.
 
-        The text is the token's inside a text: some tokenizers drop the space of the first word. A
-        token without one is named as the vocabulary spells it.
+        The text is that inside a text: some tokenizers drop the space of the first word. Else it is
+        the spelling of the vocabulary.
         """
         decode_bytes = getattr(self.tokenizer, "decode_bytes", None)
         if decode_bytes is None:
