@@ -319,7 +319,7 @@ def test_errors_are_told_in_words(server, visit):
             server.store.delete("open", stored.id)
         column.press(press)
         alert = column.root.get_by_role("alert")
-        expect(alert).to_contain_text("it was deleted, never there, or is of other weights. Try again")
+        expect(alert).to_contain_text("deleted, never there, or is of other weights. Try again")
         again()
         expect(alert).to_be_hidden()
     body = page.watch.bodies("v1/completions")[-1]
