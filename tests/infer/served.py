@@ -14,12 +14,27 @@ from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.infer.engine import Engine
 from metastate.infer.gate import ServerConfig
+from metastate.infer.generate import Draft
 from metastate.infer.server import create_app, make_server
 from metastate.infer.store import StateStore
 from metastate.model.lm import LanguageModel
 
 TOKENIZER = ByteTokenizer()
 KEYS = ("first-key-0123456789", "second-key-0123456789")
+SECOND = {"authorization": f"Bearer {KEYS[1]}"}
+LONG = {"prompt": "ab", "max_tokens": 2000, "temperature": 0}
+
+
+def paced(monkeypatch, s):
+    """Let a token take `.s` seconds of what is returned."""
+    write, pace = Draft.write, SimpleNamespace(s=s)
+
+    def slow(self, logits):
+        time.sleep(pace.s)
+        return write(self, logits)
+
+    monkeypatch.setattr(Draft, "write", slow)
+    return pace
 
 
 def make(architecture="metastate", seed=0):

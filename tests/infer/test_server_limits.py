@@ -12,29 +12,14 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import KEYS, error_of, served, wait
+from served import KEYS, LONG, SECOND, error_of, paced, served, wait
 
-from metastate.infer.generate import Draft
 from metastate.model.lm import LanguageModel
-
-SECOND = {"authorization": f"Bearer {KEYS[1]}"}
-LONG = {"prompt": "ab", "max_tokens": 2000, "temperature": 0}
 
 
 @pytest.fixture(autouse=True)
 def pace(monkeypatch):
-    """Let a token take `pace.s` seconds."""
-    write = Draft.write
-
-    class Pace:
-        s = 0.0
-
-    def slow(self, logits):
-        time.sleep(Pace.s)
-        return write(self, logits)
-
-    monkeypatch.setattr(Draft, "write", slow)
-    return Pace
+    return paced(monkeypatch, 0.0)
 
 
 @contextlib.contextmanager

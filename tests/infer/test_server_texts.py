@@ -7,29 +7,15 @@ import time
 
 import httpx
 import pytest
-from served import KEYS, TOKENIZER, error_of, served, wait
+from served import KEYS, LONG, SECOND, TOKENIZER, error_of, paced, served, wait
 
-from metastate.infer.generate import Draft, generate
+from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
-
-SECOND = {"authorization": f"Bearer {KEYS[1]}"}
-LONG = {"prompt": "ab", "max_tokens": 2000, "temperature": 0}
 
 
 @pytest.fixture
 def pace(monkeypatch):
-    """Let a token take `pace.s` seconds."""
-    write = Draft.write
-
-    class Pace:
-        s = 0.01
-
-    def slow(self, logits):
-        time.sleep(Pace.s)
-        return write(self, logits)
-
-    monkeypatch.setattr(Draft, "write", slow)
-    return Pace
+    return paced(monkeypatch, 0.01)
 
 
 @pytest.fixture(scope="module")
