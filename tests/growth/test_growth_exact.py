@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import metastate
@@ -178,6 +178,7 @@ def test_several_steps_with_training_between():
 @given(seed=st.integers(0, 10**6))
 def test_any_config_any_mixture(seed):
     draw = random.Random(seed)
+    torch.manual_seed(seed)  # before the weights are made: a failing seed fails again
     meta = {
         "readout": draw.choice(["both", "meta", "encoding"]),
         "modulation": draw.choice(["input", "none"]),
@@ -222,17 +223,17 @@ def test_any_config_any_mixture(seed):
     }
     if all(n in (None, getattr(model.config, axis)) for axis, n in sizes.items()):
         return
-    torch.manual_seed(seed)
     grown = grow(model, **sizes, seed=seed)
     tokens, resets = text(batch=2, length=21)
     before, state = model(tokens, resets=resets)
     after, _ = grown(tokens, resets=resets)
-    # A drawn model can be so ill-conditioned that its own rounding is more than the bound.
+    # A drawn model can be so ill-conditioned that its own rounding comes near the bound: draw again.
     rounding = change(before, copy.deepcopy(model).double()(tokens, resets=resets)[0])
-    assert change(before, after) <= max(EXACT[dtype], rounding)
+    assume(rounding <= EXACT[dtype] / 4)
+    assert change(before, after) <= EXACT[dtype]
     more, _ = text(length=9)
     carried = grow_state(state, grown)
-    assert change(model(more, state)[0], grown(more, carried)[0]) <= max(EXACT[dtype], rounding)
+    assert change(model(more, state)[0], grown(more, carried)[0]) <= EXACT[dtype]
 
 
 @pytest.mark.parametrize(
