@@ -227,7 +227,7 @@ def test_any_config_any_mixture(seed):
     tokens, resets = text(batch=2, length=21)
     before, state = model(tokens, resets=resets)
     after, _ = grown(tokens, resets=resets)
-    # A drawn model can be so ill-conditioned that its own rounding comes near the bound: draw again.
+    # A drawn model can be so ill-conditioned that its own rounding is near the bound: draw again.
     rounding = change(before, copy.deepcopy(model).double()(tokens, resets=resets)[0])
     assume(rounding <= EXACT[dtype] / 4)
     assert change(before, after) <= EXACT[dtype]
