@@ -198,3 +198,8 @@ def test_stdlib_is_the_running_python():
     assert 1_000_000 < sum(size.values()) <= 12_000_000
     assert found[-1].position <= source.num_bytes
     assert not any("\0" in d.text for d in found)
+
+
+def test_the_home_of_an_unknown_user_is_refused():
+    with pytest.raises(ConfigError, match="no file '~nosuchuser/texts'"):
+        find_sources(["~nosuchuser/texts"])

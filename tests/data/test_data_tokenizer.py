@@ -178,3 +178,8 @@ def test_neox_is_padded_to_50304():
     assert (neox.vocab_size, neox.eod_id) == (50_304, 0)
     assert neox.decode(neox.encode("  Meta-State\n\n\treads")) == "  Meta-State\n\n\treads"
     assert neox.decode([50_300, 66]) == "a"
+
+
+def test_the_home_of_an_unknown_user_is_refused():
+    with pytest.raises(ConfigError, match="no file '~nosuchuser/tokenizer.json'"):
+        load_tokenizer("~nosuchuser/tokenizer.json")

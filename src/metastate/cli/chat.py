@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from metastate.cli.models import arithmetic, load_model
 from metastate.cli.progress import log
+from metastate.data.files import expanded
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import ConfigError, MetaStateError, StateError
 from metastate.infer.generate import Continuation, generate
@@ -225,7 +225,7 @@ class Chat:
         if not path or at is None:
             raise ConfigError("nothing was said, so there is no state" if path else "/save FILE")
         state = replace(at.state, extra=at.state.extra | {TAIL: self.place.tail})
-        replace(at, state=state).save(path_of(path), self.model)
+        replace(at, state=state).save(expanded(path), self.model)
         log(f"saved to {path}: {at.state.num_bytes:,} bytes of state")
 
     def load(self, path: str) -> None:
@@ -233,7 +233,7 @@ class Chat:
         if not path:
             raise ConfigError("/load FILE")
         at = Continuation.load(
-            path_of(path), self.model, allow_other_weights=self.allow_other_weights
+            expanded(path), self.model, allow_other_weights=self.allow_other_weights
         )
         if at.state.batch_size != 1:
             raise StateError(f"{path} holds {at.state.batch_size} rows; a conversation is one")
@@ -257,14 +257,6 @@ class Chat:
             self.max_tokens = check_max_tokens(int(value))
         else:
             self.sampling = replace(self.sampling, **{name: value})  # type: ignore[arg-type]
-
-
-def path_of(text: str) -> Path:
-    """Return what was typed as a path; ConfigError where ~ is nobody's home."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as cause:
-        raise ConfigError(f"no file {text!r}: {cause}") from None
 
 
 def check_max_tokens(value: int) -> int:

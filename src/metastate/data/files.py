@@ -99,6 +99,14 @@ def write_json(
     atomic_write(path, text.encode("utf-8"), error=error)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path as a person types it, ~ for a home; ConfigError where it is nobody's."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as cause:
+        raise ConfigError(f"no file {os.fspath(path)!r}: {cause}") from None
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal.
 

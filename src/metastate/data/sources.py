@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from metastate.data.files import expanded
 from metastate.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -87,7 +88,7 @@ def find_sources(
 
 
 def _sources(item: str, split: str | None, exclude: Path | None) -> list[Source]:
-    path = Path(item).expanduser()
+    path = expanded(item)
     if path.is_file():
         return [_file_source(path, split or _split_of(path))]
     if path.is_dir():

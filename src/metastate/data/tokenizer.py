@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from metastate.data.files import atomic_write
+from metastate.data.files import atomic_write, expanded
 from metastate.errors import ConfigError, DataError
 
 EOD_NAMES = (
@@ -305,7 +305,7 @@ def load_tokenizer(
         return ByteTokenizer()
     if text == "world":
         return WorldTokenizer(_package_vocabulary())
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir():
         for name in (JsonTokenizer.file_name, WorldTokenizer.file_name):
             if (path / str(name)).is_file():
