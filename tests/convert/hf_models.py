@@ -2,7 +2,7 @@
 
 import torch
 
-from metastate.config import MetaStateConfig, ModelConfig
+from metastate.config import MetaStateConfig, ModelConfig, to_dict
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.model.lm import LanguageModel
 
@@ -43,5 +43,5 @@ def language_model(name, seed=1):
             p.copy_(noise if key == "embedding.weight" else p + noise * scale)
         model.head.weight.mul_(3)  # clear winners, so that two ways of rounding choose the same
     model.tokenizer_info = ByteTokenizer().info()
-    model.lineage, model.step = [{"axis": "head_size", "step": 7}], 11
+    model.lineage, model.step = [{"step": 7, "before": to_dict(model.config)}], 11
     return model

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_models import GROWN, SIZES, WITH_M, build
 
 import metastate
-from metastate.config import MetaStateConfig, ModelConfig
+from metastate.config import MetaStateConfig, ModelConfig, to_dict
 from metastate.errors import CheckpointError, StateError
 from metastate.growth import grow
 from metastate.model.decode import store_bfloat16
@@ -64,7 +64,7 @@ def edit(folder, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_saved_model_comes_back_bitwise(model, tmp_path, dtype):
     model.to(dtype)
-    model.lineage = [{"axis": "head_size", "parent": "0" * 64}]
+    model.lineage = [{"parent": "0" * 64, "step": 0, "before": to_dict(model.config)}]
     model.tokenizer_info = {"kind": "bytes", "vocab_size": 256}
     metastate.save(model, tmp_path / "deep" / "er")
     assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == [
@@ -186,6 +186,9 @@ def test_weights_of_several_number_formats(saved, tmp_path):
         ({"lineage": 5}, "lineage is 5; a list of mappings"),
         ({"lineage": [5]}, "lineage is .5.; a list of mappings"),
         ({"lineage": {}}, "lineage is {}"),
+        ({"lineage": [{"before": {}}]}, "config.json: lineage has .* without the step"),
+        ({"lineage": [{"step": 3}]}, "config.json: lineage.before"),
+        ({"lineage": [{"step": 3, "before": {"x": 1}}]}, "config.json: .*lineage.before"),
         ({"step": "x"}, "step is 'x'; a count"),
         ({"step": -1}, "step is -1"),
         ({"step": True}, "step is True"),

@@ -162,14 +162,21 @@ def adopt_record(
     """Give `model` what a checkpoint's config.json says of its weights; `where` it is, for people.
 
     Raises:
-        CheckpointError: the lineage is no list of steps, the step no count, or the tokenizer no
-            record of one. Its name alone would be read as what a person asks for: any file, or a
-            download.
+        CheckpointError: the lineage is no list of growths, each with the step of training and the
+            config before it, the step no count, or the tokenizer no record of one. Its name alone
+            would be read as what a person asks for: any file, or a download.
     """
     lineage, step, tokenizer = info.get("lineage"), info.get("step"), info.get("tokenizer")
     lineage, step = [] if lineage is None else lineage, 0 if step is None else step
     if not isinstance(lineage, list) or not all(isinstance(x, dict) for x in lineage):
         raise CheckpointError(f"{where}: lineage is {lineage!r:.80}; a list of mappings is needed")
+    for growth in lineage:
+        if type(growth.get("step")) is not int:
+            raise CheckpointError(f"{where}: lineage has {growth!r:.80} without the step it was at")
+        try:
+            from_dict(ModelConfig, growth.get("before"), "lineage.before")
+        except ConfigError as cause:
+            raise CheckpointError(f"{where}: {cause}") from None
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{where}: step is {step!r:.80}; a count of updates is needed")
     if tokenizer is not None and not isinstance(tokenizer, dict):

@@ -209,7 +209,7 @@ class _Run:
             self.growths = sum(g.step < at.step for g in config.growth)
             if model is None or model.config != info["model"]:
                 model = LanguageModel(info["model"])
-            io.adopt_record(model, info)
+            io.adopt_record(model, info, found / "config.json")
         elif model is None and config.from_checkpoint:
             io.read_config(config.from_checkpoint)  # a preset's name is no checkpoint
             model = io.load(config.from_checkpoint)
