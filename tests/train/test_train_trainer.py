@@ -31,6 +31,7 @@ from metastate.model.presets import preset
 from metastate.train import distributed, log, trainer
 from metastate.train.checkpoint import find_checkpoint, read_trainer, saved_config
 from metastate.train.trainer import WALL_CLOCK, train
+from tolerance import TOLERANCE, relative_error
 
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
 
@@ -192,7 +193,7 @@ CHANGED = {
     **{"preset": "metastate-mini", "model": MODEL | {"num_layers": 1}, "batch_size": 3},
     **{"context": 15, "accumulate": 2, "lr": 2e-3, "min_lr": 1e-5, "schedule": "wsd", "warmup": 4},
     **{"decay_fraction": 0.3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8},
-    **{"clip": 2.0, "z_loss": 0.0, "seed": 1, "dtype": "bfloat16", "backend": "reference"},
+    **{"clip": 2.0, "z_loss": 0.0, "seed": 1, "dtype": "bfloat16"},
     **{"compile": True, "activation_checkpointing": True, "document_reset": False},
     "carry_state": True,
 }
@@ -221,6 +222,16 @@ def test_what_means_the_same_may_be_spelt_otherwise(config):
     del record["config"]["context_parallel"]  # written before there was such a setting
     old = from_dict(trainer.TrainerState, record)
     trainer.check_same_run(old, config(model=MODEL | {"meta_layers": [0]}), "abc", "runs/x")
+
+
+def test_another_backend_goes_on_with_the_same_run_up_to_rounding(config):
+    whole, split = config("whole", dtype="float64"), config("split", dtype="float64")
+    train(whole, evaluate=evaluate)
+    run_killed_after(split, 5)
+    train(dataclasses.replace(split, backend="reference"), evaluate=evaluate, resume=True)
+    mine, theirs = (read_tensors(Path(x.out, "last", "model.safetensors")) for x in (whole, split))
+    for name, x in mine.items():
+        assert relative_error(theirs[name], x) < TOLERANCE[torch.float64], name
 
 
 def test_resuming_on_other_data_is_refused(config, tmp_path):

@@ -39,10 +39,12 @@ from metastate.model.state import ModelState
 from metastate.train.distributed import is_sharded, placed, save_sharded
 from metastate.train.optim import GroupedAdamW, moments, step_count
 
-# What may differ between a run and its continuation: its end, where things are, what is reported.
+# What may differ between a run and its continuation: its end, where things are, what is reported,
+# and what computes it. The last changes rounding alone, and a machine may lack what another had.
 MAY_CHANGE = {
     *("steps", "data", "out", "log_every", "valid_every", "valid_tokens", "checkpoint_every"),
-    *("tensorboard", "device", "parallel", "shard_size", "context_parallel", "async_checkpoint"),
+    *("tensorboard", "async_checkpoint"),
+    *("device", "backend", "parallel", "shard_size", "context_parallel"),
 }
 NO_RECORD = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what broken JSON raises
 VERSION = 1
