@@ -21,8 +21,10 @@ from typing import Any
 import metastate
 from metastate.cli.progress import bar
 from metastate.config import TrainConfig
+from metastate.data.files import atomic_write
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
+from metastate.errors import ConfigError, DataError
 from metastate.eval.loss import evaluate
 from metastate.eval.plots import read_log
 from metastate.eval.runs import is_finished
@@ -41,24 +43,24 @@ ARMS: dict[str, tuple[int, float]] = {  # name: (N, old_lr_scale)
 
 
 def halves(text: Path, out: Path) -> tuple[Path, Path]:
-    """Prepare the old and the new domains apart; return both folders."""
+    """Prepare the old and the new domains apart, or find them so; return both folders."""
     folders = out / "data-old", out / "data-new"
     for folder in folders:
         raw = out / f"{folder.name}-text"
-        raw.mkdir(parents=True, exist_ok=True)
         for split in ("train", "valid", "test"):
             target = raw / f"{split}.jsonl"
-            if target.exists():
-                continue
             with lzma.open(text / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
                 own = [
                     line
                     for line in lines
                     if (json.loads(line)["meta"]["set"] in NEW) == (folder is folders[1])
                 ]
-            target.write_text("".join(own), encoding="utf-8")
-        if not (folder / "data.json").exists():
-            prepare([raw], "bytes", folder)
+            content = "".join(own).encode()
+            if not target.exists():
+                atomic_write(target, content, error=DataError)
+            elif target.read_bytes() != content:
+                raise ConfigError(f"{target} is of other text than {text}; choose another --out")
+        prepare([raw], "bytes", folder)
     return folders
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import lzma
 import shutil
 import subprocess
 from pathlib import Path
@@ -112,6 +113,20 @@ def test_growth_domains_refuses_a_run_of_other_settings(few_words, tmp_path):
     started(tmp_path / "stage1-0", few_words)
     with pytest.raises(ConfigError, match="stage1-0 was run with other settings"):
         recipe("growth_domains").run(tmp_path / "stage1-0", few_words, (few_words,) * 2, args)
+
+
+def test_growth_domains_refuses_the_halves_of_another_text(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "valid", "test"):
+            records = [{"text": name * 9, "meta": {"set": of}} for of in ("prose", "code")]
+            with lzma.open(tmp_path / name / f"{split}.jsonl.xz", "wt") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+    halves = recipe("growth_domains").halves
+    folders = halves(tmp_path / "a", tmp_path / "out")
+    assert folders == halves(tmp_path / "a", tmp_path / "out")
+    with pytest.raises(ConfigError, match="is of other text than .*; choose another --out"):
+        halves(tmp_path / "b", tmp_path / "out")
 
 
 def test_upgrade_refuses_a_run_of_other_settings(few_words, tmp_path):
