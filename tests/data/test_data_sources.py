@@ -3,6 +3,7 @@ import errno
 import gzip
 import json
 import lzma
+import os
 import sys
 import types
 
@@ -73,6 +74,24 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sources, "open", refuse, raising=False)  # root may read everything
     with pytest.raises(DataError, match=f"{name or 'b.txt'} cannot be read: Permission denied"):
         read(tmp_path / name)
+
+
+def test_a_folder_below_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("open", "closed", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    known = os.scandir
+
+    def scan(path):
+        if os.fspath(path).endswith(("closed", ".hidden")):  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return known(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(DataError, match="closed cannot be read: Permission denied"):
+        read(tmp_path)
+    monkeypatch.setattr(os, "scandir", known)
+    assert len(read(tmp_path)) == 2
 
 
 def test_zst_of_several_frames(tmp_path):

@@ -123,15 +123,26 @@ def _folder_sources(folder: Path, split: str | None, exclude: Path | None) -> li
         named = []
     found = []
     for top in named or [folder]:
-        files = [top] if top.is_file() else sorted(top.rglob("*"))
-        for path in files:
-            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in [top] if top.is_file() else _files_below(top):
             ours = exclude is not None and exclude.resolve() in path.resolve().parents
-            if not hidden and not ours and path.is_file() and _looks_like_text(path):
+            if not ours and path.is_file() and _looks_like_text(path):
                 found.append(_file_source(path, split or (_split_of(top) if named else None)))
     if not found:
         raise DataError(f"the folder {folder} holds no text files")
     return found
+
+
+def _files_below(top: Path) -> list[Path]:
+    """Return what is in a folder and its folders, sorted, the hidden left out; OSError by any."""
+
+    def refuse(cause: OSError) -> None:
+        raise cause  # or the text of a folder that may not be read would be missing unsaid
+
+    found = []
+    for root, folders, names in os.walk(top, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _looks_like_text(path: Path) -> bool:
