@@ -318,6 +318,28 @@ def test_a_cell_that_another_process_runs_is_left_to_it(few_words, tmp_path, mon
     assert order[-1] == first.title and "waiting" in " ".join(said)
 
 
+def test_a_cell_that_another_process_finishes_between_look_and_lock_is_not_run_again(
+    few_words, tmp_path, monkeypatch
+):
+    suite, ran, check = suite_of(few_words), [], harness._check_rates
+
+    def counted(config, **kwargs):
+        ran.append(config.out)
+        return train(config, **kwargs)
+
+    def look(*args):  # the last thing before a cell is run
+        monkeypatch.setattr(harness, "_check_rates", check)
+        compare(suite, tmp_path)
+        check(*args)
+
+    monkeypatch.setattr(harness, "train", counted)
+    monkeypatch.setattr(harness, "_check_rates", look)
+    monkeypatch.setattr(harness, "WAIT_S", 0.0)
+    assert len(compare(suite, tmp_path)["rows"]) == 4
+    assert len(ran) == len(set(ran)) == 4
+    assert not list(tmp_path.rglob("claim"))
+
+
 def test_a_run_that_diverges_is_a_result_and_stops_nothing(few_words, tmp_path):
     suite = suite_of(few_words)
     mad = dataclasses.replace(

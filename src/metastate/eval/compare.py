@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from metastate.config import to_dict
-from metastate.data.files import write_json
+from metastate.data.files import alone_in, write_json
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
@@ -38,6 +38,7 @@ from metastate.train.checkpoint import find_checkpoint, has_run
 from metastate.train.trainer import LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
+CLAIM = "claim"  # folder in a cell's, held from the look to the score; training holds the other
 WAIT_S = 5.0  # between two looks at cells that another process is working on
 
 
@@ -86,8 +87,12 @@ def compare(
                     now = done + round(work[id(cell)] * step / steps)
                     progress(now, sum(work.values()), cell=cell.title, **f)
 
+            rate = chosen_rate(suite, cells, cell)
             try:
-                _run(cell, chosen_rate(suite, cells, cell), show)
+                with alone_in(cell.folder / CLAIM, error=DataError):
+                    if _finished(cell):  # by the one that held it until now
+                        continue
+                    _run(cell, rate, show)
             except BusyError:
                 continue
             worked = True
