@@ -63,6 +63,25 @@ def test_info_of_a_preset_and_of_a_checkpoint(checkpoint, run):
     assert "Transformer cache" in run("info", checkpoint)
 
 
+def test_info_says_where_numbers_are_not_finite(checkpoint, tmp_path, run):
+    model = metastate.load(checkpoint)
+    state = model.init_state(1)
+    assert json.loads(run("info", checkpoint, "--json"))["not_finite"] == {}
+    assert "warning" not in run("info", checkpoint)
+    with torch.no_grad():
+        model.head.weight[0, :2] = torch.tensor([torch.nan, -torch.inf])
+        model.ln_out.bias[3] = torch.inf
+    metastate.save(model, tmp_path / "bad")
+    facts = json.loads(run("info", tmp_path / "bad", "--json"))
+    assert facts["not_finite"] == {"head.weight": 2, "ln_out.bias": 1}
+    table = run("info", tmp_path / "bad")
+    assert "NaN or infinite in " in table and " and in 1 other tensor" in table
+    state.layers[1].S[0, 0, 0, 0] = torch.nan
+    state.save(tmp_path / "state", model)
+    assert json.loads(run("info", tmp_path / "state", "--json"))["not_finite"] == {"layers.1.S": 1}
+    assert "warning: 1 values NaN or infinite in layers.1.S\n" in run("info", tmp_path / "state")
+
+
 def test_unknown_preset_names_the_nearest(refused):
     assert "'metastate-tiny'" in refused("info", "metastat-tiny")
 

@@ -345,7 +345,8 @@ def add_info(parser: Parser) -> None:
     parser.add_argument(
         "model",
         metavar="CKPT|PRESET|STATE",
-        help="a checkpoint's folder, a preset, or a state file",
+        help="a checkpoint's folder, a preset, or a state file; every number in a file is read, to "
+        "say where any is not finite",
     )
     add_flags(parser, "context", context=1024)
     add_json(parser)

@@ -12,12 +12,12 @@ from metastate.cli.progress import bar, print_json
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
-from metastate.eval.describe import describe, describe_table
+from metastate.eval.describe import describe, describe_table, not_finite_lines
 from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model import presets
-from metastate.model.io import load, tokenizer_of
+from metastate.model.io import load, not_finite, tokenizer_of
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile
 
@@ -64,10 +64,13 @@ def run_info(args: argparse.Namespace) -> None:
 
 def print_state(args: argparse.Namespace) -> None:
     """Print what the state file `args.model` says."""
-    values = StateFile.read(args.model).to_json()
+    file = StateFile.read(args.model)
+    values, counts = file.to_json(), not_finite(file.tensors)
     if args.json:
-        print_json({"file": args.model} | values)
+        print_json({"file": args.model, "not_finite": counts} | values)
         return
+    for line in not_finite_lines(counts):
+        print(line)
     tensors, extra = values.pop("tensors"), values.pop("extra")
     for key, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) else value or "not recorded"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from metastate.config import ModelConfig, to_dict
+from metastate.model.io import not_finite
 from metastate.model.lm import LanguageModel
 
 CONTEXTS = (1024, 8192, 65536)
@@ -24,7 +25,8 @@ def describe(model: LanguageModel | ModelConfig, context: int = 1024) -> dict[st
     Returns:
         architecture, parameters {part: count}, flops_per_token {context, forward, backward},
         state_bytes {tokens: bytes} of this model, transformer_cache_bytes {tokens: bytes} of a
-        Transformer of the same width, depth and dtype, config, lineage, tokenizer.
+        Transformer of the same width, depth and dtype, not_finite {tensor: number of values that
+        are NaN or infinite}, config, lineage, tokenizer.
     """
     if isinstance(model, ModelConfig):
         with torch.device("meta"):
@@ -39,6 +41,7 @@ def describe(model: LanguageModel | ModelConfig, context: int = 1024) -> dict[st
         "flops_per_token": {"context": context, "forward": forward, "backward": backward},
         "state_bytes": {n: model.state_bytes(1, n) for n in CONTEXTS},
         "transformer_cache_bytes": {n: cache * n for n in CONTEXTS},
+        "not_finite": not_finite(model.state_dict()),
         "config": to_dict(config),
         "lineage": model.lineage,
         "tokenizer": model.tokenizer_info,
@@ -54,7 +57,7 @@ def describe_table(model: LanguageModel | ModelConfig, context: int = 1024) -> s
         f"{facts['architecture']}: {config['num_layers']} layers, width {config['hidden_size']}, "
         f"{config['num_heads']} heads of {config['head_size']}, vocabulary {config['vocab_size']:,}"
     )
-    lines = [head, "", "parameters"]
+    lines = [head, *not_finite_lines(facts["not_finite"]), "", "parameters"]
     lines += [
         f"  {name.replace('_', ' '):<16}{count:>16,}  {count / sums['total']:>6.1%}"
         for name, count in [*counts.items(), *sums.items()]
@@ -90,6 +93,15 @@ def describe_table(model: LanguageModel | ModelConfig, context: int = 1024) -> s
     if facts["tokenizer"]:
         lines += ["", f"tokenizer: {facts['tokenizer'].get('name')}"]
     return "\n".join(lines)
+
+
+def not_finite_lines(counts: dict[str, int]) -> list[str]:
+    """Return one line that warns of `not_finite` tensors, none where all are finite."""
+    if not counts:
+        return []
+    name, more = next(iter(counts)), len(counts) - 1
+    others = f" and in {more:,} other tensors" if more else ""
+    return [f"warning: {counts[name]:,} values NaN or infinite in {name}{others}"]
 
 
 def _text(value: Any) -> str:

@@ -315,13 +315,21 @@ def _not_allowed(name: str, x: torch.Tensor) -> str:
     return f"{name} is {_name(x.dtype)}; allowed: {', '.join(map(_name, DTYPES))}"
 
 
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return how many values of each tensor are NaN or infinite, by name, where any is.
+
+    It reads every value once, a tensor at a time; a model laid out on the meta device has none.
+    """
+    counts = {n: x.numel() - int(x.isfinite().sum()) for n, x in tensors.items() if not x.is_meta}
+    return {name: count for name, count in counts.items() if count}
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
     """Raise CheckpointError if a value is NaN or infinite; `where` they are from, for people."""
-    for name, x in tensors.items():
-        bad = 0 if x.is_meta else x.numel() - int(x.isfinite().sum())
-        if bad:
-            raise CheckpointError(
-                f"{where}: {name} ({_name(x.dtype)}) has {bad:,} values that "
-                "are NaN or infinite; training diverged or the file is damaged: take another "
-                "(`metastate convert --allow-nan` takes it as it is)"
-            )
+    if counts := not_finite(tensors):
+        name, bad = next(iter(counts.items()))
+        raise CheckpointError(
+            f"{where}: {name} ({_name(tensors[name].dtype)}) has {bad:,} values that "
+            "are NaN or infinite; training diverged or the file is damaged: take another "
+            "(`metastate convert --allow-nan` takes it as it is)"
+        )
