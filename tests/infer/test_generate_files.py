@@ -72,3 +72,21 @@ def test_whole_notes_come_back(model, tmp_path):
     assert again.pending == run.continuation.pending and again.history == run.continuation.history
     notes = json.loads(again.state.extra["generation"])
     assert torch.equal(again.generator, run.continuation.generator) and notes["seed"] == run.seed
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_saved_half_goes_on_as_the_whole(model, tmp_path, backend, dtype):
+    """Also where all weights are bfloat16: native decoding keeps float32 token shifts."""
+    model.backend = backend
+    model.to(dtype)
+    sampling, tokenizer = SamplingConfig(seed=1), ByteTokenizer()
+    whole = generate(model, tokenizer, "abc", sampling=sampling, max_tokens=8).drain()
+    half = generate(model, tokenizer, "abc", sampling=sampling, max_tokens=4).drain()
+    half.continuation.save(tmp_path / "s", model)
+    again = Continuation.load(tmp_path / "s", model)
+    rest = generate(model, tokenizer, state=again, sampling=sampling, max_tokens=4).drain()
+    assert half.tokens + rest.tokens == whole.tokens
+    theirs = rest.state.tensors()
+    for name, x in whole.state.tensors().items():
+        assert torch.equal(x, theirs[name]), name

@@ -16,6 +16,7 @@ from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
 from metastate.model.state_file import StateFile, config_hash
+from metastate.ops import state_dtype
 
 if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
@@ -162,7 +163,7 @@ class ModelState:
         *,
         allow_other_weights: bool = False,
     ) -> ModelState:
-        """Read a state for `model`, in the model's number format and on its device.
+        """Read a state for `model`, in the model's number format or float32, and on its device.
 
         A tuned start (`metastate tune-state`) saved as parameter tokens becomes one row that has
         seen nothing: S_0 + V_P^T K_P in every layer, S_0 the model's own.
@@ -268,9 +269,15 @@ class ModelState:
 
 
 def _converted(own: LayerState, fresh: LayerState) -> LayerState:
-    """Return a layer's loaded state in the number formats of a fresh one."""
+    """Return a layer's loaded state in the number formats of a fresh one.
+
+    Shifts of a model in 16 bits become float32 like S: native decoding leaves such ones behind, and
+    what it goes on from must not be rounded.
+    """
+    is_cache = isinstance(own, AttentionState)
+    dtypes = {name: x.dtype for name, x in vars(fresh).items() if isinstance(x, Tensor)}
     changes = {
-        name: x.to(getattr(fresh, name).dtype)
+        name: x.to(dtypes[name] if is_cache else state_dtype(dtypes[name]))
         for name, x in vars(own).items()
         if isinstance(x, Tensor) and x.is_floating_point()
     }
