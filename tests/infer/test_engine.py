@@ -30,6 +30,8 @@ def make(architecture):
     fields = {} if architecture == "transformer" else {"ffn_size": 24}
     if architecture == "both":
         architecture, fields["meta_state"] = "metastate", MetaStateConfig(readout="both")
+    if architecture == "metastate":
+        fields["ffn_order"] = "after"
     model = LanguageModel(
         ModelConfig(
             architecture=architecture,
