@@ -427,7 +427,7 @@ def test_tensorboard_gets_the_same_figures(config):
 
 SCRIPT = """
     import json, sys, torch
-    sys.path.insert(0, sys.argv[2])
+    sys.path[:0] = [sys.argv[2] + "/train", sys.argv[2]]
     from test_train_trainer import evaluate
     from metastate.config import TrainConfig, from_dict
     from metastate.errors import TrainingError
@@ -445,7 +445,7 @@ SCRIPT = """
 
 
 def start(config, resume=False, before="pass"):
-    arguments = [json.dumps(to_dict(config)), str(Path(__file__).parent)]
+    arguments = [json.dumps(to_dict(config)), str(Path(__file__).parents[1])]
     arguments += ["resume" if resume else "start", before]
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), *arguments],
