@@ -226,6 +226,28 @@ def test_works_with_torch_numpy_safetensors_alone():
     assert done.stdout == "ran\n"
 
 
+def test_a_model_without_values_does_not_import_the_compiler():
+    """Every command that loads a checkpoint makes one; that import would take longer."""
+    done = run_without_extras(
+        """
+        import sys, torch
+        from metastate.model.lm import LanguageModel
+        from metastate.model.presets import preset
+
+        cross = {"encoder": "cross", "latent_size": 2, "gate": True}
+        for name in ("metastate", "paper", "rwkv7", "transformer", "tokenformer"):
+            grown = {"head_size": 80, "parameter_tokens": 2, "meta_state": cross}
+            with torch.device("meta"):
+                model = LanguageModel(preset(f"{name}-tiny"))
+                if name in ("paper", "rwkv7"):
+                    LanguageModel(preset(f"{name}-tiny", **grown))
+            assert all(p.is_meta for p in model.parameters()), name
+        print(sorted({"torch._dynamo", "sympy"} & sys.modules.keys()))
+        """
+    )
+    assert done.stdout == "[]\n", (done.stdout, done.stderr)
+
+
 def test_importing_the_root_loads_no_torch():
     done = run_without_extras("import sys, metastate; print('torch' in sys.modules)")
     assert done.stdout == "False\n", done.stderr

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError, StateError
-from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth
+from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth, normal_
 
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
 
@@ -303,5 +303,5 @@ def init_gpt(inner: nn.Linear, output: nn.Linear, config: ModelConfig) -> None:
     a weak baseline: byte-level Tiny Shakespeare, D 128, L 4, 400 steps of 16 x 128, training loss
     2.029 -> 1.934 nats at learning rate 1e-3 and 1.891 -> 1.857 at 3e-3.
     """
-    nn.init.normal_(inner.weight, std=inner.in_features**-0.5)
-    nn.init.normal_(output.weight, std=(output.in_features * 2 * config.num_layers) ** -0.5)
+    normal_(inner.weight, inner.in_features**-0.5)
+    normal_(output.weight, (output.in_features * 2 * config.num_layers) ** -0.5)

@@ -17,6 +17,7 @@ from metastate.layers.common import (
     Growth,
     Packing,
     linear,
+    parameter,
     token_shift,
 )
 
@@ -37,7 +38,7 @@ class ChannelMix(nn.Module):
         D = config.hidden_size
         hidden = config.hidden_channels
         rest = 1 - layer / config.num_layers
-        self.mu = nn.Parameter(1 - (torch.arange(D) / D) ** rest**4)
+        self.mu = parameter(1 - (torch.arange(D, device="cpu") / D) ** rest**4)
         self.key = linear(D, hidden, 1.0)
         self.value = linear(hidden, D, 0.0)
 

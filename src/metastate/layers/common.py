@@ -205,7 +205,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.A = nn.Parameter(torch.zeros(size, rank))
         self.B = nn.Parameter(torch.empty(rank, out))
-        self.bias: Any = None if bias is None else nn.Parameter(bias)
+        self.bias: Any = None if bias is None else parameter(bias)
         orthogonal_(self.B, 0.1 * max(1.0, rank / out) ** 0.5)
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -217,6 +217,21 @@ class LowRank(nn.Module):
         """Return the optimizer group of each parameter."""
         groups = {"A": VECTOR, "B": VECTOR}
         return groups if self.bias is None else groups | {"bias": VECTOR}
+
+
+# A model is often built on the meta device, for its shapes alone. Arithmetic there, and drawing,
+# would import torch's compiler, which takes longer than loading a small model: so first values are
+# computed on the CPU, and nothing is drawn.
+
+
+def parameter(x: Tensor) -> nn.Parameter:
+    """Return x, which was computed on the CPU, as a parameter on the default device."""
+    return nn.Parameter(x.to(torch.get_default_device()))
+
+
+def normal_(x: Tensor, std: float) -> Tensor:
+    """Fill x with normal values; nothing is drawn on the meta device."""
+    return x if x.is_meta else nn.init.normal_(x, std=std)
 
 
 def orthogonal_(x: Tensor, gain: float) -> None:
@@ -232,8 +247,8 @@ def low_rank_size(given: int | None, factor: float, size: int, head_size: int = 
 
 def linear(size_in: int, size_out: int, gain: float) -> nn.Linear:
     """Return a bias-free nn.Linear with an orthogonal weight times `gain`; zero where gain is 0."""
-    device = torch.get_default_device()  # skip_init would take the CPU under a meta context
-    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, bias=False, device=device)
+    layer = nn.Linear(size_in, size_out, bias=False, device="meta")  # without torch's first values
+    layer.weight = nn.Parameter(torch.empty(size_out, size_in))
     if gain == 0:
         nn.init.zeros_(layer.weight)
     else:

@@ -29,6 +29,8 @@ from metastate.layers.common import (
     last_of_rows,
     linear,
     low_rank_size,
+    normal_,
+    parameter,
     run_packed,
     segment_norm,
     token_shift,
@@ -80,7 +82,7 @@ class MetaState(nn.Module):
             self.has_meta or options.encoder_query == "input" or options.encoder == "cross"
         )
         is_grown = width != N and sees_slices
-        self.projection = nn.Parameter(torch.eye(width, N)) if is_grown else None
+        self.projection = parameter(torch.eye(width, N, device="cpu")) if is_grown else None
         normed = options.output_norm == "group"
         self.meta_norm = (
             GroupNorm(H, self.segments, gain=READOUT_GAIN) if normed and self.has_meta else None
@@ -97,10 +99,9 @@ class MetaState(nn.Module):
         self.output = linear(H * N, D, 0.0)
         if options.encoder == "cross":
             width = options.latent_size or max(1, N // 2)
-            self.compress = nn.Parameter(
-                torch.randn(H, 2 * N, width * (1 + options.variational)) * (2 * N) ** -0.5
-            )
-            self.expand = nn.Parameter(torch.randn(H, width, N) * width**-0.5)
+            latent = torch.empty(H, 2 * N, width * (1 + options.variational))
+            self.compress = nn.Parameter(normal_(latent, (2 * N) ** -0.5))
+            self.expand = nn.Parameter(normal_(torch.empty(H, width, N), width**-0.5))
 
     def forward(
         self,

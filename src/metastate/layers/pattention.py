@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metastate.config import ModelConfig
 from metastate.layers.attention import Attention
-from metastate.layers.common import MATRIX, RANDOM, ZERO, Growth
+from metastate.layers.common import MATRIX, RANDOM, ZERO, Growth, normal_
 
 
 class Pattention(nn.Module):
@@ -29,8 +29,8 @@ class Pattention(nn.Module):
 
     def __init__(self, size_in: int, slots: int, size_out: int, first: int, gain: float) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(slots, size_in) * size_in**-0.5)
-        self.values = nn.Parameter(torch.randn(slots, size_out) * gain * first**-0.5)
+        self.keys = nn.Parameter(normal_(torch.empty(slots, size_in), size_in**-0.5))
+        self.values = nn.Parameter(normal_(torch.empty(slots, size_out), gain * first**-0.5))
         self.scale = first**0.5
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from metastate.layers.common import (
     last_of_rows,
     linear,
     low_rank_size,
+    normal_,
+    parameter,
     run_packed,
     token_shift,
 )
@@ -64,10 +66,10 @@ class TimeMix(nn.Module):
         self.num_heads, self.head_size, self.layer = H, N, layer
         depth = layer / max(config.num_layers - 1, 1)  # 0 -> 1 over the layers
         rest = 1 - layer / config.num_layers  # 1 -> 0
-        c = torch.arange(D) / D
+        c = torch.arange(D, device="cpu") / D
         power = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
-        self.mu = nn.Parameter(torch.stack([1 - c ** (p * rest) for p in power.values()]))
-        n = torch.arange(A)
+        self.mu = parameter(torch.stack([1 - c ** (p * rest) for p in power.values()]))
+        n = torch.arange(A, device="cpu")
         line = n / max(A - 1, 1)
         z = (n % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
         zigzag = z * z.abs()
@@ -94,7 +96,7 @@ class TimeMix(nn.Module):
             else None
         )
         self.gate = LowRank(D, low_rank_size(config.gate_rank, 5.0, D), A)
-        self.k_k = nn.Parameter(0.71 - 0.1 * (line - 0.5))
+        self.k_k = parameter(0.71 - 0.1 * (line - 0.5))
         self.k_a = nn.Parameter(torch.full((A,), 1.02))
         self.r_k = nn.Parameter(torch.full((H, N), -0.04))
         self.receptance = linear(D, A, 1.0)
@@ -105,7 +107,7 @@ class TimeMix(nn.Module):
             H, config.head_segments, gain=((1 + layer) / config.num_layers) ** 0.7
         )
         P = config.parameter_tokens
-        self.token_keys = nn.Parameter(torch.randn(H, P, N) * N**-0.5) if P else None
+        self.token_keys = nn.Parameter(normal_(torch.empty(H, P, N), N**-0.5)) if P else None
         self.token_values = nn.Parameter(torch.zeros(H, P, N)) if P else None
 
     def initial_state(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
-from metastate.layers.common import MATRIX, Growth, Packing, linear
+from metastate.layers.common import MATRIX, Growth, Packing, linear, normal_
 from metastate.model.block import RecurrentBlock, TransformerBlock, block_groups
 from metastate.model.state import ModelState
 
@@ -44,17 +44,16 @@ class LanguageModel(nn.Module):
         self.tokenizer_info: dict[str, Any] | None = None
         D, V = config.hidden_size, config.vocab_size
         self.recurrent = config.architecture not in ATTENTION
-        device = torch.get_default_device()
-        self.embedding = nn.utils.skip_init(nn.Embedding, V, D, device=device)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
         if self.recurrent:
             nn.init.uniform_(self.embedding.weight, -1e-4, 1e-4)
             self.head = linear(D, V, 0.5 * max(1.0, V / D) ** 0.5)
             self.ln0: nn.Module = nn.LayerNorm(D)
             blocks: list[nn.Module] = [RecurrentBlock(config, i) for i in range(config.num_layers)]
         else:
-            nn.init.normal_(self.embedding.weight, std=0.02)
+            normal_(self.embedding.weight, 0.02)
             self.head = nn.Linear(D, V, bias=False)
-            nn.init.normal_(self.head.weight, std=0.02)
+            normal_(self.head.weight, 0.02)
             blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(D)
