@@ -233,6 +233,29 @@ def test_all_processes_go_on_from_the_first_ones_checkpoint(config, tmp_path, mo
     assert told() == [4, 4]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_no_thread_of_a_group_outlives_the_run(config, monkeypatch):
+    """One that is left can abort Python's end, and torchrun would start a finished run again."""
+
+    def threads():
+        names = (task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+        return sum("gloo" in name for name in names)
+
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = threads()
+
+    def progress(done, total, **figures):
+        assert threads() > before
+
+    assert train(config(parallel="ddp", steps=2), progress=progress).step == 2
+    end = time.monotonic() + 60  # a thread that has ended may be listed a little longer
+    while threads() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threads() == before
+
+
 def torchrun(config, *more):
     """Start `metastate train` on two processes under torchrun, in a session of its own."""
     asked = to_dict(config)
