@@ -287,7 +287,7 @@ def workers_of(process):
     ]
 
 
-def finish(process, timeout=200):
+def finish(process, timeout=400):
     """Return what the process said; nothing of it is left running."""
     try:
         return process.communicate(timeout=timeout)[0]
@@ -296,7 +296,7 @@ def finish(process, timeout=200):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for_step(process, config, step, timeout=200):
+def wait_for_step(process, config, step, timeout=400):
     log, end = Path(config.out, "log.jsonl"), time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < end:
         lines = log.read_text().splitlines() if log.exists() else []
@@ -392,7 +392,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(config, monkeypatch):
     go_on, written, real = threading.Event(), [], checkpoint.write_checkpoint
 
     def slow(out, snapshot, group):
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         written.append((snapshot.trainer.step, real(out, snapshot, group)))
 
     monkeypatch.setattr("metastate.train.trainer.write_checkpoint", slow)
@@ -432,7 +432,7 @@ def test_an_error_of_the_background_write_comes_up(config, monkeypatch):
 def test_the_writer_runs_one_job_at_a_time():
     order, writer = [], Writer(beside=True)
     gate = threading.Event()
-    writer.write(lambda: (gate.wait(10), order.append(1)))
+    writer.write(lambda: (gate.wait(300), order.append(1)))
     assert order == []
     gate.set()
     writer.write(lambda: order.append(2))
