@@ -37,6 +37,7 @@ from metastate.infer.engine import Engine
 from metastate.infer.generate import inference
 from metastate.infer.sampling import SamplingConfig
 from metastate.layers.attention import AttentionState
+from metastate.layers.common import MATRIX
 from metastate.model.decode import Decoder, NativeDecoder, make_decoder, store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
@@ -162,6 +163,23 @@ def read_in_bfloat16(model: LanguageModel, tokens: list[int]) -> None:
         model.features(torch.tensor([tokens]))
 
 
+def products_alone(model: LanguageModel, length: int) -> Callable[[], None]:
+    """Return what does the matrix products of reading `length` tokens and nothing else."""
+    pairs = []
+    groups = model.optimizer_groups()
+    for name, w in model.named_parameters():
+        if name.startswith("blocks.") and groups[name] == MATRIX:
+            w = w.detach() if name.endswith((".A", ".B")) else w.detach().T
+            pairs.append((torch.randn(length, w.shape[0]).to(w.dtype), w))
+
+    def run() -> None:
+        with torch.inference_mode():
+            for x, w in pairs:
+                x @ w
+
+    return run
+
+
 def rwkv_package(rounds: int, prompt: int) -> dict | None:
     """Compare with the official package on the same weights; None where it is not installed."""
     if importlib.util.find_spec("rwkv") is None:
@@ -203,6 +221,8 @@ def rwkv_package(rounds: int, prompt: int) -> dict | None:
             "rwkv": lambda: theirs.forward(list(tokens), None),
             "float32": lambda: model.features(torch.tensor([tokens])),
             "bfloat16": lambda: read_in_bfloat16(half, tokens),
+            "float32, products alone": products_alone(model, prompt),
+            "bfloat16, products alone": products_alone(half, prompt),
         },
         max(3, rounds // 8),
     )
@@ -290,9 +310,10 @@ def main() -> None:
         )
         prefill = rwkv["prefill_s"]
         for name in ("float32", "bfloat16"):
-            ratios[f"reading {args.prompt} tokens against it, {name} (wanted 5)"] = (
-                prefill["rwkv"] / prefill[name]
-            )
+            for what, wanted in ((name, "wanted 5"), (f"{name}, products alone", "the most")):
+                ratios[f"reading {args.prompt} tokens against it, {what} ({wanted})"] = (
+                    prefill["rwkv"] / prefill[what]
+                )
     if not args.only_rwkv:
         result["metastate"] = meta_state(args)
         for row in result["metastate"]["rows"]:

@@ -194,13 +194,14 @@ class ModelConfig:
     Sizes: D = hidden_size, L = num_layers, H = num_heads, N = head_size (D/H unless given),
     V = vocab_size. The low-rank sizes of RWKV-7 follow its training code where they are None.
     ffn_size (F) is the hidden width of a feed-forward layer, 4 D unless given; a Meta-State block
-    has none unless it is given, and then one beside its Meta-State layer, channel mixing as in
-    RWKV-7. meta_layers and ffn_layers number the blocks (from 0) that have a Meta-State layer and
-    that feed-forward layer; None means all. A TokenFormer's layers have attention_slots and
-    ffn_size learned slots, 0.75 D and 3 D unless given. Growth sets input_slices (slices that the
-    Meta-State heads cut x into, H unless given; head h reads slice h mod input_slices),
-    head_segments (a head's channels by growth step), and first_slots (attention_slots and ffn_size
-    that a TokenFormer began with).
+    has none unless it is given, and then channel mixing as in RWKV-7, where ffn_order says: after
+    the Meta-State layer, with a norm of its own, or (None, as in files from before that choice)
+    beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
+    have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
+    attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. Growth sets
+    input_slices (slices that the Meta-State heads cut x into, H unless given; head h reads slice h
+    mod input_slices), head_segments (a head's channels by growth step), and first_slots
+    (attention_slots and ffn_size that a TokenFormer began with).
     """
 
     architecture: Literal["metastate", "rwkv7", "transformer", "tokenformer"] = "metastate"
@@ -222,6 +223,7 @@ class ModelConfig:
     meta_state: MetaStateConfig = field(default_factory=MetaStateConfig)
     meta_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
+    ffn_order: Literal["beside", "after"] | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -295,7 +297,7 @@ class ModelConfig:
             )
 
     def _check_layers(self) -> None:
-        """Check which blocks have which second layer; all of them is written as None."""
+        """Check which blocks have which second layer, and where; the usual is written as None."""
         for name in ("meta_layers", "ffn_layers"):
             given = getattr(self, name)
             if given is None:
@@ -311,6 +313,15 @@ class ModelConfig:
             object.__setattr__(self, name, layers if len(layers) < self.num_layers else None)
         if self.ffn_layers is not None and not self.ffn_size:
             raise ConfigError("model.ffn_layers needs model.ffn_size")
+        if self.ffn_order is not None and self.architecture != "metastate":
+            raise ConfigError(f"model.ffn_order is for metastate, not for {self.architecture}")
+        if self.ffn_order == "after" and self.ffn_size and self.meta_state.token_shift:
+            raise ConfigError(
+                "meta_state.token_shift needs model.ffn_order='beside': the Meta-State and the "
+                "feed-forward layer of a block share one shifted input"
+            )
+        if self.ffn_order == "beside":
+            object.__setattr__(self, "ffn_order", None)
         if self.architecture == "metastate":
             for layer in range(self.num_layers):
                 if not any(self.second_layers(layer)):

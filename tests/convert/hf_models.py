@@ -18,7 +18,7 @@ SIZES = {
     "gate_rank": 4,
 }
 CONFIGS = {
-    "metastate": ModelConfig(**SIZES),
+    "metastate": ModelConfig(**SIZES, ffn_order="after"),
     "with-M": ModelConfig(
         **SIZES | {"head_size": 10, "head_segments": (8, 2), "parameter_tokens": 3},
         meta_state=MetaStateConfig(readout="both", token_shift=True),

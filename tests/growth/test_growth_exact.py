@@ -70,6 +70,8 @@ def disturb(model, seed=1):
 
 def build(dtype=torch.float64, **fields):
     meta = fields.pop("meta_state", {})
+    if fields.get("architecture", "metastate") == "metastate" and not meta.get("token_shift"):
+        fields = {"ffn_order": "after"} | fields
     config = ModelConfig(**SIZES | {"meta_state": MetaStateConfig(**meta)} | fields)
     return disturb(LanguageModel(config).to(dtype)).eval()
 
@@ -137,9 +139,11 @@ def test_baselines_grow_as_well(architecture, dtype):
         model = disturb(grown)
 
 
-@pytest.mark.parametrize("token_shift", [False, True])
-def test_a_first_feed_forward_layer(token_shift):
-    model = build(ffn_size=None, meta_state={"token_shift": token_shift})
+@pytest.mark.parametrize(
+    ("order", "token_shift"), [("after", False), ("beside", False), ("beside", True)]
+)
+def test_a_first_feed_forward_layer(order, token_shift):
+    model = build(ffn_size=None, ffn_order=order, meta_state={"token_shift": token_shift})
     assert model.blocks[0].channel_mix is None
     grown = grow(model, ffn_size=8)
     tokens, resets = text()
@@ -207,6 +211,7 @@ def test_any_config_any_mixture(seed):
         num_layers=draw.choice([1, 2]),
         parameter_tokens=draw.choice([0, 2]),
         ffn_size=draw.choice([None, 5]),
+        ffn_order="beside" if meta["token_shift"] else draw.choice(["beside", "after"]),
         meta_state=meta,
     )
     size = model.config.head_size

@@ -85,6 +85,23 @@ def test_a_model_that_grew_before_and_one_that_grows_afterwards():
     assert grow(upgrade(model, [1]), num_layers=6).config.meta_layers == (1,)
 
 
+def test_a_layer_before_a_feed_forward_layer_that_stood_alone():
+    torch.manual_seed(2)
+    model = LanguageModel(ModelConfig(**SIZES, meta_layers=(1,), ffn_order="after"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    tokens, resets = text()
+    upgraded = upgrade(model.eval(), [0, 3])
+    assert [b.ln3 is not None for b in model.blocks] == [False, True, False, False]
+    assert [b.ln3 is not None for b in upgraded.blocks] == [True, True, False, True]
+    assert torch.equal(model(tokens, resets=resets)[0], upgraded(tokens, resets=resets)[0])
+    assert upgraded.blocks[0].ln3.weight is not upgraded.blocks[0].ln2.weight
+    moved = upgrade(upgraded, [1], replace=True)
+    assert moved.blocks[1].ln3 is None and moved.blocks[1].channel_mix is None
+    assert torch.isfinite(moved(tokens)[0]).all()
+
+
 def test_replaced_layers_are_gone():
     model = rwkv7()
     some = upgrade(model, [0, 3], replace=True)
@@ -210,17 +227,20 @@ def test_moments_go_along():
 
 
 def test_old_hashes_and_files_stay():
-    # Taken before there were meta_layers and ffn_layers: saved states hold them.
+    # Taken before there were meta_layers, ffn_layers and ffn_order: saved states hold them.
     for fields, start in (
         ({}, "c4a28f2349a2ec0a"),
         ({"architecture": "rwkv7"}, "f2ebd012d512e557"),
         ({"head_size": 80, "parameter_tokens": 3, "ffn_size": 100}, "acbebd7805ddc057"),
     ):
         assert config_hash(ModelConfig(**fields)).startswith(start)
-        assert "meta_layers" not in to_dict(ModelConfig(**fields))
+        assert not {"meta_layers", "ffn_order"} & to_dict(ModelConfig(**fields)).keys()
     config = ModelConfig(ffn_size=9, meta_layers=(1,))
     assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
     assert config_hash(config) != config_hash(ModelConfig(ffn_size=9))
+    after, beside = (ModelConfig(ffn_size=9, ffn_order=order) for order in ("after", "beside"))
+    assert beside == ModelConfig(ffn_size=9) and config_hash(after) != config_hash(beside)
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(after)))) == after
 
 
 @pytest.mark.parametrize(
@@ -231,6 +251,11 @@ def test_old_hashes_and_files_stay():
         ({"meta_layers": (), "ffn_size": 9}, "at least one"),
         ({"meta_layers": (1,)}, "block 0 has neither"),
         ({"ffn_layers": (1,)}, "needs model.ffn_size"),
+        ({"ffn_order": "after", "architecture": "rwkv7"}, "for metastate"),
+        (
+            {"ffn_order": "after", "ffn_size": 9, "meta_state": MetaStateConfig(token_shift=True)},
+            "needs model.ffn_order='beside'",
+        ),
         ({"meta_layers": (0, 1), "ffn_layers": (1, 2), "ffn_size": 9}, "block 3 has neither"),
         ({"meta_layers": (1,), "architecture": "rwkv7"}, "not for rwkv7"),
     ],
@@ -249,8 +274,9 @@ def test_all_blocks_are_written_as_none_and_the_order_does_not_matter():
 @given(
     which=st.lists(st.sampled_from([(1, 0), (0, 1), (1, 1)]), min_size=3, max_size=3),
     options=st.sampled_from(READINGS),
+    order=st.sampled_from(["beside", "after"]),
 )
-def test_any_mixture_of_blocks(which, options, tmp_path_factory):
+def test_any_mixture_of_blocks(which, options, order, tmp_path_factory):
     """Whole = split = saved and loaded, counts add up, and a state fits its own model alone."""
     if not any(meta for meta, _ in which):
         return
@@ -261,6 +287,7 @@ def test_any_mixture_of_blocks(which, options, tmp_path_factory):
     if not layers["ffn_layers"]:
         layers["ffn_layers"] = None
     sizes = SIZES | {"num_layers": 3, "ffn_size": 10 if layers["ffn_layers"] else None}
+    sizes["ffn_order"] = "beside" if options.token_shift else order
     torch.manual_seed(3)
     model = LanguageModel(ModelConfig(**sizes, **layers, meta_state=options)).double().eval()
     with torch.no_grad():

@@ -202,13 +202,13 @@ class Oracle:
                 out, v_first, geometry = self.time_mix(i, normed, layer, v_first)
                 x = x + out
                 normed = self.layer_norm(x, f"{i}.ln2")
-                second = np.zeros_like(x)
                 carried = layer["channel"]
                 if self.config.architecture == "metastate":
-                    second = self.meta_state(i, normed, layer, geometry)
+                    x = x + self.meta_state(i, normed, layer, geometry)
+                if self.config.ffn_order == "after" and self.config.ffn_size:
+                    normed = self.layer_norm(x, f"{i}.ln3")
                 if self.config.architecture == "rwkv7" or self.config.ffn_size:
-                    second = second + self.channel_mix(i, normed, layer | {"channel": carried})
+                    x = x + self.channel_mix(i, normed, layer | {"channel": carried})
                     layer["channel"] = normed
-                x = x + second
             logits.append(self.layer_norm(x, "ln_out") @ self.w["head"])
         return np.stack(logits), state

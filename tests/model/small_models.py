@@ -88,6 +88,9 @@ def randomise(model, seed=1):
 
 
 def build(**fields):
+    options = fields.get("meta_state", MetaStateConfig())
+    if fields.get("architecture", "metastate") == "metastate" and not options.token_shift:
+        fields = {"ffn_order": "after"} | fields
     model = LanguageModel(ModelConfig(**(SIZES | fields))).double().eval()
     randomise(model)
     return model

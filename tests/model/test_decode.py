@@ -17,10 +17,15 @@ KINDS = {
     "rwkv7": {"architecture": "rwkv7"},
     "default": {},
     "beside": {"ffn_size": 20},
-    "both": {"meta_state": MetaStateConfig(readout="both"), "ffn_size": 37},
+    "after": {"ffn_size": 20, "ffn_order": "after"},
+    "both": {"meta_state": MetaStateConfig(readout="both"), "ffn_size": 37, "ffn_order": "after"},
     "meta": {"meta_state": MetaStateConfig(readout="meta", encoder_query="input")},
     "tokens": {"parameter_tokens": 3},
     "mixed blocks": {"ffn_size": 20, "meta_layers": (0, 2), "ffn_layers": (1, 2)},
+    "mixed, after": {
+        **{"ffn_size": 20, "ffn_order": "after"},
+        **{"meta_layers": (0, 2), "ffn_layers": (1, 2)},
+    },
 }
 
 

@@ -95,6 +95,11 @@ def test_random_combinations(options):
     check(build(meta_state=options, **GROWN), backends=BACKENDS)
 
 
+@pytest.mark.parametrize("fields", [{}, GROWN], ids=["plain", "grown"])
+def test_feed_forward_layer_beside(fields):
+    check(build(ffn_order="beside", **fields), backends=BACKENDS)
+
+
 @pytest.mark.parametrize("options", [MetaStateConfig(), MetaStateConfig.paper()], ids=label)
 def test_longer_than_a_chunk(options):
     check(build(meta_state=options, num_layers=1), length=75, carried=False, backends=BACKENDS)

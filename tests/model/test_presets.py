@@ -97,6 +97,8 @@ def test_the_paper_preset_is_the_literal_reading():
     assert options == MetaStateConfig()
     assert (options.readout, options.encoder_query) == ("encoding", "receptance")
     assert preset("metastate-tiny").ffn_size and preset("paper-tiny").ffn_size is None
+    orders = [preset(f"{name}-tiny").ffn_order for name in ("metastate", "paper", "rwkv7")]
+    assert orders == ["after", None, None]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,9 @@ def test_flops_of_a_second_question_and_of_a_layer_beside():
     assert beside.flops_per_token(7) == (base[0] + 2 * 64, base[1] + 4 * 64)
     assert beside.count_parameters()["channel_mix"] == 64 + 4
     assert beside.state_bytes() == small().state_bytes() + 16  # its token shift
+    after = small(ffn_size=8, ffn_order="after")
+    assert after.flops_per_token(7) == beside.flops_per_token(7)
+    assert after.count_parameters()["norms"] == beside.count_parameters()["norms"] + 2 * 4
 
 
 def test_flops_of_a_widened_state():

@@ -308,6 +308,7 @@ def task_model(
         num_layers=layers,
         num_heads=heads,
         ffn_size=4 * width // 3 if architecture == "metastate" else None,  # as in the presets
+        ffn_order="after" if architecture == "metastate" else None,
         meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
     )
 

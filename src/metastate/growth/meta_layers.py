@@ -8,6 +8,7 @@ the parent and train what was added.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -104,6 +105,8 @@ def upgrade(
             assert isinstance(block, RecurrentBlock)
             if block.meta_state is not None and not model.config.second_layers(i)[0]:
                 block.meta_state = MetaState(config).to(like)
+                if block.ln3 is not None:  # the norm of what was there alone
+                    block.ln3 = copy.deepcopy(block.ln2)
     both = (model.config, config)
     step: dict[str, Any] = {
         name: [_layers_with(c, which) for c in both]

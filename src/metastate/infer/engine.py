@@ -206,7 +206,11 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a slot, the one whose prompt is being read included."""
+        """Requests that hold a slot, and the one whose prompt is being read.
+
+        That is one more than `max_slots` where the prompt is of a request that writes nothing,
+        which needs no slot.
+        """
         return len(self._running) + (self._joining is not None)
 
     @property

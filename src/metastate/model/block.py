@@ -15,11 +15,12 @@ from metastate.layers.time_mix import TimeMix
 
 
 class RecurrentBlock(nn.Module):
-    """Time mixing, then the Meta-State layer, RWKV-7's channel mixing, or both side by side.
+    """Time mixing, then the Meta-State layer, RWKV-7's channel mixing, or both.
 
     x = x + TimeMix(ln1(x))                                  also yields the WKV trajectory S_t
-    x = x + MetaState(ln2(x), S_t) + ChannelMix(ln2(x))      each where `second_layers` says so
-    RWKV-7: x = x + ChannelMix(ln2(x))
+    x = x + MetaState(ln2(x), S_t);  x = x + ChannelMix(ln3(x))             `ffn_order="after"`
+    x = x + MetaState(ln2(x), S_t) + ChannelMix(ln2(x))                     `ffn_order=None`
+    x = x + ChannelMix(ln2(x))       RWKV-7; either layer only where `second_layers` says so
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -31,6 +32,8 @@ class RecurrentBlock(nn.Module):
         has_meta_state, has_channel_mix = config.second_layers(layer)
         self.meta_state = MetaState(config) if has_meta_state else None
         self.channel_mix = ChannelMix(config, layer) if has_channel_mix else None
+        is_after = config.ffn_order == "after" and has_meta_state and has_channel_mix
+        self.ln3 = nn.LayerNorm(config.hidden_size) if is_after else None
 
     def init_state(self, batch_size: int) -> RecurrentState:
         """Return the state before the first token: S_0, everything else zero."""
@@ -71,6 +74,7 @@ class RecurrentBlock(nn.Module):
             )
             x = x + y
         if self.channel_mix is not None:
+            z = z if self.ln3 is None else self.ln3(x)
             y, shift = self.channel_mix(z, state.channel_shift, packing, backend)
             x = x + y
         return x, RecurrentState(S, time_shift, M, shift), v_first, kl

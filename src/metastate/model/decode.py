@@ -79,8 +79,9 @@ class NativeDecoder(Decoder):
         self._kept: list[Tensor] = []  # what the addresses point to
         dtype = model.head.weight.dtype
         fields = [
-            self._layer(block, state, dtype)
+            layer
             for block, state in zip(blocks, self.state.layers, strict=True)
+            for layer in self._layers(block, state, dtype)
         ]
         names = kernels.LAYER_FIELDS
         table = [[self._address(layer.get(name)) for name in names] for layer in fields]
@@ -95,7 +96,7 @@ class NativeDecoder(Decoder):
             + kernels.READS_ENCODING * (options.readout != "meta")
             + kernels.HAS_M * (options.readout != "encoding")
         )
-        L = config.num_layers
+        L = len(fields)
         self._counters = np.zeros((L * kernels.NUM_PHASES + 2) * 2 * kernels.LINE, np.int64)
         arrays = (table, [self._address(x) for x in ends], [self._address(x) for x in buffers])
         self._arguments: tuple[Any, ...] = (
@@ -115,8 +116,13 @@ class NativeDecoder(Decoder):
         self._kept.append(x)
         return x.data_ptr()
 
-    def _layer(self, block: RecurrentBlock, state: Any, dtype: torch.dtype) -> dict[str, Any]:
-        """Return a block's tensors by the kernel's names: matrices in `dtype`, vectors float32."""
+    def _layers(
+        self, block: RecurrentBlock, state: Any, dtype: torch.dtype
+    ) -> list[dict[str, Any]]:
+        """Return a block's tensors by the kernel's names: matrices in `dtype`, vectors float32.
+
+        A feed-forward layer after the Meta-State layer is a row of its own, without time mixing.
+        """
         mix, channels, meta = block.time_mix, block.channel_mix, block.meta_state
         vectors = {
             "ln1_weight": block.ln1.weight,
@@ -144,19 +150,24 @@ class NativeDecoder(Decoder):
                 matrices |= {f"{name}_A": low_rank.A.T, f"{name}_B": low_rank.B.T}
         if mix.value_mix is not None:
             vectors["v0"] = mix.value_mix.bias
-        if channels is not None:
-            vectors["mu2"] = channels.mu
-            matrices |= {"hidden_key": channels.key.weight, "hidden_value": channels.value.weight}
         if meta is not None:
             matrices["meta_output"] = meta.output.weight
             for name, norm in (("encoding", meta.encoding_norm), ("meta", meta.meta_norm)):
                 if norm is not None:
                     vectors |= {f"{name}_weight": norm.weight, f"{name}_bias": norm.bias}
-        return (
+        rows = [(vectors, matrices, vars(state))]
+        if block.ln3 is not None:
+            normed = {"ln2_weight": block.ln3.weight, "ln2_bias": block.ln3.bias}
+            rows.append((normed, {}, {"channel_shift": state.channel_shift}))
+        if channels is not None:
+            rows[-1][0]["mu2"] = channels.mu
+            rows[-1][1].update(hidden_key=channels.key.weight, hidden_value=channels.value.weight)
+        return [
             {name: x.float() for name, x in vectors.items()}
             | {name: x.to(dtype) for name, x in matrices.items()}
-            | vars(state)
-        )
+            | tensors
+            for vectors, matrices, tensors in rows
+        ]
 
     def put(self, row: int, state: ModelState) -> None:
         """See Decoder.put."""

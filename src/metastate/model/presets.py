@@ -57,6 +57,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         "num_layers": layers,
         "ffn_size": ffn,
         "attention_slots": ffn // 4 if architecture == "tokenformer" and ffn else None,
+        "ffn_order": "after" if architecture == "metastate" else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }
     return override(ModelConfig(**fields), overrides)  # type: ignore[arg-type]

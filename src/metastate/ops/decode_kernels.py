@@ -12,10 +12,11 @@ threads enter one kernel, which goes through the phases of every layer and meets
     READ          Meta-State: read S, move M, norms, modulation         a head
     REDUCE        x += hidden W_v + y W_o                               some outputs
 
-then ln_out and the head. Threads draw pieces from a shared counter and wait only for pieces that
-another thread has drawn, so any number of threads, one included, finishes. States are changed in
-place. Every row's arithmetic is the same in any batch (see dot_kernels). float32 throughout but for
-the matrices, float32 or bfloat16.
+A layer without time mixing begins at MIX_CHANNELS: the feed-forward layer after a Meta-State layer,
+with a norm of its own. At the end come ln_out and the head. Threads draw pieces from a shared
+counter and wait only for pieces that another thread has drawn, so any number of threads, one
+included, finishes. States are changed in place. Every row's arithmetic is the same in any batch
+(see dot_kernels). float32 throughout but for the matrices, float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -383,6 +384,8 @@ def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, fl
             own_F = F if table[layer, HIDDEN_KEY] else 0
             own = flags if table[layer, META_OUTPUT] else 0
             pieces = _count(phase, layer, D, H, H * N, own_F, ranks, rows, own)
+            if phase < MIX_CHANNELS and not table[layer, ATT_OUTPUT]:
+                pieces = 0
         drawn = counters.ctypes.data + p * 2 * LINE * 8
         finished = drawn + LINE * 8
         i = _draw(drawn)
