@@ -1,5 +1,6 @@
 # make demo   train, evaluate and sample a small model in about five minutes
 # make test   lint, types and tests
+# make explore   the property tests on other examples than `make test` takes
 # make gpu    what only a GPU can show: the tests marked `gpu`, then bench/gpu.py
 # All create .venv and install on their first run only; stamp files make later runs cheap. The demo
 # needs little; the tests need the extras that they test.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 
-.PHONY: demo test test-slow gpu bench lint
+.PHONY: demo test test-slow explore gpu bench lint
 
 demo: $(STAMP)
 	$(BIN)/metastate demo
@@ -20,6 +21,9 @@ test: lint
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
+
+explore: $(DEV)
+	$(BIN)/python -m pytest -m 'hypothesis and not slow and not gpu' --hypothesis-profile=explore
 
 gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu

@@ -200,6 +200,10 @@ def test_saved_and_loaded_it_goes_on_in_the_same_place(chat, model, script, tmp_
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_undo_switch_and_reset_lead_to_another_reply(model, capsys, seed):
+    with torch.no_grad():  # no document ends: two replies of no token would be the same
+        model.ln_out.bias.fill_(1)
+        model.head.weight[0] = -100
+
     def session():
         settings = SamplingConfig(seed=seed)
         chat = Chat(model, ByteTokenizer(), Template("{message}", ()), settings, 20)

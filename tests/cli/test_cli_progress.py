@@ -25,7 +25,8 @@ def test_lines_without_a_terminal(capsys, monkeypatch):
     assert "3/3" in lines[2] and " 0 s left" in lines[2]
 
 
-def test_quiet_between_lines_but_not_at_the_end(capsys):
+def test_quiet_between_lines_but_not_at_the_end(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", math.inf)
     with progress.bar("eval", "tokens") as show:
         show(10, 20)
         show(20, 20)

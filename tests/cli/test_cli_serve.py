@@ -61,7 +61,7 @@ def test_sigterm_ends_streams_and_loses_no_state(checkpoint, tmp_path):
     headers = {"authorization": f"Bearer {KEY}"}
     with serving(*argv) as (process, url):
         assert "serving model at" in process.said and KEY not in process.said
-        assert httpx.get(f"{url}/v1/states").status_code == 401
+        assert httpx.get(f"{url}/v1/states", timeout=60).status_code == 401
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
             ids = {client.post("/v1/states", json={"prompt": "a"}).json()["id"] for _ in range(3)}
             body = {"prompt": "b", "max_tokens": 4000, "stream": True, "n": 16, "temperature": 0}
@@ -75,7 +75,7 @@ def test_sigterm_ends_streams_and_loses_no_state(checkpoint, tmp_path):
     assert json.loads(rest[-2][6:])["error"]["code"] == "stopping"
     assert (code, said) == (0, "stopped\n")
     with serving(*argv) as (process, url):
-        listed = httpx.get(f"{url}/v1/states", headers=headers).json()["data"]
+        listed = httpx.get(f"{url}/v1/states", headers=headers, timeout=60).json()["data"]
         assert {state["id"] for state in listed} == ids
         assert stop(process, signal.SIGINT) == (0, "stopped\n")
 

@@ -15,7 +15,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-TIMEOUT_MS = 15_000
+TIMEOUT_MS = 60_000
 SAYS_ITS_TOKENS = re.compile(r"\d tokens,")
 
 expect.set_options(timeout=TIMEOUT_MS)

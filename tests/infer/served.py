@@ -38,7 +38,7 @@ def paced(monkeypatch, s):
 
 
 def make(architecture="metastate", seed=0):
-    """A model of bytes that never ends a document, far from uniform."""
+    """A model of bytes that never ends a document, however it is drawn, far from uniform."""
     torch.manual_seed(seed)
     model = LanguageModel(
         ModelConfig(
@@ -51,7 +51,9 @@ def make(architecture="metastate", seed=0):
             if p.dim() == 2:
                 torch.nn.init.normal_(p, std=0.25)
         model.head.weight[128:] = 0  # ASCII mostly: a logit of 0 is seldom the largest
-        model.head.weight[0] = 0
+        model.ln_out.weight[0], model.ln_out.bias[0] = 0, 1  # a bias for the head
+        model.head.weight[:, 0] = 0
+        model.head.weight[0, 0] = -1e4
     return model.eval()
 
 
@@ -81,16 +83,16 @@ def served(
     try:
         wait(lambda: server.started)
         headers = {"authorization": f"Bearer {KEYS[0]}"} if parts.config.keys else {}
-        with httpx.Client(base_url=parts.url, headers=headers, timeout=30) as client:
+        with httpx.Client(base_url=parts.url, headers=headers, timeout=120) as client:
             parts.client = client
             yield parts
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
-def wait(condition, timeout_s=20):
+def wait(condition, timeout_s=120):
     """Wait until `condition()` holds."""
     end = time.monotonic() + timeout_s
     while not condition():

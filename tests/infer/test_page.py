@@ -101,7 +101,7 @@ def slowly(monkeypatch):
     sample = Sampler.sample
 
     def wait_and_sample(self, logits):
-        time.sleep(0.02)
+        time.sleep(0.04)
         return sample(self, logits)
 
     monkeypatch.setattr(Sampler, "sample", wait_and_sample)

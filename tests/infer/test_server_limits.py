@@ -25,7 +25,7 @@ def pace(monkeypatch):
 @contextlib.contextmanager
 def raw(server, text=b""):
     """A bare connection that has sent `text`."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         connection.sendall(text)
         yield connection
 
@@ -90,7 +90,7 @@ def test_prompts_are_limited(tmp_path):
 
 def test_a_body_must_arrive_in_time(tmp_path):
     half = b'{"prompt"'
-    with served(tmp_path, body_timeout_s=0.3) as server:
+    with served(tmp_path, body_timeout_s=2) as server:
         with raw(server, request(half, length=100)) as connection:
             assert b" 408 " in connection.recv(100)
         error_of(server.client.post("/v1/completions", content=half), 400)
@@ -98,7 +98,7 @@ def test_a_body_must_arrive_in_time(tmp_path):
 
 def test_a_generation_must_end_in_time(tmp_path, pace):
     pace.s = 0.02
-    with served(tmp_path, timeout_s=0.5) as server:
+    with served(tmp_path, timeout_s=2) as server:
         assert error_of(server.client.post("/v1/completions", json=LONG), 408)["code"] == "timeout"
         text = server.client.post("/v1/completions", json=LONG | {"stream": True}).text
         events = text.split("\n\n")
@@ -109,7 +109,7 @@ def test_a_generation_must_end_in_time(tmp_path, pace):
 
 def test_the_whole_request_must_end_in_time(tmp_path, pace):
     pace.s = 0.02
-    limits = {"timeout_s": 0.2, "body_timeout_s": 0.1, "send_timeout_s": 0.1}
+    limits = {"timeout_s": 1, "body_timeout_s": 0.5, "send_timeout_s": 0.5}
     with served(tmp_path, **limits) as server:
         server.engine.submit = lambda *a, submit=server.engine.submit, timeout_s, **kw: submit(
             *a, **kw
@@ -213,7 +213,7 @@ def test_a_slow_reader_loses_its_slot(tmp_path, monkeypatch):
     with served(tmp_path, max_behind=20, send_timeout_s=2) as server:
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            connection.settimeout(20)
+            connection.settimeout(120)
             connection.connect(("127.0.0.1", server.port))
             shrink(server)
             body = LONG | {"n": 8, "max_tokens": 4000, "stream": True, "logprobs": 20}
@@ -288,17 +288,16 @@ def test_stopping_ends_streams_with_a_reason(tmp_path, pace):
 
         reader = threading.Thread(target=read)
         reader.start()
-        wait(lambda: server.engine.num_running == 1)
-        started = time.monotonic()
+        wait(lambda: lines)
         server.server.should_exit = True
-        reader.join(20)
-    assert time.monotonic() - started < 10
+        reader.join(120)
+    assert server.engine.totals["generated_tokens"] < LONG["max_tokens"]
     assert json.loads(lines[-2][6:])["error"]["code"] == "stopping" and lines[-1] == "data: [DONE]"
 
 
 def test_stopping_lets_what_is_nearly_done_finish(tmp_path, pace):
-    pace.s = 0.02
-    with served(tmp_path, grace_s=20) as server:
+    pace.s = 0.05
+    with served(tmp_path, grace_s=120) as server:
         answers = []
         body = {"prompt": "a", "max_tokens": 40, "store_state": True}
         poster = threading.Thread(
@@ -307,7 +306,7 @@ def test_stopping_lets_what_is_nearly_done_finish(tmp_path, pace):
         poster.start()
         wait(lambda: server.engine.num_running == 1)
         server.server.should_exit = True
-        poster.join(20)
+        poster.join(120)
     assert answers[0].status_code == 200
     (stored,) = tmp_path.rglob("*.safetensors")
     assert stored.stem == answers[0].json()["choices"][0]["state"]
@@ -369,7 +368,6 @@ def fuzzed(tmp_path_factory):
 @settings(
     max_examples=100,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(path=ROUTES, body=BODIES.map(json.dumps) | JSON.map(json.dumps) | st.binary(max_size=200))

@@ -153,7 +153,7 @@ def test_inspector_routes(server):
 
 def test_no_key_sees_anothers_states(server):
     id = complete(server, "ab", 4)["state"]
-    with httpx.Client(base_url=server.url, headers=SECOND) as other:
+    with httpx.Client(base_url=server.url, headers=SECOND, timeout=120) as other:
         assert id not in other.get("/v1/states").text
         refused = [
             other.get(f"/v1/states/{id}"),
@@ -194,7 +194,7 @@ def test_no_key_sees_anothers_states(server):
     ids=str,
 )
 def test_without_a_key_nothing_is_said(server, headers):
-    with httpx.Client(base_url=server.url, headers=headers) as client:
+    with httpx.Client(base_url=server.url, headers=headers, timeout=120) as client:
         for path in ("/v1/models", "/v1/states", "/v1/none", "/metrics"):
             assert error_of(client.get(path), 401)["code"] == "invalid_api_key"
         answer = client.post("/v1/completions", json={"prompt": "a"})

@@ -98,9 +98,10 @@ def test_behind_a_stop_string_drawing_goes_on(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stream):
-    pace.s = 0.005
+    pace.s = 0
     with served(tmp_path) as server:
         stop, shown = stop_within(server, **LONG | {"max_tokens": 60})
+        pace.s = 0.05
         answers = []
         body = LONG | {"stop": stop, "stream": stream, "store_state": True}
         poster = threading.Thread(
@@ -109,7 +110,7 @@ def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stre
         poster.start()
         wait(lambda: server.engine.num_running == 1)
         server.engine.max_waiting = 0  # as if as many waited by now
-        poster.join(20)
+        poster.join(120)
         (choice,) = choices_of(answers[0])
         assert (choice["text"], choice["finish_reason"]) == (shown, "stop")
         assert server.store.info("open", choice["state"]).tokens_seen == len("ab" + shown)
@@ -117,6 +118,7 @@ def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stre
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_store_that_fills_meanwhile_does_not_take_the_text(tmp_path, pace, stream):
+    pace.s = 0.05
     with served(tmp_path, store={"max_states": 2}) as server:
         answers = []
         body = LONG | {"max_tokens": 40, "n": 2, "stream": stream, "store_state": True}
@@ -125,8 +127,9 @@ def test_a_store_that_fills_meanwhile_does_not_take_the_text(tmp_path, pace, str
         )
         poster.start()
         wait(lambda: server.engine.num_running == 2)
-        httpx.post(f"{server.url}/v1/states", json={"prompt": "a"})
-        poster.join(20)
+        httpx.post(f"{server.url}/v1/states", json={"prompt": "a"}, timeout=120)
+        pace.s = 0
+        poster.join(120)
         found = choices_of(answers[0])
         assert [len(c["text"]) > 9 for c in found] == [True, True]
         assert [c["finish_reason"] for c in found] == ["length", "length"]
@@ -160,7 +163,7 @@ def test_without_room_for_the_states_nothing_is_written(tmp_path):
 
 def test_storing_one_text_does_not_hold_up_the_others(tmp_path, pace, monkeypatch):
     pace.s = 0
-    with served(tmp_path, max_behind=10) as server:
+    with served(tmp_path, max_behind=40) as server:
         prompts = ["ab", "cd"]
         texts = [
             c["text"]
@@ -169,10 +172,10 @@ def test_storing_one_text_does_not_hold_up_the_others(tmp_path, pace, monkeypatc
         stop = next(
             texts[0][i : i + 4] for i in range(9, 60) if texts[0][i : i + 4] not in texts[1]
         )
-        add, pace.s = server.store.add, 0.005
+        add, pace.s = server.store.add, 0.01
 
         def slow(*args):
-            time.sleep(0.7)
+            time.sleep(2.5)  # in which the other text gets twice that far
             return add(*args)
 
         monkeypatch.setattr(server.store, "add", slow)

@@ -460,7 +460,7 @@ def wait_for_step(process, config, step):
     log = Path(config.out, "log.jsonl")
     while process.poll() is None:
         lines = log.read_text().splitlines() if log.exists() else []
-        if lines and any(f'"step": {i},' in lines[-1] for i in range(step, step + 500)):
+        if any(json.loads(x)["step"] >= step for x in lines[-1:] if x.endswith("}")):
             return
         time.sleep(0.005)
 
@@ -469,12 +469,12 @@ def test_kill_9_at_random_moments(config):
     asked = {"steps": 40, "checkpoint_every": 1, "log_every": 1, "valid_every": 7}
     done = start(config("straight", **asked)).communicate()
     assert done[0] == "[40, null]\n", done[1]
-    broken, resume = config("broken", **asked), False
+    broken, resume, draw = config("broken", **asked), False, random.Random(0)
     for _ in range(3):
         process = start(broken, resume)
         reached = read_trainer(Path(broken.out, "last")).step if resume else 0
         wait_for_step(process, broken, reached + 5)
-        time.sleep(random.random() * 0.1)
+        time.sleep(draw.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         metastate.load(Path(broken.out, "last"))
@@ -502,11 +502,12 @@ def test_a_signal_finishes_the_step_and_saves(config, number):
 
 
 def test_the_second_signal_kills(config):
-    slow = "import metastate.train.trainer as t, time; t._Run.update = lambda self: time.sleep(60)"
-    process = start(config(), before=slow)
-    while not Path(config().out, "log.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.5)
+    slow = """if True:
+        import metastate.train.trainer as t, time
+        t._Run.update = lambda self: (print("in a step", flush=True), time.sleep(600))
+    """
+    process = start(config(), before=textwrap.dedent(slow))
+    assert process.stdout.readline() == "in a step\n"  # by now signals are the run's own
     process.send_signal(signal.SIGINT)
     assert "finishing" in process.stderr.readline() + process.stderr.readline()
     process.send_signal(signal.SIGTERM)

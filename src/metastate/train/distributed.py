@@ -10,6 +10,7 @@ the weights over all R, and average the gradients over all R.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import warnings
@@ -261,13 +262,34 @@ def join(config: TrainConfig) -> Iterator[Team]:
             # Counts of restarts are the same on one machine only; docs/scaling.md for several.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt {attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        start_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         rank = dist.get_rank() if config.parallel != "none" else 0
-        yield Team(config, device, rank, size)
+        team = Team(config, device, rank, size)
+        yield team
+        team.group = team.saver = None
     finally:
         if mine:
-            dist.destroy_process_group()
+            end_groups()
+
+
+def start_group(backend: str, **how: Any) -> None:
+    """Start the process group, so that `end_groups` can end it; arguments of init_process_group."""
+    # Imported later, its functions would have the group as a default, and hold it for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group(backend, **how)
+
+
+def end_groups() -> None:
+    """End all process groups and their threads.
+
+    A thread of gloo that wakes late lets go of the tensors of its last exchange. Should Python be
+    leaving by then, that aborts the process, and torchrun takes a finished run for a failed one.
+    The threads end with their group, and it with what holds it, as a DDP module in a cycle.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _size(config: TrainConfig) -> int:

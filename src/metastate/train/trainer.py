@@ -129,14 +129,18 @@ def train(
         raise ConfigError("config.growth needs train(..., grow=metastate.growth.grow_in_training)")
     keep_freed_memory()
     with join(config) as team:
-        run = _Run(config, evaluate, progress, grow, team)
-        with team.alone_in(run.out):  # what is in there stays so from here on
-            run.find(resume)
-            run.use(*run.first_model(model))
-            run.restore()
-            run.start()
-            with signals(run.interrupt):
-                return run.loop()
+        return _train(_Run(config, evaluate, progress, grow, team), model, resume)
+
+
+def _train(run: _Run, model: LanguageModel | None, resume: bool) -> TrainResult:
+    """Run the whole of `run`; apart from `train`, so that none of it outlives the team."""
+    with run.team.alone_in(run.out):  # what is in there stays so from here on
+        run.find(resume)
+        run.use(*run.first_model(model))
+        run.restore()
+        run.start()
+        with signals(run.interrupt):
+            return run.loop()
 
 
 class _Run:
