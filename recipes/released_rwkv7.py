@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,8 @@ RENAMED |= {
 def opened(path: Path) -> tuple[LanguageModel, list[Tensor], Tensor]:
     """Return the model, what is added behind each time mixing, and what to the logits."""
     theirs = torch.load(path, map_location="cpu", weights_only=True)
+    if "rosa1.rosa_qkv.emb" not in theirs or theirs["rosa1.rosa_qkv.emb"].any():
+        sys.exit(f"{path} is another file; take 260123_reverse_L2_only_rwkv7.pth")
     official = {}
     for name, x in theirs.items():
         first, _, rest = name.partition(".")
@@ -51,7 +54,6 @@ def opened(path: Path) -> tuple[LanguageModel, list[Tensor], Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(official, f"{folder}/official.pth")
         model, _ = blinkdl.read(f"{folder}/official.pth")
-    assert not any(theirs[f"rosa{i}.rosa_qkv.emb"].any() for i in (1, 2)), "another kind of file"
     return model, [theirs[f"rosa{i}.o.bias"] for i in (1, 2)], theirs["o.bias"]
 
 

@@ -1,9 +1,10 @@
 """Put Meta-State layers into a trained RWKV-7: beside its feed-forward layers, or in their place.
 
 Beside them nothing changes: x += MetaState(ln2(x), S) + ChannelMix(ln2(x)), and a Meta-State
-layer's W_o is zero at the start. This is growth: a change of shape that keeps the function, with
-what the parent had as old entries and the layers as new ones, so `old_lr_scale` can freeze or slow
-the parent and train what was added.
+layer's W_o is zero at the start. (A parent with `ffn_order="after"` gets the layer before the
+feed-forward layer, which keeps its norm.) This is growth: a change of shape that keeps the
+function, with what the parent had as old entries and the layers as new ones, so `old_lr_scale` can
+freeze or slow the parent and train what was added.
 """
 
 from __future__ import annotations
