@@ -10,15 +10,18 @@ Three comparisons, each only after both sides gave the same logits:
   with random keys and values, since reading such a prompt would take hours.
 - RWKV-7 of 12 x 768 with vocabulary 65,536, the same random weights here and in the official
   package (`pip install rwkv`, strategy "cpu fp32", its JIT on), which gets them as a `.pth` file.
-  Sides take turns; a figure is the fastest tenth of the turns, which other programs on the machine
-  hardly touch.
+  The package runs in a process of its own, as its users run it, ours with the allocator's settings
+  of `metastate generate` (which would serve the package as well, in part). Sides take turns; a
+  figure is the fastest tenth of the turns, which other programs on the machine hardly touch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -26,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -42,6 +45,7 @@ from metastate.model.decode import Decoder, NativeDecoder, make_decoder, store_b
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
+from metastate.train.memory import keep_freed_memory
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -96,14 +100,18 @@ def quiet(seconds: list[float]) -> float:
 
 
 def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Time the sides in turns; return the quiet seconds of each."""
+    """Time the sides in turns; return the quiet seconds of each.
+
+    A side that returns a float has timed itself.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 2):
         for name, side in sides.items():
             started = time.perf_counter()
-            side()
+            own = side()
+            taken = own if isinstance(own, float) else time.perf_counter() - started
             if i >= 2:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     figures = {name: quiet(values) for name, values in seconds.items()}
     print(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in figures.items()))
     return figures
@@ -157,10 +165,10 @@ def after_context(model: LanguageModel, context: int) -> Decoder:
     return decoder
 
 
-def read_in_bfloat16(model: LanguageModel, tokens: list[int]) -> None:
-    """Read a prompt as generation does."""
+def read(model: LanguageModel, tokens: list[int]) -> None:
+    """Read a prompt as generation does, in one piece."""
     with inference(model):
-        model.features(torch.tensor([tokens]))
+        model.read(torch.tensor([tokens]))
 
 
 def products_alone(model: LanguageModel, length: int) -> Callable[[], None]:
@@ -184,37 +192,67 @@ def products_alone(model: LanguageModel, length: int) -> Callable[[], None]:
     return run
 
 
+def run_package(pipe: Connection, model: str) -> None:
+    """Be the package: for every list of tokens answer with (seconds, logits) of going on with it.
+
+    A prompt begins anew; single tokens follow the last prompt.
+    """
+    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
+    from rwkv.model import RWKV
+
+    with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):
+        package, state = RWKV(model, "cpu fp32"), None
+        while tokens := pipe.recv():
+            state = state if len(tokens) == 1 else None
+            started = time.perf_counter()
+            logits, state = package.forward(list(tokens), state)
+            pipe.send((time.perf_counter() - started, logits.numpy()))
+
+
 def rwkv_package(rounds: int, prompt: int) -> dict | None:
     """Compare with the official package on the same weights; None where it is not installed."""
     if importlib.util.find_spec("rwkv") is None:
         return None
-    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
-    from rwkv.model import RWKV
-
     ranks = {"decay_rank": 64, "icl_rate_rank": 64, "value_rank": 32, "gate_rank": 128}
     sizes = {"vocab_size": 65536, "hidden_size": 768, "num_layers": 12, "num_heads": 12}
     model = make(ModelConfig(architecture="rwkv7", **sizes, **ranks))
-    with tempfile.TemporaryDirectory() as folder:
-        blinkdl.write(model, f"{folder}/m.pth")
-        theirs = RWKV(str(Path(folder) / "m"), "cpu fp32")
     half = in_bfloat16(model)
     check(model, half)
+    with tempfile.TemporaryDirectory() as folder:
+        blinkdl.write(model, f"{folder}/m.pth")
+        pipe, end = multiprocessing.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        spawn.Process(target=run_package, args=(end, f"{folder}/m"), daemon=True).start()
+        end.close()
+        result = against_package(model, half, pipe, rounds, prompt)
+        pipe.send([])  # the end
+        return result
+
+
+def against_package(
+    model: LanguageModel, half: LanguageModel, pipe: Connection, rounds: int, prompt: int
+) -> dict:
+    """Compare logits, then times."""
+
+    def theirs(tokens: list[int]) -> tuple[float, torch.Tensor]:
+        pipe.send(tokens)
+        seconds, logits = pipe.recv()
+        return seconds, torch.from_numpy(logits)
+
     tokens = torch.randint(65536, (prompt,)).tolist()
     ours, half_decoder = make_decoder(model, 1), make_decoder(half, 1)
-    expected, state = theirs.forward(list(tokens), None)
     logits, own_state = model(torch.tensor([tokens]))
     ours.put(0, own_state)
     half_decoder.put(0, own_state)
-    errors = [relative(logits[0, -1], expected)]
+    errors = [relative(logits[0, -1], theirs(tokens)[1])]
     for token in tokens[:8]:
-        expected, state = theirs.forward([token], state)
-        errors.append(relative(ours.step([token])[0], expected))
+        errors.append(relative(ours.step([token])[0], theirs([token])[1]))
     print(f"against the rwkv package: logits differ by {max(errors):.1e}")
     if not max(errors) < 1e-4:
         sys.exit("ours and the package's logits disagree: no figures")
     decode = in_turns(
         {
-            "rwkv": lambda: theirs.forward([5], state),
+            "rwkv": lambda: theirs([5])[0],
             "float32": lambda: ours.step([5]),
             "bfloat16": lambda: half_decoder.step([5]),
         },
@@ -222,9 +260,9 @@ def rwkv_package(rounds: int, prompt: int) -> dict | None:
     )
     prefill = in_turns(
         {
-            "rwkv": lambda: theirs.forward(list(tokens), None),
-            "float32": lambda: model.features(torch.tensor([tokens])),
-            "bfloat16": lambda: read_in_bfloat16(half, tokens),
+            "rwkv": lambda: theirs(tokens)[0],
+            "float32": lambda: read(model, tokens),
+            "bfloat16": lambda: read(half, tokens),
             "float32, products alone": products_alone(model, prompt),
             "bfloat16, products alone": products_alone(half, prompt),
         },
@@ -301,6 +339,7 @@ def main() -> None:
     parser.add_argument("--skip-rwkv", action="store_true")
     parser.add_argument("--only-rwkv", action="store_true")
     args = parser.parse_args()
+    keep_freed_memory()
     result: dict = {"bench": "serve", "size": args.size, "threads": torch.get_num_threads()}
     ratios: dict[str, float] = {}
     rwkv = None if args.skip_rwkv else rwkv_package(args.rounds, args.prompt)

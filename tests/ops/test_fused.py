@@ -71,7 +71,7 @@ def test_wkv_output(size):
         norm = norms[0] if fuse else norms[1]
         del norm._parameters["weight"], norm._parameters["bias"]
         norm.weight, norm.bias = weight, bias
-        return fused.wkv_output(y, r, k, v, g, r_k, norm, fused=fuse)
+        return fused.wkv_output(y, r, k, v, g, r_k, norm, dtype=y.dtype, fused=fuse)
 
     tensors = [torch.randn(shape) for _ in range(4)]
     tensors += [torch.randn(2, 70, H * size), torch.randn(H, size)]
@@ -114,3 +114,56 @@ def test_extreme_logits(value):
     expected = fused.wkv_inputs(*args, head_size=8)
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, atol=1e-6, equal_nan=True)
+
+
+def test_relu_squared():
+    compare(lambda fuse, x: fused.relu_squared(x, fused=fuse), *leaves(torch.randn(2, 70, H * 5)))
+
+
+SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -1e-40, 0.0, 1.0, -2.0])
+
+
+def narrow(*shape):
+    return torch.randn(shape).bfloat16()
+
+
+def test_bfloat16_is_read_and_rounded_as_torch_does():
+    """Kernels that read and write bfloat16 give the bits that float32 ones give between casts."""
+    x, last, mu = torch.randn(2, 70, 24), torch.randn(2, 24), torch.rand(6, 24)
+    x[0, 3, :8] = x[1, 5, 8:16] = SPECIAL
+    wide = fused.token_mix(x, last, mu, fused=True)
+    for y, expected in zip(
+        fused.token_mix(x, last, mu, dtype=torch.bfloat16, fused=True), wide, strict=True
+    ):
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+    projections, vectors = (
+        [narrow(2, 70, 24) for _ in range(6)],
+        [torch.randn(24) for _ in range(5)],
+    )
+    inputs = [
+        fused.wkv_inputs(*p, *vectors, head_size=8, fused=True)
+        for p in (projections, [p.float() for p in projections])
+    ]
+    for y, expected in zip(*inputs, strict=True):
+        assert torch.equal(y, expected)
+
+    norm, r_k = GroupNorm(3, (8,)), torch.randn(3, 8)
+    heads, g = [narrow(2, 70, 3, 8) for _ in range(4)], narrow(2, 70, 24)
+    half, single = torch.bfloat16, torch.float32
+    y = fused.wkv_output(*heads, g, r_k, norm, dtype=half, fused=True)
+    widened = [t.float() for t in (*heads, g)]
+    expected = fused.wkv_output(*widened, r_k, norm, dtype=single, fused=True)
+    assert torch.equal(y, expected.bfloat16())
+
+    h = narrow(2, 70, 24)
+    h[0, 0, :8] = SPECIAL.bfloat16()
+    expected = h.clone().requires_grad_()
+    h.requires_grad_()
+    y, other = fused.relu_squared(h, fused=True), fused.relu_squared(expected)
+    torch.testing.assert_close(y, other, rtol=0, atol=0, equal_nan=True)
+    grad = narrow(2, 70, 24)
+    y.backward(grad)
+    other.backward(grad)
+    torch.testing.assert_close(h.grad[0, 1:], expected.grad[0, 1:], rtol=0, atol=0)

@@ -12,14 +12,16 @@ from metastate.errors import ConfigError
 from metastate.model.decode import store_bfloat16
 from metastate.model.io import check_finite, load
 from metastate.model.lm import LanguageModel
+from metastate.train.memory import keep_freed_memory
 
 
 def load_model(path: str, args: argparse.Namespace, *, decoding: bool = False) -> LanguageModel:
-    """Load the checkpoint `path` as `--device` and `--dtype` say.
+    """Load the checkpoint `path` as `--device` and `--dtype` say, and let the process keep memory.
 
     With `decoding`, `--dtype bfloat16` stores the matrices so: every token reads all of them. The
     logits of each token are checked then; else it is the weights that must be finite.
     """
+    keep_freed_memory()
     model = load(path)
     if not decoding:
         check_finite(model.state_dict(), path)

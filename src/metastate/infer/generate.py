@@ -419,7 +419,7 @@ def prefill(draft: Draft, chunk: int) -> bool:
     started = time.perf_counter()
     with inference(draft.model):
         x = torch.tensor([tokens], device=draft.model.embedding.weight.device)
-        _, draft._state, _ = draft.model.features(x, draft.state)
+        draft._state = draft.model.read(x, draft.state)
     del draft.pending[: len(tokens)]
     draft.statistics.prefill_tokens += len(tokens)
     draft.statistics.prefill_s += time.perf_counter() - started

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate.config import ModelConfig
@@ -20,6 +19,7 @@ from metastate.layers.common import (
     parameter,
     token_shift,
 )
+from metastate.ops import fused
 
 
 class ChannelMix(nn.Module):
@@ -46,8 +46,10 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor, packing: Packing | None = None, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
         """Return y [B, T, D] and the new shift [B, D]; x [B, T, D], the carried shift [B, D]."""
-        mixed = token_shift(x, shift, self.mu.unsqueeze(0), packing, backend)[0]
-        return self.value(F.relu(self.key(mixed)).square()), x[:, -1].clone()
+        mu, dtype = self.mu.unsqueeze(0), self.key.weight.dtype
+        hidden = self.key(token_shift(x, shift, mu, packing, backend, dtype)[0])
+        y = self.value(fused.relu_squared(hidden, fused=fused.can_fuse(hidden, backend)))
+        return y, x[:, -1].clone()
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

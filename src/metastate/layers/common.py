@@ -107,13 +107,21 @@ class RecurrentState:
 
 
 def token_shift(
-    x: Tensor, last: Tensor, mu: Tensor, packing: Packing | None, backend: str
+    x: Tensor,
+    last: Tensor,
+    mu: Tensor,
+    packing: Packing | None,
+    backend: str,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Return x_t + (x_{t-1} - x_t) mu_i for every row of mu [I, D]; `last` [B, D] is x_{-1}."""
+    """Return x_t + (x_{t-1} - x_t) mu_i for every row of mu [I, D]; `last` [B, D] is x_{-1}.
+
+    `dtype` of the results: that of the matrices which they alone meet, or None for x's.
+    """
     resets = None if packing is None else packing.resets
     if packing is not None and packing.group is not None:
         last = context.last_before(x[:, -1], last, packing.group)
-    return fused.token_mix(x, last, mu, resets, fused=fused.can_fuse(x, backend))
+    return fused.token_mix(x, last, mu, resets, dtype=dtype, fused=fused.can_fuse(x, backend))
 
 
 def run_packed(

@@ -145,7 +145,8 @@ class TimeMix(nn.Module):
         batch, length, _ = x.shape
         heads = (batch, length, self.num_heads, self.head_size)
         fuse = fused.can_fuse(x, backend)
-        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(x, shift, self.mu, packing, backend)
+        dtype = self.key.weight.dtype
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(x, shift, self.mu, packing, backend, dtype)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         log_w, a, kappa, k, v = fused.wkv_inputs(
             k,
@@ -180,8 +181,9 @@ class TimeMix(nn.Module):
         )
         fuse = fuse and len(self.norm.segments) == 1
         g = self.gate(x_g, torch.sigmoid)
-        y = fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, fused=fuse)
-        out = self.output(y.to(self.output.weight.dtype))
+        out = self.output(
+            fused.wkv_output(y, r, k, v, g, self.r_k, self.norm, dtype=dtype, fused=fuse)
+        )
         shift = x[:, -1].clone()  # a view would keep all of x alive in the state
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
 

@@ -53,8 +53,12 @@ class RecurrentBlock(nn.Module):
         v_first: Tensor | None,
         packing: Packing | None,
         backend: str,
+        state_only: bool = False,
     ) -> tuple[Tensor, RecurrentState, Tensor | None, Tensor | None]:
         """Return x [B, T, D], the new state, layer 0's v for the layers above, and a KL term.
+
+        With `state_only` x is not what the block computes: channel mixing, whose state is nothing
+        but its last input, is left out.
 
         The state before the first token is made here if it is None: only while a sharded block
         runs are its weights, parameter tokens among them, whole.
@@ -75,6 +79,8 @@ class RecurrentBlock(nn.Module):
             x = x + y
         if self.channel_mix is not None:
             z = z if self.ln3 is None else self.ln3(x)
+            if state_only:
+                return x, RecurrentState(S, time_shift, M, z[:, -1].clone()), v_first, kl
             y, shift = self.channel_mix(z, state.channel_shift, packing, backend)
             x = x + y
         return x, RecurrentState(S, time_shift, M, shift), v_first, kl
@@ -103,13 +109,20 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: AttentionState | None, resets: Tensor | None
+        self,
+        x: Tensor,
+        state: AttentionState | None,
+        resets: Tensor | None,
+        state_only: bool = False,
     ) -> tuple[Tensor, AttentionState]:
-        """Return x [B, T, D] and the new cache; None before the first token means an empty one."""
+        """Return x [B, T, D] and the new cache; None before the first token means an empty one.
+
+        With `state_only` x is not what the block computes: the feed-forward layer is left out.
+        """
         state = self.init_state(len(x)) if state is None else state
         y, state = self.attention(self.ln1(x), state, resets)
         x = x + y
-        return x + self.mlp(self.ln2(x)), state
+        return x if state_only else x + self.mlp(self.ln2(x)), state
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

@@ -78,6 +78,7 @@ class LanguageModel(nn.Module):
         resets: Tensor | None = None,
         start: ModelState | None = None,
         group: dist.ProcessGroup | None = None,
+        state_only: bool = False,
     ) -> tuple[Tensor, ModelState, Tensor | None]:
         """Run everything but the head.
 
@@ -91,6 +92,8 @@ class LanguageModel(nn.Module):
             group: the ranks that share the rows: each gives T tokens of them, in the order of the
                 ranks, and all call this together. `state` is then the same on every rank, and the
                 state returned is the one after this rank's tokens.
+            state_only: leave out, in the last block, what the state does not depend on; only the
+                state of the results is then of use.
 
         Returns:
             ln_out(x) [B, T, D], the state after the last token, and the KL term of variational
@@ -120,6 +123,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         kl: Tensor | None = None
         layers: list[Any] = []
+        last = len(self.blocks) - 1
         if self.recurrent:
             packing = None
             if resets is not None or group is not None:
@@ -132,7 +136,7 @@ class LanguageModel(nn.Module):
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
                 if packing is not None and start is not None:
                     packing = replace(packing, start=start.layers[i])  # type: ignore[arg-type]
-                args = (x, old, v_first, packing, backend)
+                args = (x, old, v_first, packing, backend, state_only and i == last)
                 x, new, v_first, term = self._run(block, *args)
                 layers.append(new)
                 if term is not None:
@@ -143,8 +147,8 @@ class LanguageModel(nn.Module):
                 "split over processes here"
             )
         else:
-            for block, old in zip(self.blocks, before, strict=True):
-                x, new = self._run(block, x, old, resets)
+            for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
+                x, new = self._run(block, x, old, resets, state_only and i == last)
                 layers.append(new)
         seen = 0 if state is None else state.tokens_seen
         if kl is not None:
@@ -162,6 +166,10 @@ class LanguageModel(nn.Module):
         """Return logits [B, T, V] and the state after the last token; arguments as `features`."""
         x, state, _ = self.features(tokens, state, resets=resets, group=group)
         return self.head(x), state
+
+    def read(self, tokens: Tensor, state: ModelState | None = None) -> ModelState:
+        """Return the state after the tokens, as `features` does, without computing features."""
+        return self.features(tokens, state, state_only=True)[1]
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -22,7 +22,13 @@ DECAY_SCALE = -math.exp(-0.5)
 
 
 def token_mix(
-    x: Tensor, last: Tensor, mu: Tensor, resets: Tensor | None = None, *, fused: bool = False
+    x: Tensor,
+    last: Tensor,
+    mu: Tensor,
+    resets: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    fused: bool = False,
 ) -> list[Tensor]:
     """Mix every token with the one before it: y_i = x_t + (x_{t-1} - x_t) mu_i.
 
@@ -31,22 +37,24 @@ def token_mix(
         last: x_{-1}, [B, D].
         mu: one row a mix, [I, D].
         resets: [B, T] bool, True where x_{t-1} counts as 0; None means nowhere.
+        dtype: of the results; None means x's (fused: mu's, which autocast does not round).
         fused: use the native kernel; the caller knows that it can run (`can_fuse`).
 
     Returns:
-        I tensors [B, T, D] in x's dtype (fused: mu's, which autocast does not round).
+        I tensors [B, T, D].
     """
     if fused:
         batch, length, _ = x.shape
         keep = (
             x.new_ones(batch, length, dtype=torch.float32) if resets is None else (~resets).float()
         )
-        return [y.to(mu.dtype) for y in _call(_TokenMix, x, last, mu, keep)]
+        dtype = mu.dtype if dtype is None else dtype
+        return [y.to(dtype) for y in _call(_TokenMix, x, last, mu, keep, dtype)]
     shifted = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], 1)
     if resets is not None:
         shifted = shifted.masked_fill(resets.unsqueeze(-1), 0)
     delta = shifted - x
-    return [torch.addcmul(x, delta, m) for m in mu.to(x.dtype)]
+    return [torch.addcmul(x, delta, m).to(dtype or x.dtype) for m in mu.to(x.dtype)]
 
 
 def wkv_inputs(
@@ -113,9 +121,10 @@ def wkv_output(
     r_k: Tensor,
     norm: Callable[[Tensor], Tensor],
     *,
+    dtype: torch.dtype,
     fused: bool = False,
 ) -> Tensor:
-    """Return (norm(y) + (sum over N of r * r_k * k) v) * g, [B, T, H N].
+    """Return (norm(y) + (sum over N of r * r_k * k) v) * g, [B, T, H N], in `dtype`.
 
     Args:
         y: what r read from the states, [B, T, H, N].
@@ -125,14 +134,22 @@ def wkv_output(
         g: gate, [B, T, H N].
         r_k: bonus, [H, N].
         norm: a GroupNorm of one segment, with weight, bias and eps.
+        dtype: of the result.
         fused: as in `token_mix`.
     """
     if fused:
         flat = [x.flatten(2) for x in (y, r, k, v)]
         args = (*flat, g, r_k.flatten(), norm.weight, norm.bias)  # type: ignore[attr-defined]
-        return _call(_WkvOutput, y.shape[-1], norm.eps, *args)  # type: ignore[attr-defined]
-    bonus = (r * k * r_k).sum(-1, keepdim=True) * v
-    return (norm(y) + bonus.flatten(2)) * g
+        out = _call(_WkvOutput, y.shape[-1], norm.eps, dtype, *args)  # type: ignore[attr-defined]
+    else:
+        bonus = (r * k * r_k).sum(-1, keepdim=True) * v
+        out = (norm(y) + bonus.flatten(2)) * g
+    return out.to(dtype)
+
+
+def relu_squared(x: Tensor, *, fused: bool = False) -> Tensor:
+    """Return max(x, 0)^2 in x's dtype; x [B, T, F]."""
+    return _call(_ReluSquared, x) if fused else F.relu(x).square()
 
 
 def norm_product(
@@ -177,13 +194,22 @@ def _rows(x: Tensor) -> Any:
     return x.detach().float().contiguous().flatten(0, 1).numpy()
 
 
+def _values(x: Tensor) -> Any:
+    """Return x as `_rows` does, but bfloat16 as its bits."""
+    if x.dtype != torch.bfloat16:
+        return _rows(x)
+    return x.detach().contiguous().flatten(0, 1).view(torch.int16).numpy().view(np.uint16)
+
+
 def _vector(x: Tensor) -> Any:
     # A copy: numpy() on a weight itself would keep FSDP from freeing it after the layer.
     return x.detach().float().contiguous().clone().numpy()
 
 
-def _like(x: Tensor, count: int) -> list[Tensor]:
-    return [torch.empty(x.shape, dtype=torch.float32) for _ in range(count)]
+def _like(x: Tensor, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return empty tensors of x's shape, float32 or bfloat16: the kernels write no other dtype."""
+    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    return [torch.empty(x.shape, dtype=dtype) for _ in range(count)]
 
 
 def _sums(*shape: int) -> Tensor:
@@ -203,13 +229,15 @@ def _spread(kernel: Any, num_rows: int, *args: Any, sums: Tensor | None = None) 
 
 class _TokenMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, last: Tensor, mu: Tensor, keep: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, last: Tensor, mu: Tensor, keep: Tensor, dtype: torch.dtype
+    ) -> Any:
         from metastate.ops import fused_kernels as kernels
 
         ctx.save_for_backward(x, last, mu, keep)
-        out = _like(x, len(mu))
+        out = _like(x, len(mu), dtype)
         args = (_rows(x), _vector(last), keep.flatten().numpy(), _vector(mu))
-        _spread(kernels.token_mix_forward, keep.numel(), *args, tuple(map(_rows, out)))
+        _spread(kernels.token_mix_forward, keep.numel(), *args, tuple(map(_values, out)))
         return tuple(out)
 
     @staticmethod
@@ -221,7 +249,7 @@ class _TokenMix(torch.autograd.Function):
         args = (_rows(x), _vector(last), keep.flatten().numpy(), _vector(mu))
         out = (tuple(map(_rows, grads)), _rows(dx), dlast.numpy(), sums.numpy())
         _spread(kernels.token_mix_backward, keep.numel(), *args, *out, sums=sums)
-        return dx.to(x.dtype), dlast.to(last.dtype), sums.sum(0).to(mu.dtype), None
+        return dx.to(x.dtype), dlast.to(last.dtype), sums.sum(0).to(mu.dtype), None, None
 
 
 class _WkvInputs(torch.autograd.Function):
@@ -244,7 +272,7 @@ class _WkvInputs(torch.autograd.Function):
         m, v_first, v0 = mixed or (k.new_empty(0, 1, 1), k.new_empty(0, 1, 1), w0)
         out = _like(k, 5 if mixed else 4)
         value = out[4] if mixed else torch.empty(0, 1, 1)
-        args = [_rows(t) for t in (k, v, d, c, m, v_first)]
+        args = [_values(t) for t in (k, v, d, c, m, v_first)]
         args += [_vector(t) for t in (w0, a0, v0, k_k, k_a)]
         results = [_rows(t) for t in (*out[:4], value)]
         _spread(kernels.wkv_inputs_forward, k.shape[0] * k.shape[1], *args, *results, head_size)
@@ -278,16 +306,18 @@ class _WkvInputs(torch.autograd.Function):
 
 class _WkvOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, head_size: int, eps: float, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head_size: int, eps: float, dtype: torch.dtype, *tensors: Tensor
+    ) -> Tensor:
         from metastate.ops import fused_kernels as kernels
 
         ctx.save_for_backward(*tensors)
         ctx.head_size, ctx.eps = head_size, np.float32(eps)
         y = tensors[0]
-        out = _like(y, 1)[0]
-        args = [_rows(t) if t.dim() == 3 else _vector(t) for t in tensors]
+        out = _like(y, 1, dtype)[0]
+        args = [_values(t) if t.dim() == 3 else _vector(t) for t in tensors]
         rows = y.shape[0] * y.shape[1]
-        _spread(kernels.wkv_output_forward, rows, *args, ctx.eps, _rows(out), head_size)
+        _spread(kernels.wkv_output_forward, rows, *args, ctx.eps, _values(out), head_size)
         return out
 
     @staticmethod
@@ -301,7 +331,7 @@ class _WkvOutput(torch.autograd.Function):
         args += [ctx.eps, _rows(grad), *map(_rows, out), sums.numpy(), ctx.head_size]
         _spread(kernels.wkv_output_backward, y.shape[0] * y.shape[1], *args, sums=sums)
         found = zip((*out, *sums.sum(0)), tensors, strict=True)
-        return None, None, *(t.to(like.dtype) for t, like in found)
+        return None, None, None, *(t.to(like.dtype) for t, like in found)
 
 
 class _NormProduct(torch.autograd.Function):
@@ -353,4 +383,26 @@ class _Unit(torch.autograd.Function):
         dx = _like(x, 1)[0]
         args = [_rows(t.flatten(2)) for t in (x, y, grad, dx)]
         _spread(kernels.unit_backward, x.shape[0] * x.shape[1], *args, x.shape[-1])
+        return dx.to(x.dtype)
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from metastate.ops import fused_kernels as kernels
+
+        ctx.save_for_backward(x)
+        out = _like(x, 1, x.dtype)[0]
+        rows = x.shape[0] * x.shape[1]
+        _spread(kernels.relu_squared_forward, rows, _values(x), _values(out))
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from metastate.ops import fused_kernels as kernels
+
+        (x,) = ctx.saved_tensors
+        dx = _like(x, 1, x.dtype)[0]
+        args = [_values(t) for t in (x, grad, dx)]
+        _spread(kernels.relu_squared_backward, x.shape[0] * x.shape[1], *args)
         return dx.to(x.dtype)

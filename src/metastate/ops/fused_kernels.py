@@ -2,6 +2,8 @@
 
 A row is one token, channels are [H, N]. Every kernel works on rows start .. stop - 1; gradients of
 per-channel parameters go to row `piece` of an accumulator, one piece a thread, added up afterwards.
+Where a kernel says "or bits" an array may hold bfloat16 as its bits in uint16: what stands between
+two products in bfloat16 then needs no copies.
 Loops over channels are plain, with few arrays and one store each: LLVM makes vectors of those
 (one loop over everything at once needs more checks for overlap than it is willing to make).
 """
@@ -14,11 +16,12 @@ from typing import Any
 import numba as nb
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 OPTIONS: Any = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 DECAY_SCALE = np.float32(-math.exp(-0.5))
 ONE, ZERO, TINY = np.float32(1), np.float32(0), np.float32(1e-12)
+NAN = np.uint16(0x7FC0)  # of bfloat16
 
 LIMIT, LOG2E = np.float32(87.0), np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -36,14 +39,69 @@ def _jit(function: Any) -> Any:
         return nb.njit(**OPTIONS)(function)
 
 
-@intrinsic
-def _as_float(typing_context, bits):  # type: ignore[no-untyped-def]
-    """Return the float32 with the bit pattern of an int32."""
+def _reinterpreted(kind: Any) -> Any:
+    """Return a function that gives the value of type `kind` with the bits of its argument."""
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
+    @intrinsic
+    def same_bits(typing_context, x):  # type: ignore[no-untyped-def]
+        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.bitcast(args[0], context.get_value_type(kind))
 
-    return types.float32(types.int32), build
+        return kind(x), build
+
+    return same_bits
+
+
+_as_float, _as_bits = _reinterpreted(types.float32), _reinterpreted(types.uint32)
+
+
+def _row(rows, t, buffer):  # type: ignore[no-untyped-def]
+    """Return row t of float32 or bits, to read in float32; bits are widened into `buffer`."""
+
+
+@overload(_row, inline="always", jit_options=OPTIONS)
+def _(rows, t, buffer):  # type: ignore[no-untyped-def]
+    if rows.dtype == types.float32:
+        return lambda rows, t, buffer: rows[t]
+
+    def widen(rows, t, buffer):  # type: ignore[no-untyped-def]
+        row = rows[t]
+        for j in range(row.size):
+            buffer[j] = _as_float(np.uint32(np.uint32(row[j]) << np.uint32(16)))
+        return buffer
+
+    return widen
+
+
+def _own(rows, t, buffer):  # type: ignore[no-untyped-def]
+    """Return where to write row t in float32; for bits `buffer`, which `_round` then stores."""
+
+
+@overload(_own, inline="always", jit_options=OPTIONS)
+def _(rows, t, buffer):  # type: ignore[no-untyped-def]
+    if rows.dtype == types.float32:
+        return lambda rows, t, buffer: rows[t]
+    return lambda rows, t, buffer: buffer
+
+
+def _round(rows, t, buffer):  # type: ignore[no-untyped-def]
+    """Round `buffer` to row t of bits, to the nearest, ties to even; float32 stands there."""
+
+
+@overload(_round, inline="always", jit_options=OPTIONS)
+def _(rows, t, buffer):  # type: ignore[no-untyped-def]
+    if rows.dtype == types.float32:
+        return lambda rows, t, buffer: None
+
+    def narrow(rows, t, buffer):  # type: ignore[no-untyped-def]
+        row = rows[t]
+        for j in range(row.size):
+            bits = _as_bits(buffer[j])
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            row[j] = np.uint16(rounded) if buffer[j] == buffer[j] else NAN
+
+    return narrow
 
 
 @nb.njit(inline="always", **OPTIONS)
@@ -54,7 +112,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     f = (y - n * LN2_HIGH) - n * LN2_LOW
     p = ONE + f * (ONE + f * (HALF + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
     bits = (np.int32(n) + np.int32(127)) << np.int32(23)
-    return p * _as_float(np.int32(bits))  # type: ignore[call-arg, arg-type]
+    return p * _as_float(np.int32(bits))
 
 
 @nb.njit(inline="always", **OPTIONS)
@@ -144,14 +202,18 @@ def _unit_gradient(dy, y, scale, dx, N):  # type: ignore[no-untyped-def]
 def token_mix_forward(x, last, keep, mu, y, start, stop):  # type: ignore[no-untyped-def]
     """y_i = x_t + (x_{t-1} - x_t) mu_i, i = 0, 1, ...
 
-    x [B T, D]; last [B, D]; keep [B T], 0 where a document starts; mu [I, D]; y I times [B T, D].
+    x [B T, D]; last [B, D]; keep [B T], 0 where a document starts; mu [I, D]; y I times [B T, D],
+    or bits.
     """
     length, D = x.shape[0] // last.shape[0], x.shape[1]
+    buffer = np.empty(D, np.float32)
     for t in range(start, stop):
-        before = last[t // length] if t % length == 0 else x[t - 1]
+        row, before = x[t], last[t // length] if t % length == 0 else x[t - 1]
         for i in range(len(y)):
+            out, mix = _own(y[i], t, buffer), mu[i]
             for j in range(D):
-                y[i][t, j] = x[t, j] + (keep[t] * before[j] - x[t, j]) * mu[i, j]
+                out[j] = row[j] + (keep[t] * before[j] - row[j]) * mix[j]
+            _round(y[i], t, out)
 
 
 @_jit
@@ -189,12 +251,18 @@ def wkv_inputs_forward(  # type: ignore[no-untyped-def]
     """Compute what fused.wkv_inputs says.
 
     All [B T, H N] but the vectors w0 .. k_a [H N]; m, v_first and value are empty in layer 0.
+    k .. v_first: or bits.
     """
     D = k.shape[1]
     mix = m.shape[0] > 0
-    scaled, scale = np.empty(D, np.float32), np.empty(D, np.float32)
+    scaled, scale, wide = (
+        np.empty(D, np.float32),
+        np.empty(D, np.float32),
+        np.empty((6, D), np.float32),
+    )
     for t in range(start, stop):
-        kt, dt, ct, wt, at, keyt = k[t], d[t], c[t], log_w[t], a[t], key[t]
+        kt, dt, ct = _row(k, t, wide[0]), _row(d, t, wide[1]), _row(c, t, wide[2])
+        wt, at, keyt = log_w[t], a[t], key[t]
         for j in range(D):
             wt[j] = DECAY_SCALE * _sigmoid(dt[j] + w0[j])
         for j in range(D):
@@ -202,7 +270,8 @@ def wkv_inputs_forward(  # type: ignore[no-untyped-def]
         for j in range(D):
             keyt[j] = kt[j] * (ONE + (at[j] - ONE) * k_a[j])
         if mix:
-            mt, vt, ft, out = m[t], v[t], v_first[t], value[t]
+            mt, vt, ft = _row(m, t, wide[3]), _row(v, t, wide[4]), _row(v_first, t, wide[5])
+            out = value[t]
             for j in range(D):
                 out[j] = vt[j] + (ft[j] - vt[j]) * _sigmoid(mt[j] + v0[j])
         for j in range(D):
@@ -262,15 +331,17 @@ def wkv_inputs_backward(  # type: ignore[no-untyped-def]
 
 @_jit
 def wkv_output_forward(y, r, k, v, g, r_k, weight, bias, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
-    """Compute o = (group_norm(y) + (sum_N r r_k k) v) * g; all [B T, H N], vectors [H N]."""
+    """Compute o = (group_norm(y) + (sum_N r r_k k) v) * g; [B T, H N] or bits, vectors [H N]."""
     D = y.shape[1]
     unit, rstd, bonus = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
+    wide = np.empty((6, D), np.float32)
     for t in range(start, stop):
-        vt, gt, ot = v[t], g[t], o[t]
-        _normalise(y[t], unit, rstd, N, eps)
-        _dot3(r[t], k[t], r_k, bonus, N)
+        vt, gt, ot = _row(v, t, wide[0]), _row(g, t, wide[1]), _own(o, t, wide[2])
+        _normalise(_row(y, t, wide[3]), unit, rstd, N, eps)
+        _dot3(_row(r, t, wide[4]), _row(k, t, wide[5]), r_k, bonus, N)
         for j in range(D):
             ot[j] = (unit[j] * weight[j] + bias[j] + bonus[j] * vt[j]) * gt[j]
+        _round(o, t, ot)
 
 
 @_jit
@@ -357,3 +428,27 @@ def unit_backward(x, y, dy, dx, N, start, stop):  # type: ignore[no-untyped-def]
     for t in range(start, stop):
         _norms(x[t], N, scale)
         _unit_gradient(dy[t], y[t], scale, dx[t], N)
+
+
+@_jit
+def relu_squared_forward(x, y, start, stop):  # type: ignore[no-untyped-def]
+    """Compute y = max(x, 0)^2; [B T, F], or bits."""
+    wide = np.empty((2, x.shape[1]), np.float32)
+    for t in range(start, stop):
+        xt, yt = _row(x, t, wide[0]), _own(y, t, wide[1])
+        for j in range(xt.size):
+            kept = ZERO if xt[j] < ZERO else xt[j]  # a NaN stays
+            yt[j] = kept * kept
+        _round(y, t, yt)
+
+
+@_jit
+def relu_squared_backward(x, dy, dx, start, stop):  # type: ignore[no-untyped-def]
+    """Compute dx = 2 max(x, 0) dy; or bits."""
+    wide = np.empty((3, x.shape[1]), np.float32)
+    for t in range(start, stop):
+        xt, gt, out = _row(x, t, wide[0]), _row(dy, t, wide[1]), _own(dx, t, wide[2])
+        for j in range(xt.size):
+            kept = ZERO if xt[j] < ZERO else xt[j]
+            out[j] = (kept + kept) * gt[j]
+        _round(dx, t, out)

@@ -1,4 +1,4 @@
-"""How the process handles freed memory; training frees and asks for the same sizes every step."""
+"""How the process handles freed memory; every step, or piece read, asks for the same sizes."""
 
 from __future__ import annotations
 
