@@ -30,6 +30,7 @@ from torch import Tensor
 from metastate import ops
 from metastate.config import TrainConfig
 from metastate.eval.doctor import NAMES, Case, diagnose
+from metastate.model.decode import make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
@@ -190,10 +191,14 @@ def stepwise_error(model: LanguageModel, length: int) -> float:
 
 @torch.no_grad()
 def decoding(bench: Bench, args: argparse.Namespace) -> list[dict]:
-    """Time greedy decoding at every batch size, after a prompt of 1,024 tokens."""
+    """Time greedy decoding at every batch size, after a prompt of 1,024 tokens.
+
+    `eager` launches kernel by kernel; the decoder of `metastate generate` replays a captured graph
+    and hands every token to the host, as sampling does.
+    """
     prompt, steps = (32, 4) if bench.dry else (1024, 64)
     print(f"\ndecoding, {args.size}, bfloat16, float32 states, after {prompt} tokens")
-    print(f"{'architecture':<14}{'batch':>7}{'tokens/s':>12}{'ms/step':>10}")
+    print(f"{'architecture':<14}{'way':<14}{'batch':>7}{'tokens/s':>12}{'ms/step':>10}")
     rows = []
     for architecture in ARCHITECTURES:
         model = make(architecture, args).eval()
@@ -209,20 +214,35 @@ def decoding(bench: Bench, args: argparse.Namespace) -> list[dict]:
         for batch in args.batches:
             tokens = torch.randint(args.vocab_size, (batch, prompt), device=bench.device)
             logits, first = model(tokens)
+            last = logits[:, -1].argmax(-1)
 
-            def run(model=model, first=first, logits=logits) -> None:
-                token, state = logits[:, -1:].argmax(-1), first
+            def eager(model=model, first=first, last=last) -> None:
+                token, state = last[:, None], first
                 for _ in range(steps):
                     out, state = model(token, state)
                     token = out.argmax(-1)
 
-            seconds = bench.seconds(run) / steps
-            row = {"architecture": architecture, "batch": batch, "tokens_per_s": batch / seconds}
-            rows.append(row)
-            print(
-                f"{architecture:<14}{batch:>7}{row['tokens_per_s']:>12,.0f}{1e3 * seconds:>10.2f}",
-                flush=True,
-            )
+            ways = {"eager": eager}
+            if model.recurrent:
+                decoder, start = make_decoder(model, batch), last.tolist()
+                for row in range(batch):
+                    decoder.put(row, first[row])
+
+                def in_place(decoder=decoder, start=start) -> None:
+                    given = start
+                    for _ in range(steps):
+                        given = decoder.step(given).argmax(-1).tolist()
+
+                ways[type(decoder).__name__] = in_place
+            for way, run in ways.items():
+                seconds = bench.seconds(run) / steps
+                row = {"architecture": architecture, "way": way, "batch": batch}
+                rows.append(row | {"tokens_per_s": batch / seconds})
+                print(
+                    f"{architecture:<14}{way:<14}{batch:>7}{batch / seconds:>12,.0f}"
+                    f"{1e3 * seconds:>10.2f}",
+                    flush=True,
+                )
     return rows
 
 

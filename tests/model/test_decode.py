@@ -5,10 +5,17 @@ import copy
 import pytest
 import torch
 from small_models import build, randomise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.infer.generate import inference
-from metastate.model.decode import Decoder, NativeDecoder, make_decoder, store_bfloat16
+from metastate.model.decode import (
+    BatchDecoder,
+    Decoder,
+    NativeDecoder,
+    make_decoder,
+    store_bfloat16,
+)
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 from tolerance import TOLERANCE, relative_error
@@ -173,3 +180,86 @@ def test_other_dtypes_and_backends_run_the_forward_pass():
     model = make()
     model.backend = "chunked"
     assert type(make_decoder(model, 1)) is Decoder
+
+
+BATCHED = KINDS | {
+    "paper": {"meta_state": MetaStateConfig.paper()},
+    "grown": {"head_size": 24, "head_segments": (16, 8), "parameter_tokens": 2},
+}
+
+
+def batch_decoder(model, rows):
+    """What decodes on a GPU, but for the capture."""
+    model.backend = "auto" if model.embedding.weight.device.type == "cuda" else "chunked"
+    return BatchDecoder(model, rows)
+
+
+def check_batch_decoder(model, device):
+    """Rows join and leave; each must become what it is alone."""
+    torch.manual_seed(1)
+    tokens = torch.randint(77, (5, 11), device=device)
+    with torch.no_grad():
+        expected = [model(tokens[i : i + 1])[0][0] for i in range(5)]
+        decoder, at = batch_decoder(model, 5), [0] * 5
+        for rows, steps in ((1, 2), (5, 2), (3, 3), (4, 1), (2, 1), (5, 2)):
+            for _ in range(steps):
+                given = [int(tokens[i, at[i]]) for i in range(rows)]
+                logits = decoder.step(given)
+                assert logits.shape == (rows, 77)
+                for i in range(rows):
+                    error = relative_error(logits[i], expected[i][at[i]])
+                    assert error < TOLERANCE[torch.float32], (i, at)
+                    at[i] += 1
+        for i in range(5):
+            ours, theirs = decoder.get(i), model(tokens[i : i + 1, : at[i]])[1]
+            ours.check(model)
+            assert ours.tokens_seen == at[i]
+            for name, x in theirs.tensors().items():
+                assert relative_error(ours.tensors()[name], x) < TOLERANCE[torch.float32], name
+        kept, before = decoder.get(0), decoder.get(0).clone().tensors()
+        decoder.put(3, kept)
+        out = decoder.step([5, 6, 7, 5])
+        assert relative_error(out[3], out[0]) < TOLERANCE[torch.float32]
+        assert all(torch.equal(x, before[name]) for name, x in kept.tensors().items())
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_a_batch_in_place_is_every_row_alone(kind):
+    check_batch_decoder(make(**BATCHED[kind]), "cpu")
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_a_pass_asks_for_no_value(kind, monkeypatch):
+    """So that it can be captured: tensors that hold nothing would refuse."""
+    monkeypatch.setattr(LanguageModel, "_check_tokens", lambda *_: None)  # looks on a CPU alone
+    with FakeTensorMode(), torch.no_grad():
+        assert batch_decoder(make(**BATCHED[kind]), 3)._pass(2).shape == (2, 77)
+
+
+def test_what_other_rows_hold_leaves_a_rows_bits_alone():
+    model = make(**KINDS["both"])
+    tokens = torch.randint(77, (4, 6))
+    logits = decode(batch_decoder(model, 4), tokens)
+    decoder, other = batch_decoder(model, 4), tokens.clone()
+    decoder.put(3, model.init_state(1).map(lambda x: x + float("nan")))
+    other[1] = 0
+    found = decode(decoder, other)
+    assert found[3].isnan().all()
+    assert torch.equal(found[[0, 2]], logits[[0, 2]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", BATCHED)
+def test_a_captured_graph_is_every_row_alone(kind, half):
+    model = make(**BATCHED[kind]).cuda()
+    model.backend = "auto"
+    if not half:
+        check_batch_decoder(model, "cuda")
+        return
+    tokens = torch.randint(77, (3, 8))
+    exact = decode(batch_decoder(model, 3), tokens)
+    store_bfloat16(model)
+    decoder = make_decoder(model, 3)
+    assert type(decoder) is BatchDecoder
+    assert relative_error(decode(decoder, tokens), exact) < TOLERANCE[torch.bfloat16]

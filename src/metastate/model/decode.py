@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +25,10 @@ GRAIN = 2**21  # bytes of weights a thread
 
 def make_decoder(model: LanguageModel, rows: int) -> Decoder:
     """Return the fastest decoder of `model` here for up to `rows` texts at once."""
-    return NativeDecoder(model, rows) if runs_natively(model) else Decoder(model, rows)
+    if runs_natively(model):
+        return NativeDecoder(model, rows)
+    on_gpu = model.embedding.weight.device.type == "cuda"
+    return (BatchDecoder if on_gpu and model.recurrent else Decoder)(model, rows)
 
 
 class Decoder:
@@ -56,7 +60,89 @@ class Decoder:
         return torch.stack(logits)
 
 
-class NativeDecoder(Decoder):
+class BatchDecoder(Decoder):
+    """All rows of a recurrent model in one forward pass, their states in one batch, in place.
+
+    On a GPU the pass is captured once as a CUDA graph and then replayed: one launch a token in
+    place of hundreds. It runs over the next power of two of rows; a row's last bits may depend on
+    that number, never on what the other rows hold.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int) -> None:
+        self.model, self.tokens_seen = model, [0] * rows
+        self.state = model.init_state(rows).map(lambda x: x.contiguous().clone())
+        device = model.embedding.weight.device
+        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._in_use = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._passes: dict[int, Callable[[], Tensor]] = {}
+
+    def put(self, row: int, state: ModelState) -> None:
+        """See Decoder.put."""
+        self.tokens_seen[row] = state.tokens_seen
+        for own, given in zip(self.state.layers, state.layers, strict=True):
+            for name, x in vars(own).items():
+                if x is not None:
+                    x[row] = getattr(given, name)[0]
+
+    def get(self, row: int) -> ModelState:
+        """See Decoder.get."""
+        copy = self.state[row].clone()
+        return ModelState(copy.layers, self.tokens_seen[row])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """See Decoder.step."""
+        rows = len(tokens)
+        size = min(len(self.tokens_seen), 1 << (rows - 1).bit_length())
+        if size not in self._passes:
+            captures = self._tokens.device.type == "cuda"
+            self._passes[size] = self._capture(size) if captures else partial(self._pass, size)
+        self._tokens[:rows, 0] = torch.tensor(tokens)
+        self._in_use[:rows], self._in_use[rows:] = True, False
+        logits = self._passes[size]()
+        for row in range(rows):
+            self.tokens_seen[row] += 1
+        return logits[:rows]
+
+    def _pass(self, size: int) -> Tensor:
+        """Let the rows in use among the first `size` consume their tokens; return all logits."""
+        state = self.state[:size]
+        logits, new = self.model(self._tokens[:size], state)
+        for own, after in zip(state.layers, new.layers, strict=True):
+            for name, x in vars(own).items():
+                if x is not None:
+                    in_use = self._in_use[:size].view(-1, *[1] * (x.dim() - 1))
+                    x.copy_(torch.where(in_use, getattr(after, name), x))
+        return logits[:, -1]
+
+    def _capture(self, size: int) -> Callable[[], Tensor]:
+        """Return what replays `_pass(size)`: the same kernels on the same memory."""
+        self._in_use.fill_(False)  # the rounds that warm up leave every state as it is
+        kind, stream = self._tokens.device.type, torch.cuda.Stream(self._tokens.device)
+        # Autocast's cache of weights would not outlive this call; the graph would read on from it.
+        with torch.autocast(
+            kind,
+            torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        ):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._pass(size)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may copy states meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self._pass(size)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+class NativeDecoder(BatchDecoder):
     """All rows in one native call a token (ops/decode_kernels.py), their states in one batch.
 
     The weights are those of now: training must not go on beside it.
@@ -168,19 +254,6 @@ class NativeDecoder(Decoder):
             | tensors
             for vectors, matrices, tensors in rows
         ]
-
-    def put(self, row: int, state: ModelState) -> None:
-        """See Decoder.put."""
-        self.tokens_seen[row] = state.tokens_seen
-        for own, given in zip(self.state.layers, state.layers, strict=True):
-            for name, x in vars(own).items():
-                if x is not None:
-                    x[row] = getattr(given, name)[0]
-
-    def get(self, row: int) -> ModelState:
-        """See Decoder.get."""
-        copy = self.state[row].clone()
-        return ModelState(copy.layers, self.tokens_seen[row])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
