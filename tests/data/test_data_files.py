@@ -1,10 +1,18 @@
 import errno
 import hashlib
 import os
+import threading
 
 import pytest
 
-from metastate.data.files import LOCK, alone_in, atomic_write, sha256_file, write_json
+from metastate.data.files import (
+    LOCK,
+    alone_in,
+    atomic_write,
+    in_turn,
+    sha256_file,
+    write_json,
+)
 from metastate.errors import BusyError, DataError, TrainingError
 
 
@@ -122,3 +130,20 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, num
     with told, alone_in(tmp_path / "run"):
         (tmp_path / "run" / "work").touch()
     assert (tmp_path / "run" / "work").exists()
+
+
+def test_who_waits_his_turn_gets_it_when_the_other_is_done(tmp_path):
+    order = []
+
+    def second():
+        with in_turn(tmp_path):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with in_turn(tmp_path):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]

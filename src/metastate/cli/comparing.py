@@ -8,6 +8,7 @@ from pathlib import Path
 from metastate.cli.options import read_yaml
 from metastate.cli.progress import bar, log, print_json
 from metastate.config import from_dict
+from metastate.data.files import in_turn
 from metastate.errors import ConfigError
 from metastate.eval.compare import collect, compare, estimate
 from metastate.eval.report import main_table, markdown, write_report
@@ -39,7 +40,8 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         with bar("compare", "GFLOP") as show:
             results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
-    paths = write_report(results, out)
+    with in_turn(out):  # whoever ran the other cells may end in the same moment
+        paths = write_report(results, out)
     if args.json:
         print_json(results)
     else:

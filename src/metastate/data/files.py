@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,6 +187,19 @@ def alone_in(folder: Path, *, error: type[MetaStateError] = TrainingError) -> It
                 if missing and os.listdir(folder) == [LOCK]:
                     lock.unlink()
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Hold `folder` as `alone_in` does, for a moment's work: wait while another process has it."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(alone_in(folder))
+                break
+            except BusyError:
+                time.sleep(0.1)
+        yield
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

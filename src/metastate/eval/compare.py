@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from metastate.config import to_dict
-from metastate.data.files import alone_in, write_json
+from metastate.data.files import alone_in, in_turn, write_json
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
@@ -102,7 +102,8 @@ def compare(
                 say(f"{len(left)} cells are being run by other processes; waiting for them")
             told = True
             time.sleep(WAIT_S)
-    return collect(suite, cells, out)
+    with in_turn(out):
+        return collect(suite, cells, out)
 
 
 def _told(cell: Cell) -> str:
