@@ -30,7 +30,8 @@ from torch import Tensor
 from metastate import ops
 from metastate.config import TrainConfig
 from metastate.eval.doctor import NAMES, Case, diagnose
-from metastate.model.decode import make_decoder
+from metastate.infer.generate import inference
+from metastate.model.decode import BatchDecoder, store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
@@ -189,16 +190,60 @@ def stepwise_error(model: LanguageModel, length: int) -> float:
     return float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())
 
 
+def decoding_at(
+    bench: Bench, model: LanguageModel, batch: int, prompt: int, steps: int
+) -> list[dict]:
+    """Time `steps` greedy tokens of `batch` rows, each way there is."""
+    shape, vocab_size = (batch, prompt), model.config.vocab_size
+    logits, first = model(torch.randint(vocab_size, shape, device=bench.device))
+    last = logits[:, -1].argmax(-1)
+
+    def eager() -> None:
+        token, state = last[:, None], first
+        for _ in range(steps):
+            out, state = model(token, state)
+            token = out.argmax(-1)
+
+    ways = {"eager": eager}
+    if model.recurrent:
+        decoder, start = BatchDecoder(model, batch), last.tolist()
+
+        def in_place() -> None:
+            given = start
+            for _ in range(steps):
+                given = decoder.step(given).argmax(-1).tolist()
+
+        in_place()  # captures
+        for row in range(batch):
+            decoder.put(row, first[row])
+        found, expected = decoder.step(start), model(last[:, None], first)[0][:, -1]
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if not error < 0.05:
+            sys.exit(f"the captured graph's logits differ by {error:.1e}: no figures")
+        ways["in place, captured"] = in_place
+    rows = []
+    for way, run in ways.items():
+        seconds = bench.seconds(run) / steps
+        architecture = model.config.architecture
+        row = {"architecture": architecture, "way": way, "batch": batch}
+        rows.append(row | {"tokens_per_s": batch / seconds})
+        print(
+            f"{architecture:<14}{way:<20}{batch:>7}{batch / seconds:>12,.0f}{1e3 * seconds:>10.2f}",
+            flush=True,
+        )
+    return rows
+
+
 @torch.no_grad()
 def decoding(bench: Bench, args: argparse.Namespace) -> list[dict]:
     """Time greedy decoding at every batch size, after a prompt of 1,024 tokens.
 
-    `eager` launches kernel by kernel; the decoder of `metastate generate` replays a captured graph
-    and hands every token to the host, as sampling does.
+    `eager` launches kernel by kernel; `in place` is the decoder of `metastate generate`, which
+    replays a captured graph, and here hands one token a row to the host every step.
     """
     prompt, steps = (32, 4) if bench.dry else (1024, 64)
     print(f"\ndecoding, {args.size}, bfloat16, float32 states, after {prompt} tokens")
-    print(f"{'architecture':<14}{'way':<14}{'batch':>7}{'tokens/s':>12}{'ms/step':>10}")
+    print(f"{'architecture':<14}{'way':<20}{'batch':>7}{'tokens/s':>12}{'ms/step':>10}")
     rows = []
     for architecture in ARCHITECTURES:
         model = make(architecture, args).eval()
@@ -208,41 +253,12 @@ def decoding(bench: Bench, args: argparse.Namespace) -> list[dict]:
         error = stepwise_error(model, 96)
         if not error < 1e-3:
             sys.exit(f"{architecture}: stepwise logits differ from parallel ones by {error:.1e}")
-        model = model.bfloat16()
+        store_bfloat16(model)
         if bench.device.type == "cpu":  # whose fused elementwise work gives float32
             model.backend = "chunked"
-        for batch in args.batches:
-            tokens = torch.randint(args.vocab_size, (batch, prompt), device=bench.device)
-            logits, first = model(tokens)
-            last = logits[:, -1].argmax(-1)
-
-            def eager(model=model, first=first, last=last) -> None:
-                token, state = last[:, None], first
-                for _ in range(steps):
-                    out, state = model(token, state)
-                    token = out.argmax(-1)
-
-            ways = {"eager": eager}
-            if model.recurrent:
-                decoder, start = make_decoder(model, batch), last.tolist()
-                for row in range(batch):
-                    decoder.put(row, first[row])
-
-                def in_place(decoder=decoder, start=start) -> None:
-                    given = start
-                    for _ in range(steps):
-                        given = decoder.step(given).argmax(-1).tolist()
-
-                ways[type(decoder).__name__] = in_place
-            for way, run in ways.items():
-                seconds = bench.seconds(run) / steps
-                row = {"architecture": architecture, "way": way, "batch": batch}
-                rows.append(row | {"tokens_per_s": batch / seconds})
-                print(
-                    f"{architecture:<14}{way:<14}{batch:>7}{batch / seconds:>12,.0f}"
-                    f"{1e3 * seconds:>10.2f}",
-                    flush=True,
-                )
+        with inference(model):
+            for batch in args.batches:
+                rows += decoding_at(bench, model, batch, prompt, steps)
     return rows
 
 

@@ -87,20 +87,6 @@ def test_whole_split_stepwise(model, sizes):
             assert same_end.tokens_seen == end.tokens_seen == (T if state is not before else 2 * T)
 
 
-def test_reading_leaves_the_state_of_a_forward(model):
-    tokens = some_tokens()
-    with torch.no_grad():
-        expected, read = None, None
-        for part in tokens.split([5, 1, 6], 1):
-            _, expected = model(part, expected)
-            read = model.read(part, read)
-    assert read.tokens_seen == expected.tokens_seen == T
-    found = read.tensors()
-    assert found.keys() == expected.tensors().keys()
-    for name, x in expected.tensors().items():
-        assert torch.equal(found[name], x), name
-
-
 def test_resets_are_separate_documents(model):
     tokens, resets = some_tokens(), torch.zeros(2, T, dtype=torch.bool)
     starts = [[0, 1, 7], [4, T - 1]]  # row 1 begins inside a document

@@ -40,7 +40,7 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         with bar("compare", "GFLOP") as show:
             results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
-    with in_turn(out):  # whoever ran the other cells may end in the same moment
+    with in_turn(out):  # as in collect
         paths = write_report(results, out)
     if args.json:
         print_json(results)

@@ -102,8 +102,7 @@ def compare(
                 say(f"{len(left)} cells are being run by other processes; waiting for them")
             told = True
             time.sleep(WAIT_S)
-    with in_turn(out):
-        return collect(suite, cells, out)
+    return collect(suite, cells, out)
 
 
 def _told(cell: Cell) -> str:
@@ -286,7 +285,8 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
         "sweep": sweep,
         "rows": rows,
     }
-    write_json(out / RESULTS, results, error=DataError)
+    with in_turn(out):  # whoever ran the other cells may end in the same moment
+        write_json(out / RESULTS, results, error=DataError)
     return results
 
 

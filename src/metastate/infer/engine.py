@@ -230,7 +230,9 @@ class Engine:
         want_logprobs: bool = False,
         ahead: bool = False,
     ) -> Job:
-        """Queue a request; the arguments are those of `generate`, which gives the same tokens.
+        """Queue a request; the arguments are those of `generate`.
+
+        That gives the same tokens, bit by bit on a CPU; a GPU may round another batch otherwise.
 
         Args:
             prompt: text, or token ids.

@@ -116,7 +116,8 @@ def token_shift(
 ) -> list[Tensor]:
     """Return x_t + (x_{t-1} - x_t) mu_i for every row of mu [I, D]; `last` [B, D] is x_{-1}.
 
-    `dtype` of the results: that of the matrices which they alone meet, or None for x's.
+    `dtype` of the results, None for x's: for results that nothing but products meet, which would
+    round them to the dtype of the layer's matrices anyway.
     """
     resets = None if packing is None else packing.resets
     if packing is not None and packing.group is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +23,10 @@ from metastate.ops.threads import run_pieces
 
 MATRICES = (torch.float32, torch.bfloat16)
 GRAIN = 2**21  # bytes of weights a thread
+UNCAPTURED = (
+    2  # steps that run kernel by kernel: they compile and warm up, and a few tokens need no graph
+)
+_CAPTURING = threading.Lock()  # a process captures one graph at a time
 
 
 def make_decoder(model: LanguageModel, rows: int) -> Decoder:
@@ -35,7 +41,7 @@ class Decoder:
     """Texts that advance together, one token each a step, through the model's own forward pass.
 
     Row by row, since a library's matrix products round a row differently in a batch: what a text
-    becomes must not depend on its neighbours. Rows 0, 1, ... are in use.
+    becomes must not depend on its neighbours. Rows 0, 1, ... are in use. Subclasses are faster.
     """
 
     def __init__(self, model: LanguageModel, rows: int) -> None:
@@ -63,18 +69,22 @@ class Decoder:
 class BatchDecoder(Decoder):
     """All rows of a recurrent model in one forward pass, their states in one batch, in place.
 
-    On a GPU the pass is captured once as a CUDA graph and then replayed: one launch a token in
-    place of hundreds. It runs over the next power of two of rows; a row's last bits may depend on
-    that number, never on what the other rows hold.
+    On a GPU the third step captures the pass as a CUDA graph and later ones replay it: one launch
+    in place of hundreds. It always runs over all rows, so that a row's bits depend neither on what
+    the others hold nor on how many are in use (but, as a library rounds another batch size in
+    another order, on how many there are). The weights are those of now: training must not go on
+    beside it.
     """
 
     def __init__(self, model: LanguageModel, rows: int) -> None:
         self.model, self.tokens_seen = model, [0] * rows
-        self.state = model.init_state(rows).map(lambda x: x.contiguous().clone())
+        self.state = model.init_state(rows).map(
+            lambda x: x.to(ops.state_dtype(x.dtype), copy=True).contiguous()
+        )
         device = model.embedding.weight.device
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._in_use = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._passes: dict[int, Callable[[], Tensor]] = {}
+        self._run_pass, self._steps = self._pass, 0
 
     def put(self, row: int, state: ModelState) -> None:
         """See Decoder.put."""
@@ -92,50 +102,49 @@ class BatchDecoder(Decoder):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows = len(tokens)
-        size = min(len(self.tokens_seen), 1 << (rows - 1).bit_length())
-        if size not in self._passes:
-            captures = self._tokens.device.type == "cuda"
-            self._passes[size] = self._capture(size) if captures else partial(self._pass, size)
         self._tokens[:rows, 0] = torch.tensor(tokens)
         self._in_use[:rows], self._in_use[rows:] = True, False
-        logits = self._passes[size]()
+        if self._steps == UNCAPTURED and self._tokens.device.type == "cuda":
+            self._run_pass = self._captured()
+        self._steps += 1
+        logits = self._run_pass()
         for row in range(rows):
             self.tokens_seen[row] += 1
         return logits[:rows]
 
-    def _pass(self, size: int) -> Tensor:
-        """Let the rows in use among the first `size` consume their tokens; return all logits."""
-        state = self.state[:size]
-        logits, new = self.model(self._tokens[:size], state)
-        for own, after in zip(state.layers, new.layers, strict=True):
+    def _pass(self) -> Tensor:
+        """Let the rows in use consume their tokens; return the logits of all."""
+        logits, new = self.model(self._tokens, self.state)
+        for own, after in zip(self.state.layers, new.layers, strict=True):
             for name, x in vars(own).items():
                 if x is not None:
-                    in_use = self._in_use[:size].view(-1, *[1] * (x.dim() - 1))
+                    in_use = self._in_use.view(-1, *[1] * (x.dim() - 1))
                     x.copy_(torch.where(in_use, getattr(after, name), x))
         return logits[:, -1]
 
-    def _capture(self, size: int) -> Callable[[], Tensor]:
-        """Return what replays `_pass(size)`: the same kernels on the same memory."""
-        self._in_use.fill_(False)  # the rounds that warm up leave every state as it is
-        kind, stream = self._tokens.device.type, torch.cuda.Stream(self._tokens.device)
-        # Autocast's cache of weights would not outlive this call; the graph would read on from it.
-        with torch.autocast(
-            kind,
-            torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
-            cache_enabled=False,
-        ):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._pass(size)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may copy states meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = self._pass(size)
+    def _captured(self) -> Callable[[], Tensor]:
+        """Return what replays `_pass`, the same kernels on the same memory; itself if it cannot."""
+        device, kind = self._tokens.device, self._tokens.device.type
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with contextlib.ExitStack() as held:
+                held.enter_context(_CAPTURING)
+                held.enter_context(torch.cuda.device(device))
+                held.enter_context(torch.cuda.stream(torch.cuda.current_stream()))  # put back
+                # Autocast's cache of weights would not outlive this call; the graph would read on.
+                dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+                held.enter_context(torch.autocast(kind, dtype, enabled=on, cache_enabled=False))
+                stream = torch.cuda.Stream(device)  # else that of the first device that captured
+                # Other threads may copy states meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    logits = self._pass()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"decoding kernel by kernel: no CUDA graph ({reason})", stacklevel=2)
+            return self._pass
+        weights = [x.detach() for x in (*self.model.parameters(), *self.model.buffers())]
 
-        def replay() -> Tensor:
+        def replay(_: list[Tensor] = weights) -> Tensor:  # the graph reads their memory
             graph.replay()
             return logits
 

@@ -92,8 +92,8 @@ class LanguageModel(nn.Module):
             group: the ranks that share the rows: each gives T tokens of them, in the order of the
                 ranks, and all call this together. `state` is then the same on every rank, and the
                 state returned is the one after this rank's tokens.
-            state_only: leave out, in the last block, what the state does not depend on; only the
-                state of the results is then of use.
+            state_only: leave out the last block's feed-forward layer, on which the state does not
+                depend; only the state of the results is then of use.
 
         Returns:
             ln_out(x) [B, T, D], the state after the last token, and the KL term of variational
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
         return self.head(x), state
 
     def read(self, tokens: Tensor, state: ModelState | None = None) -> ModelState:
-        """Return the state after the tokens, as `features` does, without computing features."""
+        """Return the state after the tokens, as `features` does, without the last feed-forward."""
         return self.features(tokens, state, state_only=True)[1]
 
     def _run(self, block: nn.Module, *args: Any) -> Any:

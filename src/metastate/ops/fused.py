@@ -177,7 +177,8 @@ def unit(x: Tensor, *, fused: bool = False) -> Tensor:
 def can_fuse(x: Tensor, backend: str) -> bool:
     """Say whether the native kernels serve x: on a CPU, not float64, not while torch compiles.
 
-    They answer in float32, which autocast's products take and those of a bfloat16 model do not.
+    They answer in float32 unless told otherwise, which autocast's products take and those of a
+    bfloat16 model do not.
     """
     if backend != "cpu" or torch.compiler.is_compiling():
         return False

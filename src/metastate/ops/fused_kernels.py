@@ -444,11 +444,10 @@ def relu_squared_forward(x, y, start, stop):  # type: ignore[no-untyped-def]
 
 @_jit
 def relu_squared_backward(x, dy, dx, start, stop):  # type: ignore[no-untyped-def]
-    """Compute dx = 2 max(x, 0) dy; or bits."""
+    """Compute dx = 2 max(x, 0) dy, 0 where x is not above 0 whatever dy; or bits."""
     wide = np.empty((3, x.shape[1]), np.float32)
     for t in range(start, stop):
         xt, gt, out = _row(x, t, wide[0]), _row(dy, t, wide[1]), _own(dx, t, wide[2])
         for j in range(xt.size):
-            kept = ZERO if xt[j] < ZERO else xt[j]
-            out[j] = (kept + kept) * gt[j]
+            out[j] = ZERO if xt[j] <= ZERO else (xt[j] + xt[j]) * gt[j]
         _round(dx, t, out)
