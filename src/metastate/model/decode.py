@@ -23,9 +23,7 @@ from metastate.ops.threads import run_pieces
 
 MATRICES = (torch.float32, torch.bfloat16)
 GRAIN = 2**21  # bytes of weights a thread
-UNCAPTURED = (
-    2  # steps that run kernel by kernel: they compile and warm up, and a few tokens need no graph
-)
+UNCAPTURED = 2  # steps that run kernel by kernel; they compile, and few tokens need no graph
 _CAPTURING = threading.Lock()  # a process captures one graph at a time
 
 
