@@ -9,7 +9,7 @@ from metastate.cli.options import read_yaml
 from metastate.cli.progress import bar, log, print_json
 from metastate.config import from_dict
 from metastate.data.files import in_turn
-from metastate.errors import ConfigError
+from metastate.errors import ConfigError, DataError
 from metastate.eval.compare import collect, compare, estimate
 from metastate.eval.report import main_table, markdown, write_report
 from metastate.eval.suite import Cell, Suite, plan, uneven
@@ -40,7 +40,7 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         with bar("compare", "GFLOP") as show:
             results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
-    with in_turn(out):  # as in collect
+    with in_turn(out, error=DataError):  # as in collect
         paths = write_report(results, out)
     if args.json:
         print_json(results)

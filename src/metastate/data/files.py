@@ -190,12 +190,20 @@ def alone_in(folder: Path, *, error: type[MetaStateError] = TrainingError) -> It
 
 
 @contextlib.contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Hold `folder` as `alone_in` does, for a moment's work: wait while another process has it."""
+def in_turn(folder: Path, *, error: type[MetaStateError] = TrainingError) -> Iterator[None]:
+    """Hold `folder` as `alone_in` does, for a moment's work: wait while another process has it.
+
+    Args:
+        folder: what to hold.
+        error: the class to raise when the system refuses.
+
+    Raises:
+        error: the folder cannot be written.
+    """
     with contextlib.ExitStack() as held:
         while True:
             try:
-                held.enter_context(alone_in(folder))
+                held.enter_context(alone_in(folder, error=error))
                 break
             except BusyError:
                 time.sleep(0.1)

@@ -285,7 +285,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
         "sweep": sweep,
         "rows": rows,
     }
-    with in_turn(out):  # whoever ran the other cells may end in the same moment
+    with in_turn(out, error=DataError):  # whoever ran the other cells may end in the same moment
         write_json(out / RESULTS, results, error=DataError)
     return results
 

@@ -246,7 +246,7 @@ class MetaState(nn.Module):
         kind = self.options.activation
         if kind == "none":
             return x
-        return F.silu(x) if kind == "silu" else F.relu(x).square()
+        return F.silu(x) if kind == "silu" else fused.relu_squared(x)
 
     def optimizer_groups(self) -> dict[str, str]:
         """Return the optimizer group of each parameter."""

@@ -140,9 +140,10 @@ class BatchDecoder(Decoder):
             reason = str(error).partition("\n")[0]
             warnings.warn(f"decoding kernel by kernel: no CUDA graph ({reason})", stacklevel=2)
             return self._pass
-        weights = [x.detach() for x in (*self.model.parameters(), *self.model.buffers())]
+        # The graph reads their memory, also when the model has been given others.
+        self._kept = [x.detach() for x in (*self.model.parameters(), *self.model.buffers())]
 
-        def replay(_: list[Tensor] = weights) -> Tensor:  # the graph reads their memory
+        def replay() -> Tensor:
             graph.replay()
             return logits
 

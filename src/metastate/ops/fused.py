@@ -148,7 +148,7 @@ def wkv_output(
 
 
 def relu_squared(x: Tensor, *, fused: bool = False) -> Tensor:
-    """Return max(x, 0)^2 in x's dtype; x [B, T, F]."""
+    """Return max(x, 0)^2, [B, T, F] in x's dtype; `fused` as in `token_mix`."""
     return _call(_ReluSquared, x) if fused else F.relu(x).square()
 
 

@@ -255,11 +255,8 @@ def wkv_inputs_forward(  # type: ignore[no-untyped-def]
     """
     D = k.shape[1]
     mix = m.shape[0] > 0
-    scaled, scale, wide = (
-        np.empty(D, np.float32),
-        np.empty(D, np.float32),
-        np.empty((6, D), np.float32),
-    )
+    scaled, scale = np.empty(D, np.float32), np.empty(D, np.float32)
+    wide = np.empty((6, D), np.float32)
     for t in range(start, stop):
         kt, dt, ct = _row(k, t, wide[0]), _row(d, t, wide[1]), _row(c, t, wide[2])
         wt, at, keyt = log_w[t], a[t], key[t]
