@@ -39,20 +39,21 @@ def _jit(function: Any) -> Any:
         return nb.njit(**OPTIONS)(function)
 
 
-def _reinterpreted(kind: Any) -> Any:
-    """Return a function that gives the value of type `kind` with the bits of its argument."""
+def _reinterpreted(source: Any, kind: Any) -> Any:
+    """Return a function that gives the `kind` with the bits of its argument, made a `source`."""
 
     @intrinsic
     def same_bits(typing_context, x):  # type: ignore[no-untyped-def]
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
             return builder.bitcast(args[0], context.get_value_type(kind))
 
-        return kind(x), build
+        return kind(source), build
 
     return same_bits
 
 
-_as_float, _as_bits = _reinterpreted(types.float32), _reinterpreted(types.uint32)
+_as_float = _reinterpreted(types.int32, types.float32)
+_as_bits = _reinterpreted(types.float32, types.uint32)
 
 
 def _row(rows, t, buffer):  # type: ignore[no-untyped-def]
@@ -67,7 +68,7 @@ def _(rows, t, buffer):  # type: ignore[no-untyped-def]
     def widen(rows, t, buffer):  # type: ignore[no-untyped-def]
         row = rows[t]
         for j in range(row.size):
-            buffer[j] = _as_float(np.uint32(np.uint32(row[j]) << np.uint32(16)))
+            buffer[j] = _as_float(np.int32(np.uint32(row[j]) << np.uint32(16)))
         return buffer
 
     return widen
