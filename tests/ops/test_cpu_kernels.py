@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from metastate import ops
-from metastate.ops import cpu, threads
+from metastate.ops import cpu, jit, threads
 from tolerance import TOLERANCE, relative_error
 
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
@@ -238,27 +238,39 @@ print(*(sum(k.stats.cache_hits.values()) for k in kernels))
 """
 
 
-def test_compiled_code_survives_the_process(tmp_path):
+CHANGED = """
+from metastate.ops import jit
+sources = jit._sources()
+jit._sources = lambda: sources + "another file changed"
+"""
+
+
+def test_compiled_code_survives_the_process_and_no_change_of_the_sources(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     hits = [
         subprocess.run(
-            [sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
         ).stdout.split()
-        for _ in range(2)
+        for program in (CACHED, CACHED, CHANGED + CACHED)
     ]
-    assert hits == [["0", "0", "0"], ["1", "1", "1"]]
+    assert hits == [["0", "0", "0"], ["1", "1", "1"], ["0", "0", "0"]]
 
 
-def test_kernels_compile_where_nothing_can_be_cached(monkeypatch):
-    real = cpu.kernels.nb.njit
+@pytest.mark.parametrize("another", [False, True], ids=["nowhere-to-write", "another-numba"])
+def test_kernels_compile_where_nothing_can_be_cached(monkeypatch, another):
+    real = jit.nb.njit
 
-    def njit(**options):
+    def njit(*args, **options):
         if options.get("cache"):
+            if another:
+                return lambda function: function  # which has no such attributes as are looked for
             raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
+        return real(*args, **options)
 
-    monkeypatch.setattr(cpu.kernels.nb, "njit", njit)
-    assert cpu.kernels._jit(lambda x: x + 1)(2) == 3
+    monkeypatch.setattr(jit.nb, "njit", njit)
+    compiled = jit.kernel(lambda x: x + 1)
+    assert compiled(2) == 3
+    assert compiled.signatures
 
 
 def test_ctrl_c_is_not_lost_between_kernels(monkeypatch):

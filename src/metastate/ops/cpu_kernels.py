@@ -19,50 +19,23 @@ contraction, never "no NaNs": a NaN propagates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numba as nb
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
+
+from metastate.ops.jit import OPTIONS, kernel, pointer
 
 C = 32  # tokens a checkpoint
 LINE = 64  # bytes of a cache line: vectors that straddle two lines load at half speed
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"contract", "reassoc", "nsz"},
-    "error_model": "numpy",
-}
-
 # Inlined into the kernels, so that P and the offsets become constants there.
 _inline: Any = nb.njit(forceinline=True, **OPTIONS)
-
-
-def _jit(function: Callable) -> Any:
-    """Compile a kernel, cached on disk where any cache folder can be written."""
-    try:
-        return nb.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # no writable cache folder anywhere: compile in every process
-        return nb.njit(**OPTIONS)(function)
 
 
 def padded(N: int) -> int:
     """Return N rounded up to a multiple of 16 lanes."""
     return -(-N // 16) * 16
-
-
-def _address_as_pointer(typing_context, address, like):  # type: ignore[no-untyped-def]
-    """Return `address` as a pointer to values of `like`'s type."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(address, like), build
-
-
-_pointer: Any = intrinsic(_address_as_pointer)
 
 
 @_inline
@@ -217,14 +190,14 @@ def forward_kernel(P: int, L: int, save: bool, dtype: type) -> Any:
         scratch: Any = np.zeros(total + LINE, dtype)
         states: Any = np.zeros(group * state_size + LINE, dtype)
         zero = dtype(0)
-        W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
+        W = pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
         sources = (
-            _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero), _pointer(kappa_, zero),
-            _pointer(a_, zero),
+            pointer(r_, zero), pointer(w_, zero), pointer(k_, zero), pointer(kappa_, zero),
+            pointer(a_, zero),
         )  # fmt: skip
-        v_, y_, u_ = _pointer(v_, zero), _pointer(y_, zero), _pointer(u_, zero)
-        state0_, state_, cu = _pointer(state0_, zero), _pointer(state_, zero), _pointer(cu_, H)
-        checkpoint_ = _pointer(checkpoint_, zero)
+        v_, y_, u_ = pointer(v_, zero), pointer(y_, zero), pointer(u_, zero)
+        state0_, state_, cu = pointer(state0_, zero), pointer(state_, zero), pointer(cu_, H)
+        checkpoint_ = pointer(checkpoint_, zero)
         while start < stop:
             # The heads of a sequence advance together, chunk by chunk: their rows are neighbours.
             s = start // (H * blocks)
@@ -241,7 +214,7 @@ def forward_kernel(P: int, L: int, save: bool, dtype: type) -> Any:
                     h = task // blocks % H
                     lanes = min(L, N - first)
                     place = states.ctypes.data + (task - start) * state_size * states.itemsize
-                    S = _pointer((place + LINE - 1) // LINE * LINE, zero)
+                    S = pointer((place + LINE - 1) // LINE * LINE, zero)
                     f = ((s * H + h) * N + first) * N
                     if c < 0:
                         _copy_transposed(S, 0, L, state0_, f, N, lanes, N)
@@ -285,7 +258,7 @@ def forward_kernel(P: int, L: int, save: bool, dtype: type) -> Any:
                         _copy(u_, f + first, H * N, W, u, L, m, lanes)
             start = end
 
-    return _jit(forward)
+    return kernel(forward)
 
 
 @cache
@@ -318,17 +291,17 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
     ):  # fmt: skip
         scratch: Any = np.zeros(total + LINE, dtype)
         zero = dtype(0)
-        W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
+        W = pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
         sources = (
-            _pointer(r_, zero), _pointer(w_, zero), _pointer(k_, zero), _pointer(kappa_, zero),
-            _pointer(v_, zero), _pointer(u_, zero), _pointer(dy_, zero), _pointer(a_, zero),
+            pointer(r_, zero), pointer(w_, zero), pointer(k_, zero), pointer(kappa_, zero),
+            pointer(v_, zero), pointer(u_, zero), pointer(dy_, zero), pointer(a_, zero),
         )  # fmt: skip
-        link_sources = _pointer(de_, zero), _pointer(x_, zero), _pointer(cx_, zero)
-        checkpoint_, cu = _pointer(checkpoint_, zero), _pointer(cu_, H)
-        dr_, dlog_w_, dk_ = _pointer(dr_, zero), _pointer(dlog_w_, zero), _pointer(dk_, zero)
-        dv_, dkappa_, da_ = _pointer(dv_, zero), _pointer(dkappa_, zero), _pointer(da_, zero)
-        state_, dstate_ = _pointer(state_, zero), _pointer(dstate_, zero)
-        dstate0_ = _pointer(dstate0_, zero)
+        link_sources = pointer(de_, zero), pointer(x_, zero), pointer(cx_, zero)
+        checkpoint_, cu = pointer(checkpoint_, zero), pointer(cu_, H)
+        dr_, dlog_w_, dk_ = pointer(dr_, zero), pointer(dlog_w_, zero), pointer(dk_, zero)
+        dv_, dkappa_, da_ = pointer(dv_, zero), pointer(dkappa_, zero), pointer(da_, zero)
+        state_, dstate_ = pointer(state_, zero), pointer(dstate_, zero)
+        dstate0_ = pointer(dstate0_, zero)
         for task in range(start, stop):
             h = task % H
             s = task // H
@@ -447,7 +420,7 @@ def backward_kernel(P: int, link: bool, dtype: type) -> Any:
             f = (s * H + h) * N * N
             _copy_transposed(dstate0_, f, N, W, G, P, N, N)
 
-    return _jit(backward)
+    return kernel(backward)
 
 
 @cache
@@ -468,12 +441,12 @@ def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
     ):
         scratch: Any = np.zeros(total + LINE, dtype)
         zero = dtype(0)
-        W = _pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
+        W = pointer((scratch.ctypes.data + LINE - 1) // LINE * LINE, zero)
         sources = (
-            _pointer(x_, zero), _pointer(w_, zero), _pointer(k_, zero), _pointer(kappa_, zero),
-            _pointer(v_, zero), _pointer(u_, zero), _pointer(a_, zero),
+            pointer(x_, zero), pointer(w_, zero), pointer(k_, zero), pointer(kappa_, zero),
+            pointer(v_, zero), pointer(u_, zero), pointer(a_, zero),
         )  # fmt: skip
-        checkpoint_, cu, e_ = _pointer(checkpoint_, zero), _pointer(cu_, H), _pointer(e_, zero)
+        checkpoint_, cu, e_ = pointer(checkpoint_, zero), pointer(cu_, H), pointer(e_, zero)
         while start < stop:
             s = start // H
             end = min(stop, (s + 1) * H)
@@ -497,4 +470,4 @@ def read_kernel(P: int, by_key: bool, dtype: type) -> Any:
                     _copy(e_, f, H * N, W, e, P, m, N)
             start = end
 
-    return _jit(read)
+    return kernel(read)

@@ -30,19 +30,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from metastate.ops.cpu_kernels import _pointer
 from metastate.ops.dot_kernels import multiply
 from metastate.ops.fused_kernels import (
     DECAY_SCALE,
     ONE,
-    OPTIONS,
     TINY,
     ZERO,
     _exp,
     _inline,
-    _jit,
     _sigmoid,
 )
+from metastate.ops.jit import INNER, kernel, pointer
 
 SPAN = 32  # outputs of a piece
 LINE = 16  # int64 between counters, so that no two share a cache line
@@ -82,7 +80,6 @@ MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES
 META_STATE, BY_RECEPTANCE, READS_ENCODING, HAS_M = 1, 2, 4, 8  # flags of a model
 NONE, TANH, SIGMOID, RELU2 = range(4)
 
-INNER: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # quicker to compile
 _njit: Any = nb.njit(**INNER)
 _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
@@ -96,8 +93,8 @@ def _add_one(typing_context, address):  # type: ignore[no-untyped-def]
     """Add 1 to the int64 at `address`, atomically; return what it was."""
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+        here = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", here, ir.Constant(ir.IntType(64), 1), "seq_cst")
 
     return types.int64(types.int64), build
 
@@ -106,8 +103,8 @@ def _load(typing_context, address):  # type: ignore[no-untyped-def]
     """Return the int64 at `address`, with all that was written before it."""
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8)
+        here = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(here, "acquire", 8)
 
     return types.int64(types.int64), build
 
@@ -119,7 +116,7 @@ _look: Any = intrinsic(_load)
 @_njit
 def _at(address, index):  # type: ignore[no-untyped-def]
     """Return a pointer to value `index` of the float32 array at `address`."""
-    return _pointer(address + index * 4, ZERO)
+    return pointer(address + index * 4, ZERO)
 
 
 @_njit
@@ -363,7 +360,7 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
             _span(buf[HIDDEN], F, at[HIDDEN_VALUE], size, D, buf[X], i, rows, 1, NONE)
 
 
-@_jit
+@kernel
 def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, rows):  # type: ignore[no-untyped-def]
     """Run one token of `rows` rows; every thread calls it with the same arguments.
 

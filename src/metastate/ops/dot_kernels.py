@@ -19,22 +19,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from metastate.ops.cpu_kernels import _pointer
 from metastate.ops.fused_kernels import _as_float
+from metastate.ops.jit import INNER, pointer
 
 LANES = 16
 ROWS, OUTPUTS = 4, 4  # a block: 16 sums stay in registers
 FLOAT, INT = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 BYTES = {"float32": 4, "bfloat16": 2}
-# Kernels that only others call need no way in from Python, which takes long to compile.
-INNER: Any = {
-    "nogil": True,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-_inner: Any = nb.njit(**INNER)
+_inner: Any = nb.njit(**(INNER | {"fastmath": False}))  # sums keep their order
 
 
 def _load(builder: Any, address: Any, kind: str, lanes: int) -> Any:
@@ -45,8 +38,8 @@ def _load(builder: Any, address: Any, kind: str, lanes: int) -> Any:
 
     def load(scalar: Any) -> Any:
         kind = shape(scalar)
-        pointer = builder.inttoptr(address, kind.as_pointer())
-        return builder.load(pointer, align=scalar_bytes)
+        place = builder.inttoptr(address, kind.as_pointer())
+        return builder.load(place, align=scalar_bytes)
 
     scalar_bytes = BYTES[kind]
     if kind == "float32":
@@ -135,9 +128,9 @@ def _block(rows: int, outputs: int, kind: str) -> Any:
         adds = builder.icmp_signed("!=", add, ir.Constant(INT, 0))
         for i, value in enumerate(sums):
             place = at(y, y_step, i // outputs, ir.Constant(INT, i % outputs), 4)
-            pointer = builder.inttoptr(place, FLOAT.as_pointer())
-            total = builder.fadd(builder.load(pointer, align=4), value)
-            builder.store(builder.select(adds, total, value), pointer, align=4)
+            here = builder.inttoptr(place, FLOAT.as_pointer())
+            total = builder.fadd(builder.load(here, align=4), value)
+            builder.store(builder.select(adds, total, value), here, align=4)
         return context.get_dummy_value()
 
     def typed(typing_context, x, x_step, w, w_step, K, y, y_step, add):  # type: ignore[no-untyped-def]
@@ -155,7 +148,7 @@ _column_bfloat16, _single_bfloat16 = (_block(*shape, "bfloat16") for shape in ((
 @_inner
 def _widen(source, n, to):  # type: ignore[no-untyped-def]
     """Write the n bfloat16 values at `source` as float32 to `to`."""
-    values = _pointer(source, np.uint16(0))
+    values = pointer(source, np.uint16(0))
     for i in range(n):
         to[i] = _as_float(np.int32(values[i]) << np.int32(16))  # type: ignore[call-arg, arg-type]
 

@@ -18,7 +18,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 
-OPTIONS: Any = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+from metastate.ops.jit import OPTIONS, kernel
+
 DECAY_SCALE = np.float32(-math.exp(-0.5))
 ONE, ZERO, TINY = np.float32(1), np.float32(0), np.float32(1e-12)
 NAN = np.uint16(0x7FC0)  # of bfloat16
@@ -29,14 +30,6 @@ HALF, C3, C4 = np.float32(0.5), np.float32(1 / 6), np.float32(1 / 24)
 C5, C6 = np.float32(1 / 120), np.float32(1 / 720)
 
 _inline = nb.njit(inline="always", **OPTIONS)
-
-
-def _jit(function: Any) -> Any:
-    """Compile a kernel, cached on disk where any cache folder can be written."""
-    try:
-        return nb.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # no writable cache folder anywhere: compile in every process
-        return nb.njit(**OPTIONS)(function)
 
 
 def _reinterpreted(source: Any, kind: Any) -> Any:
@@ -199,7 +192,7 @@ def _unit_gradient(dy, y, scale, dx, N):  # type: ignore[no-untyped-def]
             out[j] = (grad[j] - unit[j] * along) * factor[j]
 
 
-@_jit
+@kernel
 def token_mix_forward(x, last, keep, mu, y, start, stop):  # type: ignore[no-untyped-def]
     """y_i = x_t + (x_{t-1} - x_t) mu_i, i = 0, 1, ...
 
@@ -217,7 +210,7 @@ def token_mix_forward(x, last, keep, mu, y, start, stop):  # type: ignore[no-unt
             _round(y[i], t, out)
 
 
-@_jit
+@kernel
 def token_mix_backward(x, last, keep, mu, g, dx, dlast, dmu, piece, start, stop):  # type: ignore[no-untyped-def]
     """Gradients of token_mix_forward; g I times [B T, D], dlast zero before, dmu [pieces, I, D]."""
     length, D = x.shape[0] // last.shape[0], x.shape[1]
@@ -245,7 +238,7 @@ def token_mix_backward(x, last, keep, mu, g, dx, dlast, dmu, piece, start, stop)
                     dlast[t // length, j] += keep[t] * g[i][t, j] * mu[i, j]
 
 
-@_jit
+@kernel
 def wkv_inputs_forward(  # type: ignore[no-untyped-def]
     k, v, d, c, m, v_first, w0, a0, v0, k_k, k_a, log_w, a, kappa, key, value, N, start, stop
 ):
@@ -280,7 +273,7 @@ def wkv_inputs_forward(  # type: ignore[no-untyped-def]
             out[j] = scaled[j] * scale[j]
 
 
-@_jit
+@kernel
 def wkv_inputs_backward(  # type: ignore[no-untyped-def]
     k, v, m, v_first, v0, k_k, k_a, log_w, a, kappa, dlog_w, da, dkappa, dkey, dvalue,
     dk, dv, dd, dc, dm, dv_first, params, N, piece, start, stop,
@@ -327,7 +320,7 @@ def wkv_inputs_backward(  # type: ignore[no-untyped-def]
             dk_k[j] += grad[j] * kt[j]
 
 
-@_jit
+@kernel
 def wkv_output_forward(y, r, k, v, g, r_k, weight, bias, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
     """Compute o = (group_norm(y) + (sum_N r r_k k) v) * g; [B T, H N] or bits, vectors [H N]."""
     D = y.shape[1]
@@ -342,7 +335,7 @@ def wkv_output_forward(y, r, k, v, g, r_k, weight, bias, eps, o, N, start, stop)
         _round(o, t, ot)
 
 
-@_jit
+@kernel
 def wkv_output_backward(  # type: ignore[no-untyped-def]
     y, r, k, v, g, r_k, weight, bias, eps, do, dy, dr, dk, dv, dg, params, N, piece, start, stop
 ):
@@ -372,7 +365,7 @@ def wkv_output_backward(  # type: ignore[no-untyped-def]
         _norm_gradient(dp, unit, rstd, weight, dy[t], dweight, dbias, N)
 
 
-@_jit
+@kernel
 def norm_sum_forward(ys, weights, biases, x, eps, o, N, start, stop):  # type: ignore[no-untyped-def]
     """Compute o = (sum_i group_norm(y_i)) * x; ys I times [B T, H N], weights, biases [I, H N]."""
     D = x.shape[1]
@@ -389,7 +382,7 @@ def norm_sum_forward(ys, weights, biases, x, eps, o, N, start, stop):  # type: i
             ot[j] = total[j] * xt[j]
 
 
-@_jit
+@kernel
 def norm_sum_backward(ys, weights, biases, x, eps, do, dys, dx, params, N, piece, start, stop):  # type: ignore[no-untyped-def]
     """Gradients of norm_sum_forward; params [pieces, 2, I, H N] gains weights' and biases'."""
     D = x.shape[1]
@@ -408,7 +401,7 @@ def norm_sum_backward(ys, weights, biases, x, eps, do, dys, dx, params, N, piece
             _norm_gradient(dp, unit, rstd, weight, dy, dweight, dbias, N)
 
 
-@_jit
+@kernel
 def unit_forward(x, y, N, start, stop):  # type: ignore[no-untyped-def]
     """Compute y = x / |x| by head; [B T, H N]."""
     scale = np.empty(x.shape[1], np.float32)
@@ -419,7 +412,7 @@ def unit_forward(x, y, N, start, stop):  # type: ignore[no-untyped-def]
             yt[j] = xt[j] * scale[j]
 
 
-@_jit
+@kernel
 def unit_backward(x, y, dy, dx, N, start, stop):  # type: ignore[no-untyped-def]
     """Compute dx = (dy - y (dy . y)) / |x| by head."""
     scale = np.empty(x.shape[1], np.float32)
@@ -428,7 +421,7 @@ def unit_backward(x, y, dy, dx, N, start, stop):  # type: ignore[no-untyped-def]
         _unit_gradient(dy[t], y[t], scale, dx[t], N)
 
 
-@_jit
+@kernel
 def relu_squared_forward(x, y, start, stop):  # type: ignore[no-untyped-def]
     """Compute y = max(x, 0)^2; [B T, F], or bits."""
     wide = np.empty((2, x.shape[1]), np.float32)
@@ -440,7 +433,7 @@ def relu_squared_forward(x, y, start, stop):  # type: ignore[no-untyped-def]
         _round(y, t, yt)
 
 
-@_jit
+@kernel
 def relu_squared_backward(x, dy, dx, start, stop):  # type: ignore[no-untyped-def]
     """Compute dx = 2 max(x, 0) dy, 0 where x is not above 0 whatever dy; or bits."""
     wide = np.empty((3, x.shape[1]), np.float32)

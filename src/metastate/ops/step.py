@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metastate.ops import cpu_kernels as kernels
+from metastate.ops.jit import kernel, pointer
 
 
 @cache
 def step_kernel(dtype: type) -> Any:
     """Compile one step of every state, any head size; a state's rows need nothing of each other."""
-    pointer = kernels._pointer
 
     def step(  # type: ignore[no-untyped-def]
         count, N, r_, log_w_, k_, v_, kappa_, a_, state_, y_, out_
@@ -44,7 +43,7 @@ def step_kernel(dtype: type) -> Any:
                     y += s * r_[f + j]
                 y_[f + i] = y
 
-    return kernels._jit(step)
+    return kernel(step)
 
 
 def wkv7_step(
@@ -67,7 +66,7 @@ def wkv7_step(
     dtype = state.dtype
     given = [x.to(dtype).contiguous() for x in (r, log_w, k, v, kappa, a, state)]
     y, out = torch.empty_like(given[0]), torch.empty_like(given[6])
-    kernel = step_kernel(np.float64 if dtype == torch.float64 else np.float32)
+    run = step_kernel(np.float64 if dtype == torch.float64 else np.float32)
     batch, _, heads, size = r.shape
-    kernel(batch * heads, size, *(x.data_ptr() for x in (*given, y, out)))
+    run(batch * heads, size, *(x.data_ptr() for x in (*given, y, out)))
     return y.to(r.dtype), out
