@@ -4,8 +4,9 @@
 
 Both models have equal non-embedding parameters. Meta-State really decodes every token (with
 --prefill it does not). The Transformer's cache is filled by chunked prefill, which gives the same
-cache, then single steps are timed; it may stop earlier, and the table then says so. First both must
-give the same logits step by step as in one pass; otherwise there are no figures.
+cache, then single steps are timed; it may stop earlier, and the table then says so. Both step as
+`generate` does, through `make_decoder`, and must first give the same logits so as in one pass;
+otherwise there are no figures.
 
 The median counts what other programs on the machine take; `quiet`, the fastest tenth, hardly does,
 and the ratios to the first mark are made of it.
@@ -24,6 +25,7 @@ from collections import deque
 
 import torch
 
+from metastate.model.decode import Decoder, make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
@@ -53,18 +55,16 @@ def stepwise_error(model: LanguageModel, length: int = 192) -> float:
     """Return max |logits step by step - logits in one pass|, relative to the largest logit."""
     tokens = torch.randint(model.config.vocab_size, (1, length))
     whole, _ = model(tokens)
-    state, steps = model.init_state(1), []
-    for t in range(length):
-        logits, state = model(tokens[:, t : t + 1], state)
-        steps.append(logits)
-    return float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())
+    decoder = make_decoder(model, 1)
+    steps = torch.cat([decoder.step([t]).clone() for t in tokens[0].tolist()])
+    return float((steps - whole[0]).abs().max() / whole.abs().max())
 
 
-def step(model: LanguageModel, token: torch.Tensor, state: ModelState) -> tuple:
-    """Run one token; return its logits, the state and the seconds."""
+def step(decoder: Decoder, token: int) -> tuple[torch.Tensor, float]:
+    """Run one token; return its logits and the seconds."""
     started = time.perf_counter()
-    logits, state = model(token, state)
-    return logits, state, time.perf_counter() - started
+    logits = decoder.step([token])[0]
+    return logits, time.perf_counter() - started
 
 
 def row(model: LanguageModel, mark: int, seconds: list[float], state: ModelState) -> dict:
@@ -82,14 +82,14 @@ def row(model: LanguageModel, mark: int, seconds: list[float], state: ModelState
 
 def decode(model: LanguageModel, marks: list[int]) -> list[dict]:
     """Decode token by token up to the last mark; the figure of a mark is of the steps around it."""
-    state, token = model.init_state(1), torch.zeros(1, 1, dtype=torch.int64)
+    decoder, token = make_decoder(model, 1), 0
     rows, recent = [], deque[float](maxlen=TIMED)
     for t in range(1, marks[-1] + TIMED // 2 + 1):
-        logits, state, seconds = step(model, token, state)
-        token = logits[:, -1:].argmax(-1)
+        logits, seconds = step(decoder, token)
+        token = int(logits.argmax())
         recent.append(seconds)
         if t - TIMED // 2 in marks:
-            rows.append(row(model, t - TIMED // 2, list(recent), state))
+            rows.append(row(model, t - TIMED // 2, list(recent), decoder.get(0)))
     return rows
 
 
@@ -102,11 +102,11 @@ def decode_after_prefill(model: LanguageModel, marks: list[int]) -> list[dict]:
             tokens = torch.randint(model.config.vocab_size, (1, n))
             _, state, _ = model.features(tokens, state)  # no logits: nobody reads them
             consumed += n
-        seconds = []
-        for _ in range(TIMED):
-            token = torch.randint(model.config.vocab_size, (1, 1))
-            _, state, taken = step(model, token, state)
-            seconds.append(taken)
+        decoder = make_decoder(model, 1)
+        decoder.put(0, state)
+        tokens = torch.randint(model.config.vocab_size, (TIMED,)).tolist()
+        seconds = [step(decoder, token)[1] for token in tokens]
+        state = decoder.get(0)
         consumed += TIMED
         rows.append(row(model, mark, seconds, state))
     return rows
