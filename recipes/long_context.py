@@ -4,18 +4,21 @@
     cd runs/compare/cells
     python ../../../recipes/long_context.py meta-state-tiny-seed0 rwkv-7-tiny-seed0 --text NOVELS14
 
-The held-out novels are cut into texts of 32,768 bytes. Each is read twice: *carried*, the state
-handed on from the first byte to the last, and *windows*, where it starts from nothing every 512
-bytes (the training length). Both score the same bytes, so the difference is what the longer past is
-worth, and the difficulty of a passage cancels. Out come a table, results.json and a figure. The
-text must be bytes: a model of another tokenizer is refused. About four minutes a recurrent model on
-one core, and far more for a Transformer, whose time grows with the square: `--texts` takes fewer.
+The held-out novels are cut into texts of 32,768 bytes. Each is read three times: *carried*, the
+state handed on from the first byte to the last; *windows*, where it starts from nothing every 512
+bytes (the training length); *warm*, where it has read the 512 bytes before each window, and nothing
+earlier. All score the same bytes, so the difficulty of a passage cancels: windows lose what a cold
+start costs, and carried less warm is what the past beyond that is worth. Out come a table,
+results.json and a figure. The text must be bytes: a model of another tokenizer is refused. Minutes
+a recurrent model on one core, and far more for a Transformer, whose time grows with the square:
+`--texts` takes fewer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +36,7 @@ from metastate.model.io import load, tokenizer_of, weights_hash
 from metastate.model.lm import LanguageModel
 
 LENGTH, WINDOW, ROWS = 32768, 512, 4
+MODES = ("carried", "warm", "windows")
 EDGES = [0, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 
 
@@ -47,20 +51,19 @@ def texts(folder: Path, count: int | None, eod: int) -> Tensor:
 
 
 @torch.no_grad()
-def losses(
-    model: LanguageModel, text: Tensor, carried: bool, show: Any
-) -> tuple[Tensor, list[int]]:
+def losses(model: LanguageModel, text: Tensor, mode: str, show: Any) -> tuple[Tensor, list[int]]:
     """Return the nats of every byte, [n, LENGTH], and the bytes of a text's state at each edge."""
     out, sizes = torch.empty(len(text), LENGTH), {}
     for row in range(0, len(text), ROWS):
         state = None
         for first in range(0, LENGTH, WINDOW):
             part = text[row : row + ROWS, first : first + WINDOW + 1]
-            x, state, _ = model.features(part[:, :-1], state if carried else None)
+            x, after, _ = model.features(part[:, :-1], None if mode == "windows" else state)
+            state = model.features(part[:, :-1])[1] if mode == "warm" else after
             nats = token_losses(model, x.flatten(0, 1), part[:, 1:].flatten())
             out[row : row + ROWS, first : first + WINDOW] = nats.view(len(part), -1)
             sizes[first + WINDOW] = sum(
-                x.numel() * x.element_size() for x in state.tensors().values()
+                x.numel() * x.element_size() for x in after.tensors().values()
             ) // len(part)
             show(row * LENGTH + (first + WINDOW) * len(part), text[:, 1:].numel())
     return out, [sizes[edge] for edge in EDGES[1:]]
@@ -78,7 +81,7 @@ def measured(path: Path, text_folder: Path, count: int | None, out: Path) -> dic
     text = texts(text_folder, count, tokenizer.eod_id)
     made = {"config": to_dict(model.config), "weights": weights_hash(model)}
     made["text"] = sha256(text.numpy().tobytes()).hexdigest()
-    key = sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    key = sha256(json.dumps(made | {"modes": MODES}, sort_keys=True).encode()).hexdigest()
     file = out / f"{path.name}-{key[:16]}.json"
     if not file.exists():
         write_json(file, made | measure(model, text, path.name))
@@ -86,11 +89,11 @@ def measured(path: Path, text_folder: Path, count: int | None, out: Path) -> dic
 
 
 def measure(model: LanguageModel, text: Tensor, title: str) -> dict[str, Any]:
-    """Return the losses of a model by position, carried and in windows."""
+    """Return the losses of a model by position, in every mode."""
     rows: dict[str, Any] = {"texts": len(text)}
-    for mode in ("carried", "windows"):
+    for mode in MODES:
         with bar(f"{title}, {mode}", "bytes") as show:
-            nats, sizes = losses(model, text, mode == "carried", show)
+            nats, sizes = losses(model, text, mode, show)
         rows[f"{mode}_state_bytes"] = sizes
         rows[mode] = [float(nats[:, a:b].mean()) for a, b in zip(EDGES, EDGES[1:], strict=False)]
         # Position by position in steps of a window, for the spread over texts.
@@ -105,16 +108,18 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---" * (len(EDGES) + 2) + "|",
     ]
     for own in results:
-        for mode in ("carried", "windows"):
+        for mode in MODES:
             figures = " | ".join(f"{x:.4f}" for x in own[mode])
             name = own["checkpoint"] if mode == "carried" else ""
             lines.append(f"| {name} | {mode} | {figures} | {own[f'{mode}_state_bytes'][-1]:,} |")
-        gains = [b - a for a, b in zip(own["carried_by_text"], own["windows_by_text"], strict=True)]
-        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        lines.append(
-            f"| | gain beyond 16,384: {statistics.mean(gains):.4f} ± {error:.4f} (standard error "
-            f"over {len(gains)} texts) |" + " |" * len(EDGES)
-        )
+        for mode in MODES[1:]:
+            pairs = zip(own["carried_by_text"], own[f"{mode}_by_text"], strict=True)
+            gains = [b - a for a, b in pairs]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan
+            lines.append(
+                f"| | beyond 16,384, carried better than {mode} by {statistics.mean(gains):.4f} ± "
+                f"{error:.4f} (standard error over {len(gains)} texts) |" + " |" * len(EDGES)
+            )
     return "\n".join(lines)
 
 
@@ -130,6 +135,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     for i, own in enumerate(results):
         name = own["checkpoint"]
         left.plot(middles, own["carried"], "o-", color=f"C{i}", label=name)
+        left.plot(middles, own["warm"], "--", color=f"C{i}")
         left.plot(middles, own["windows"], ":", color=f"C{i}")
         sizes = [size / 1024 for size in own["carried_state_bytes"]]
         right.plot(EDGES[1:], sizes, "o-", color=f"C{i}", label=name)
@@ -138,7 +144,9 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
         axis.axvline(WINDOW, color="0.7", lw=1)
         axis.legend()
     right.set_yscale("log")
-    left.set_title("solid: state carried; dotted: windows of 512, the training length", fontsize=9)
+    left.set_title(
+        "solid: state carried; dashed: 512 bytes before; dotted: from nothing", fontsize=9
+    )
     fig.savefig(path, dpi=130)
 
 
