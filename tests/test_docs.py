@@ -58,7 +58,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
+    assert (tmp_path / "models" / "first" / "model.safetensors").is_file()
 
 
 def test_the_readmes_commands_parse():
