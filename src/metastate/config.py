@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 CONFIG_VERSION = 1
 SEEDS = 2**43  # of a run; times a million, as each of its steps has one, they stay below 2^64
+LARGEST = 2**53  # of all counts in a run's settings: processes tell them each other as float64
 ATTENTION = ("transformer", "tokenformer")  # architectures with a cache of keys and values
 # Metadata of fields that came later: at None they are not written, so that what was written before
 # (states with a hash of their config, settings of runs) is still equal to what is written now.
@@ -29,6 +31,7 @@ LATER = {"written_if_set": True}
 def unknown_key_message(key: str, known: list[str], where: str) -> str:
     """Say that `key` is unknown in `where` and name the nearest known key."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near or [name for name in known if name.startswith(f"{key}_")]  # as `from` is a flag
     hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
     return f"unknown key {key!r} in {where}{hint}"
 
@@ -402,7 +405,8 @@ class GrowthStep:
 class TrainConfig:
     """One training run. `model` overrides single fields of the preset.
 
-    With `from_checkpoint` the run starts from those weights, and preset and model are not used.
+    With `from_checkpoint` the run starts from those weights, and preset and model are not used. A ~
+    at the start of a path is the home of a person.
     """
 
     preset: str = "metastate-tiny"
@@ -446,6 +450,11 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("data", "out", "from_checkpoint"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > LARGEST:
+                raise ConfigError(f"train.{name} is {value}; {LARGEST} at most")
         _positive("train", **{name: getattr(self, name) for name in _TRAIN_SIZES})
         if not 0 <= self.min_lr <= self.lr:
             raise ConfigError(f"train.min_lr {self.min_lr} must be between 0 and lr {self.lr}")

@@ -5,6 +5,8 @@ Each message says what was given, what is allowed and what to do.
 
 from __future__ import annotations
 
+import errno
+
 
 class MetaStateError(Exception):
     """Base of all errors that are the input's fault; the command line turns it into exit code 2."""
@@ -44,3 +46,12 @@ class TrainingError(MetaStateError):
 
 class DivergedError(TrainingError):
     """The loss or a gradient is not finite."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return whether `error`, or what it was raised from, is a full disk or a quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

@@ -43,6 +43,13 @@ def test_grow_reports_and_writes_a_whole_checkpoint(trained, tmp_path, data, run
     assert run("generate", big, "--prompt", "the", "--max-tokens", 5)
 
 
+def test_grow_compares_on_training_text_where_none_is_held_out(trained, corpus, tmp_path, run):
+    argv = ("prepare", corpus, "--out", tmp_path / "all", "--valid-fraction", 0)
+    run(*argv, "--test-fraction", 0)
+    out = ("--out", tmp_path / "big", "--data", tmp_path / "all")
+    assert f"train text of {tmp_path / 'all'}" in run("grow", trained, "--heads", 3, *out)
+
+
 def test_grow_takes_what_sharded_processes_wrote(trained, tmp_path, run):
     """Their counts of steps are vectors of one."""
     folder = trained / "last"

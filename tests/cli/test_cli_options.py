@@ -99,7 +99,14 @@ def test_what_is_no_override(text):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(b"- 1\n- 2\n", "list"), (b"a: [", "not YAML"), (b"\xff\xfe\x00", "YAML")]
+    ("content", "word"),
+    [
+        (b"- 1\n- 2\n", "list"),
+        (b"a: [", "not YAML"),
+        (b"\xff\xfe\x00", "YAML"),
+        (b"lr: 1e-3\nsteps: 3\nlr: 2e-3\n", "line 3: 'lr' is there already"),
+        (b"model: {num_layers: 2, num_layers: 3}\n", "line 1: 'num_layers' is there"),
+    ],
 )
 def test_broken_config_files(tmp_path, content, word):
     path = tmp_path / "run.yaml"

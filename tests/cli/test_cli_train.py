@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from metastate.cli import demo, main
+from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
 
 SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
@@ -64,6 +65,18 @@ def test_resume_needs_only_the_folder_and_goes_on_exactly(settings, tmp_path, ru
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_a_home_is_meant_also_where_the_shell_leaves_it(settings, tmp_path, run, monkeypatch, data):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(data)
+    text = settings.read_text().replace(f"data: {data}", "data: ~/data")
+    settings.write_text(text.replace(f"out: {tmp_path}", "out: ~"))
+    run("train", "--config=~/run.yaml", "--steps", 1)
+    assert json.loads(run("train", "--resume", "--out=~/run", "--steps", 2, "--json"))["step"] == 2
+    assert run("eval", "~/run/last", "--data=~/data", "--json")
+    config = TrainConfig(from_checkpoint="~/run", data="~/data", out="~/other", steps=1)
+    assert (config.from_checkpoint, config.out) == (f"{tmp_path}/run", f"{tmp_path}/other")
+
+
 def test_a_run_brings_its_vocabulary_along(corpus, settings, tmp_path, run, refused):
     """Data and tokenizer.json may go: the checkpoint still writes text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -96,12 +109,14 @@ def test_overrides_reach_the_model(settings, tmp_path, run):
     [
         (["--preset", "metastate-tyni"], ["'metastate-tyni'", "'metastate-tiny'"]),
         (["--set", "stpes=3"], ["'stpes'", "'steps'"]),
+        (["--set", "from=runs/a"], ["'from'", "did you mean 'from_checkpoint'"]),
         (["--set", "model.hiden_size=3"], ["'hiden_size'", "'hidden_size'"]),
         (["--set", "model.meta_state.updat=self"], ["'updat'", "'update'"]),
         (["--set", "model.meta_state.update=delt"], ["'delt'", "'delta'"]),
         (["--dtype", "fp16"], ["'fp16'", "'bfloat16'"]),
         (["--schedule", "linear"], ["'linear'", "'cosine'"]),
         (["--steps", "0"], ["steps", "positive"]),
+        (["--batch-size", "10000000000000000000"], ["batch_size", "at most"]),
         (["--lr", "0.00001"], ["min_lr"]),
         (["--context", "100000"], ["100000", "--context"]),
         (["--data", "nowhere"], ["nowhere", "prepare"]),
@@ -177,7 +192,8 @@ def test_demo_measures_the_speed_by_training(tmp_path, data):
     assert not (tmp_path / "probe").exists()
 
 
-def test_demo_refuses_no_time(tmp_path, capsys):
-    assert main(["demo", "--minutes", "0", "--out", str(tmp_path / "demo")]) == 2
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_demo_refuses_no_time(tmp_path, capsys, minutes):
+    assert main(["demo", f"--minutes={minutes}", "--out", str(tmp_path / "demo")]) == 2
     assert "--minutes" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()

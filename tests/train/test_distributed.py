@@ -198,12 +198,11 @@ def test_other_settings_on_another_process_are_told_to_all(config):
 
 
 def goes_on_elsewhere(rank, config, folder):
-    """Go on as after a failure, where rank 1 sees another folder; return what each was told."""
+    """Go on where rank 1 sees another folder; return what each was told."""
     torch.set_num_threads(1)
     os.chdir(folder if rank == 0 else Path(folder, "elsewhere"))
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
     try:
-        return run(config).step
+        return run(config, resume=True).step
     except CheckpointError as error:
         return str(error)
 
@@ -305,6 +304,54 @@ def wait_for_step(process, config, step, timeout=400):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     pytest.fail(f"step {step} was never reached: {process.communicate()[0][-3000:]}")
+
+
+def under_torchrun(monkeypatch, restarts, name="none", agent=7, machines=1):
+    for key, value in {"RUN_ID": name, "RESTART_COUNT": restarts}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{key}", str(value))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 // machines))
+    monkeypatch.setattr(distributed.os, "getppid", lambda: agent)
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "goes_on"),
+    [
+        ({"agent": 7}, {"agent": 7}, True),
+        ({"agent": 7}, {"agent": 8}, False),  # another command
+        ({"name": "a", "agent": 7}, {"name": "a", "agent": 8}, False),
+        ({"name": "a", "machines": 2}, {"name": "a", "machines": 2, "agent": 8}, True),
+        ({"name": "a", "machines": 2}, {"name": "b", "machines": 2}, False),
+    ],
+)
+def test_only_the_command_that_began_a_run_restarts_it(config, monkeypatch, first, again, goes_on):
+    under_torchrun(monkeypatch, 0, **first)
+    run(config(steps=3))
+    under_torchrun(monkeypatch, 0, **again)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(config())
+    under_torchrun(monkeypatch, 1, **again)
+    if goes_on:
+        assert run(config()).step == 8
+        return
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(config())
+    under_torchrun(monkeypatch, 0, **again)
+    assert run(config(steps=6), resume=True).step == 6
+    under_torchrun(monkeypatch, 1, **again)
+    assert run(config()).step == 8  # this command went on with it, and was started again
+
+
+def test_a_run_from_before_commands_were_told_apart_goes_on(config, monkeypatch):
+    run(config(steps=3))
+    file = Path(config().out, "run.json")
+    record = json.loads(file.read_text())
+    assert record.pop("launch") == ""
+    file.write_text(json.dumps(record))
+    under_torchrun(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(config())
+    assert run(config(), resume=True).step == 8
 
 
 @pytest.mark.dist

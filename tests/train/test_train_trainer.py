@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,16 +21,25 @@ import torch
 import torch.nn.functional as F
 
 import metastate
+from metastate import cli
 from metastate.config import GrowthStep, TrainConfig, from_dict, to_dict
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.data.prepare import prepare
-from metastate.errors import BusyError, ConfigError, DataError, TrainingError
+from metastate.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+)
+from metastate.eval import plots
 from metastate.growth import grow_in_training
-from metastate.model.io import read_tensors
+from metastate.model.io import checkpoint_folder, read_tensors, tokenizer_of
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
-from metastate.train import distributed, log, trainer
+from metastate.train import checkpoint, distributed, log, trainer
 from metastate.train.checkpoint import find_checkpoint, read_trainer, saved_config
+from metastate.train.signals import signals
 from metastate.train.trainer import WALL_CLOCK, train
 from tolerance import TOLERANCE, relative_error
 
@@ -166,6 +176,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(config):
     assert_same_run(config("straight").out, config().out)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_fell_before_its_first_line_is_begun_again(config, monkeypatch, resume):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "update", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config(steps=2, batch_size=3))
+    assert Path(config().out, "run.json").exists()
+    assert train(config(steps=2), resume=resume).step == 2
+    assert saved_config(config().out) == config(steps=2)
+
+
 def test_a_finished_run_goes_on_with_more_steps(config):
     train(config())
     assert train(config(), resume=True).step == 12
@@ -194,8 +215,7 @@ CHANGED = {
     **{"context": 15, "accumulate": 2, "lr": 2e-3, "min_lr": 1e-5, "schedule": "wsd", "warmup": 4},
     **{"decay_fraction": 0.3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8},
     **{"clip": 2.0, "z_loss": 0.0, "seed": 1, "dtype": "bfloat16"},
-    **{"compile": True, "activation_checkpointing": True, "document_reset": False},
-    "carry_state": True,
+    **{"document_reset": False, "carry_state": True},
 }
 
 
@@ -232,6 +252,134 @@ def test_another_backend_goes_on_with_the_same_run_up_to_rounding(config):
     mine, theirs = (read_tensors(Path(x.out, "last", "model.safetensors")) for x in (whole, split))
     for name, x in mine.items():
         assert relative_error(theirs[name], x) < TOLERANCE[torch.float64], name
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_with_less(config):
+    whole, split = config("whole"), config("split")
+    train(whole, evaluate=evaluate)
+    run_killed_after(split, 5)
+    less = dataclasses.replace(split, activation_checkpointing=True)
+    train(less, evaluate=evaluate, resume=True)
+    assert_same_run(whole.out, split.out)
+
+
+def test_fewer_steps_than_are_made_are_refused(config):
+    train(config(steps=5))
+    with pytest.raises(ConfigError, match="has made 5 steps, this command asks for 3"):
+        train(config(steps=3), resume=True)
+    assert saved_config(config().out).steps == 5
+    assert train(config(steps=5), resume=True).step == 5
+
+
+@pytest.mark.parametrize(("tokens", "best"), [(65536, (4, 1.0)), (64, (8, 2.0))])
+def test_held_out_losses_of_other_tokens_are_not_compared(config, tokens, best):
+    train(config(steps=4), evaluate=lambda model: {"nats_per_token": 1.0})
+    more = config(steps=8, valid_tokens=tokens)
+    result = train(more, evaluate=lambda model: {"nats_per_token": 2.0}, resume=True)
+    assert (result.best_step, result.best_loss) == best
+    assert read_trainer(Path(config().out, "best")).step == best[0]
+
+
+def test_a_file_stands_where_links_are_refused(config, monkeypatch, capsys):
+    """As on exFAT, SMB and Windows; a run that began with links goes on with files."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    train(config("links"), evaluate=evaluate)
+    run_killed_after(config(), 5)
+    monkeypatch.setattr(os, "symlink", refuse)
+    train(config(), evaluate=evaluate, resume=True)
+    out, straight = Path(config().out), Path(config("links").out)
+    assert (out / "last").read_text() == "checkpoints/step-00000012"
+    for name in ("last", "best", ""):
+        mine, theirs = metastate.load(out / name), metastate.load(straight / name)
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert tokenizer_of(mine, out / name).decode([116]) == "t"
+        assert cli.main(["info", str(out / name)]) == 0
+        assert "parameters" in capsys.readouterr().out
+    assert read_trainer(checkpoint_folder(out / "last")).step == 12
+    moments = config("from", from_checkpoint=str(out / "last"), model={}, steps=1)
+    assert train(moments).step == 1
+    assert train(config(steps=14), evaluate=evaluate, resume=True).step == 14
+    (out / "last").write_text("../elsewhere")  # no name that `last` can have
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        metastate.load(out / "last")
+
+
+def test_a_run_copied_with_its_links_followed_goes_on(config):
+    train(config("whole"), evaluate=evaluate)
+    train(config("first", steps=8), evaluate=evaluate)
+    shutil.copytree(config("first").out, config("copy").out)
+    last = Path(config("copy").out, "last")
+    assert not last.is_symlink()
+    (last / "notes").write_text("mine")
+    with pytest.raises(CheckpointError, match="last is a folder, not a link.*move it elsewhere"):
+        train(config("copy"), evaluate=evaluate, resume=True)
+    assert (last / "notes").read_text() == "mine" and read_trainer(last).step == 8
+    (last / "notes").unlink()
+    train(config("copy", schedule="cosine"), evaluate=evaluate, resume=True)
+    assert last.is_symlink() and Path(config("copy").out, "best").is_symlink()
+    assert read_trainer(last).step == 12
+
+
+def test_a_disk_that_cannot_be_written_is_said_on_resume(config, monkeypatch):
+    train(config(steps=5))
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(os, "replace", raising(refused))
+    with pytest.raises(CheckpointError, match=r"cannot be written.*Read-only.*mend that"):
+        train(config(), resume=True)
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+def test_the_folder_is_held_until_its_writer_is_done(config, monkeypatch):
+    """An error of the training does not leave a checkpoint half published to whoever is next."""
+    fell, written, real = threading.Event(), [], checkpoint.write_checkpoint
+
+    def slow(*args):
+        assert fell.wait(300)
+        time.sleep(0.5)
+        written.append(real(*args))
+
+    def progress(done, total, **figures):
+        if done == 7:
+            fell.set()
+            raise Stop
+
+    monkeypatch.setattr(trainer, "write_checkpoint", slow)
+    with pytest.raises(Stop):
+        train(config(async_checkpoint=True), progress=progress)
+    assert [folder.name for folder in written] == ["step-00000005"]
+
+
+def test_signals_that_are_ignored_stay_so():
+    noted, before = [], signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals(noted.append):
+            signal.raise_signal(signal.SIGINT)
+            assert noted == []
+            signal.raise_signal(signal.SIGHUP)
+            assert noted == [signal.SIGHUP]
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_line_of_the_log_ends_at_its_end_alone(tmp_path):
+    rows = [{"kind": "valid", "step": i, "domains": {"a\u2028b\x85": 1.0}} for i in range(3)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "log").write_text("".join(lines), encoding="utf-8")
+    assert plots.read_log(tmp_path / "log") == rows
+    log.cut_log(tmp_path / "log", 1)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "".join(lines[:2])
 
 
 def test_resuming_on_other_data_is_refused(config, tmp_path):
@@ -530,7 +678,7 @@ def test_a_log_that_cannot_be_synced_is_told(config, monkeypatch):
     def progress(done, total, **figures):
         monkeypatch.setattr(log.os, "fsync", full)
 
-    with pytest.raises(TrainingError, match=r"cannot write .*log\.jsonl: Input/output error"):
+    with pytest.raises(TrainingError, match=r"cannot write .*log\.jsonl: Input/output.*mend that"):
         train(config(steps=1), progress=progress)
 
 

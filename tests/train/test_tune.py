@@ -11,6 +11,7 @@ import torch
 from metastate.config import GrowthStep, MetaStateConfig, ModelConfig, TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.errors import (
+    BusyError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -299,6 +300,27 @@ def test_going_on_needs_the_best_state_so_far(config, tmp_path):
     with pytest.raises(TrainingError, match="s.state is gone, deleted while this ran"):
         tune(model, config, evaluate=score, progress=lose, resume=True)
     assert seen == [3, 4, 5, 6] and (tmp_path / "s.state.tuning").exists()
+
+
+def test_another_process_may_tune_other_files_only(config, tmp_path):
+    model = made()
+
+    def progress(step, steps, **figures):
+        if step == 2:
+            with pytest.raises(BusyError, match="another process"):
+                tune(model, config)
+            assert tune(model, settings(config, out=str(tmp_path / "b.state"))).step == 6
+
+    assert tune(model, config, progress=progress).step == 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.state", "s.state"]
+
+
+def test_the_best_of_other_held_out_tokens_is_forgotten(config):
+    model = made()
+    stopped(model, settings(config, valid_every=1), evaluate=lambda *_: {"nats_per_token": 1.0})
+    more = settings(config, valid_every=1, valid_tokens=500)
+    result = tune(model, more, evaluate=lambda *_: {"nats_per_token": 2.0}, resume=True)
+    assert (result.before, result.best_loss, result.best_step) == (2.0, 2.0, 3)
 
 
 def test_damaged_files_are_refused(config, tmp_path):

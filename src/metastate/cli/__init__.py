@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from metastate import __version__
 from metastate.cli import arguments as a
 from metastate.cli import arguments_use as use
-from metastate.cli.options import Parser
+from metastate.cli.options import PATHS, Parser
 from metastate.errors import ConfigError, MetaStateError
 
 QUICK_START = """\
@@ -212,6 +212,9 @@ def _run(argv: list[str]) -> int:
     args, unknown = parser.parse_known_args(argv)
     commands.get(args.command, parser).check_unknown(unknown)
     command = next(c for c in COMMANDS if c.name == args.command)
+    for name in PATHS:
+        if value := getattr(args, name, None):
+            setattr(args, name, os.path.expanduser(value))
     for name in command.needs:  # after unknown flags: those are the likelier mistake
         if not getattr(args, name, None):
             raise ConfigError(f"--{name} is missing; see `metastate {command.name} --help`")

@@ -17,7 +17,7 @@ from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model import presets
-from metastate.model.io import load, not_finite, tokenizer_of
+from metastate.model.io import checkpoint_folder, load, not_finite, tokenizer_of
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile
 
@@ -50,7 +50,7 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 def run_info(args: argparse.Namespace) -> None:
     """`metastate info`: what a checkpoint, a preset or a state file is."""
-    if Path(args.model).is_file():
+    if checkpoint_folder(args.model).is_file():
         print_state(args)
         return
     is_preset = args.model in presets.NAMES and not Path(args.model).exists()

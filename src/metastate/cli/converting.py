@@ -39,7 +39,7 @@ Content = tuple[LanguageModel, dict[str, Tensor]]
 
 def run_convert(args: argparse.Namespace) -> None:
     """Read SRC as what it is, write it as what is asked for, and say what it was."""
-    source, out = Path(args.source), Path(args.out)
+    source, out = checkpoint_folder(args.source), Path(args.out)
     check_free(out)
     kind, target = kind_of(source), args.to or "metastate"
     if kind == "metastate" and args.to is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -46,8 +47,8 @@ PLAN = "demo.json"
 
 def run_demo(args: argparse.Namespace) -> int:
     """Prepare, train, evaluate and sample; a second run goes on where the first one stopped."""
-    if args.minutes <= 0:
-        raise ConfigError(f"--minutes is {args.minutes}; it must be above 0")
+    if not 0 < args.minutes < math.inf:
+        raise ConfigError(f"--minutes is {args.minutes}; a number above 0 is needed")
     out = Path(args.out)
     log("1. Text: documentation and sources of the Python that runs this, as bytes.")
     data = prepare(["stdlib"], "bytes", out / "data", fractions=(0.9, 0.05, 0.05))

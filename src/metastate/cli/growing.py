@@ -113,7 +113,9 @@ def sample_tokens(model: LanguageModel, folder: Path, data: str | None) -> tuple
     if data:
         prepared = PreparedData.open(data)
         prepared.check_vocab(model.config.vocab_size, model.tokenizer_info)
-        name = next((n for n in ("valid", "test", "train") if n in prepared.record["splits"]), "")
+        splits = prepared.record["splits"]
+        filled = (n for n in ("valid", "test") if splits.get(n, {}).get("tokens"))
+        name = next(filled, "train")
         for document in prepared.split(name).documents():
             if len(document.tokens) > 1:
                 ids = torch.from_numpy(document.tokens[:SAMPLE_TOKENS].astype("int64"))

@@ -60,6 +60,13 @@ HELP = {
 }
 
 
+# Arguments that are paths: a ~ is a home in them also where the shell leaves it, as in --out=~/x.
+PATHS = (
+    *("checkpoint", "model", "source", "suite", "config", "growth_file", "data", "out"),
+    *("state", "state_in", "state_out", "state_dir", "include_path", "api_key_file"),
+)
+
+
 def flag_of(name: str) -> str:
     """Return the command-line flag of a TrainConfig field."""
     return "--from" if name == "from_checkpoint" else "--" + name.replace("_", "-")
@@ -143,7 +150,8 @@ def read_yaml(path: str) -> dict[str, Any]:
             "reading a YAML config needs PyYAML: pip install 'metastate[cli]'"
         ) from error
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        data = yaml.load(text, Loader=_loader(yaml, path))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -153,6 +161,22 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold `key: value` lines; it holds a {type(data).__name__}")
     return data
+
+
+def _loader(yaml: Any, path: str) -> type:
+    """Return a safe loader that refuses a key that a mapping has twice: the last would win."""
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key in (key for key, _ in node.value if isinstance(key.value, str)):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"{path}, line {line}: {key.value!r} is there already")
+                seen.add(key.value)
+            return node
+
+    return Loader
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ LINE_EVERY_S = 10.0
 
 
 def log(text: str) -> None:
-    """Say something to the person; standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Say something to the person, if there still is one; standard output is for results."""
+    with suppress(OSError):  # the terminal may be gone, which must not end a run
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from metastate.cli.models import load_model
 from metastate.cli.progress import log
+from metastate.data.files import expanded
 from metastate.errors import ConfigError
 from metastate.infer.engine import Engine
 from metastate.infer.store import StateStore
@@ -123,7 +124,7 @@ def listen(args: argparse.Namespace) -> socket.socket:
 
 def _template(args: argparse.Namespace) -> list[str]:
     """Return the text of --template, or of the checkpoint's own, in a list; else none."""
-    path = Path(args.template or checkpoint_folder(args.checkpoint) / TEMPLATE)
+    path = expanded(args.template or checkpoint_folder(args.checkpoint) / TEMPLATE)
     if args.template is None and not path.is_file():
         return []
     try:

@@ -27,8 +27,8 @@ CURVE = "loss.png"
 def run_train(args: argparse.Namespace) -> int:
     """`metastate train`: one run, from settings to checkpoint, log and curve."""
     settings = settings_of(args)
-    if args.resume and settings.get("out"):
-        settings = merge(to_dict(saved_config(settings["out"])), settings)
+    if args.resume and (out := from_dict(TrainConfig, {"out": settings.get("out", "")}).out):
+        settings = merge(to_dict(saved_config(out)), settings)
     elif settings.get("from_checkpoint") and (unused := {"preset", "model"} & settings.keys()):
         raise ConfigError(
             f"--from brings its own model, so {min(unused)} has no meaning; leave one of them out"

@@ -24,8 +24,8 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         DataError: the file is missing, or a line before the last is no JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
+        lines = Path(path).read_bytes().splitlines()  # those of text end at U+2028 too
+    except OSError as cause:
         raise DataError(f"cannot read the training log {path}: {cause}") from None
     rows = []
     for number, line in enumerate(lines, 1):

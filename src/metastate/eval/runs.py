@@ -11,14 +11,11 @@ from metastate import __version__
 from metastate.config import TrainConfig, to_dict
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError
-from metastate.train.checkpoint import find_checkpoint, has_run, read_trainer, saved_config
-
-# Where things are and what is reported; all the rest decides what a run computes or what it says.
-FREE = ("out", "data", "device", "backend", "compile", "log_every", "tensorboard")
+from metastate.train.checkpoint import FREE, find_checkpoint, has_run, read_trainer, saved_config
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that decide what a run computes, as JSON has them."""
+    """Return the settings that decide what a run computes or says, as JSON has them."""
     return {k: v for k, v in to_dict(config).items() if k not in FREE}
 
 

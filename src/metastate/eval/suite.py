@@ -97,6 +97,7 @@ class Suite:
     lr: RateSweep = field(default_factory=RateSweep)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", os.path.expanduser(self.data))
         for name, kind in (("models", SuiteModel), ("sizes", SuiteSize)):
             given = getattr(self, name)
             if not given:

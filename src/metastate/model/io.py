@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ VERSION = 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a model has one of them
 # What config.json may say of a tokenizer, besides other keys.
 TOKENIZER = {"kind": str, "name": str, "sha256": str, "path": str, "vocab_size": int, "eod_id": int}
+LINK = re.compile(rb"checkpoints/step-\d+")  # what a file in place of a run's link holds
 # The weights hash of each model, and what its weights looked like then.
 _HASHES: WeakKeyDictionary[LanguageModel, tuple[list[Any], str]] = WeakKeyDictionary()
 # The tensors of each model that `load` made as its file has them: mapped from there, so that
@@ -201,15 +204,25 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
             f"{path} does not say which tokenizer it was trained with; `metastate convert --to "
             "metastate --tokenizer ...` writes a copy that does"
         )
-    folder = Path(path).absolute().resolve()
+    folder = _followed(Path(path).absolute()).resolve()
     return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder that holds a checkpoint: `path`, or the last one of the run in `path`."""
     path = Path(path)
-    is_run = not (path / "config.json").exists() and (path / "last" / "config.json").exists()
-    return path / "last" if is_run else path
+    own, last = _followed(path), _followed(path / "last")
+    is_run = not (own / "config.json").exists() and (last / "config.json").exists()
+    return last if is_run else own
+
+
+def _followed(path: Path) -> Path:
+    """Return the folder that the file `path` names, as a run's `last` where links are refused."""
+    with contextlib.suppress(OSError):
+        small = path.is_file() and path.stat().st_size < 99
+        if small and LINK.fullmatch(path.read_bytes()):
+            return path.parent / path.read_text(encoding="utf-8")
+    return path
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

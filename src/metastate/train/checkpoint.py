@@ -4,7 +4,8 @@ OUT/checkpoints/step-00000200/   model.safetensors, config.json   what metastate
                                  optimizer.safetensors            moments by parameter name
                                  state.safetensors                carried state, with --carry-state
                                  trainer.json                     TrainerState
-OUT/last, OUT/best               links to the newest one and to the one of the best held-out loss
+OUT/last, OUT/best               links to the newest one and to the one of the best held-out loss;
+                                 where links are refused, files that name those folders
 
 A folder is written under a temporary name, every file fsynced, and only then renamed: a folder
 with its final name is whole. The links are replaced by rename, old folders deleted last. The files
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import filecmp
 import json
 import os
 import re
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
 from metastate.data.files import atomic_write, sync_folder, write_json
-from metastate.errors import CheckpointError, ConfigError, TrainingError
+from metastate.errors import CheckpointError, ConfigError, TrainingError, is_full
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
@@ -39,13 +41,15 @@ from metastate.model.state import ModelState
 from metastate.train.distributed import is_sharded, placed, save_sharded
 from metastate.train.optim import GroupedAdamW, moments, step_count
 
-# What may differ between a run and its continuation: its end, where things are, what is reported,
-# and what computes it. The last changes rounding alone, and a machine may lack what another had.
-MAY_CHANGE = {
-    *("steps", "data", "out", "log_every", "valid_every", "valid_tokens", "checkpoint_every"),
-    *("tensorboard", "async_checkpoint"),
-    *("device", "backend", "parallel", "shard_size", "context_parallel"),
+# Where things are, what is reported, and what computes a run. The last changes rounding alone, and
+# a machine may lack what another had.
+FREE = {
+    *("data", "out", "log_every", "tensorboard", "async_checkpoint"),
+    *("device", "backend", "compile", "activation_checkpointing"),
+    *("parallel", "shard_size", "context_parallel"),
 }
+# What may differ between a run and its continuation: its end besides, and when it is looked at.
+MAY_CHANGE = FREE | {"steps", "valid_every", "valid_tokens", "checkpoint_every"}
 NO_RECORD = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what broken JSON raises
 VERSION = 1
 MODEL, MOMENTS, CARRIED = "model.safetensors", "optimizer.safetensors", "state.safetensors"
@@ -186,9 +190,10 @@ def write_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         before = find_checkpoint(out)
         kept = f"{before} is whole" if before else "there was none before"
+        todo = "make room" if is_full(cause) else "mend that"
         raise TrainingError(
             f"the checkpoint of step {trainer.step} could not be written ({cause}); {kept}; "
-            "make room, then go on with --resume"
+            f"{todo}, then go on with --resume"
         ) from cause
     return final
 
@@ -221,6 +226,11 @@ class Writer:
         if job is not None:
             job.result()
 
+    def close(self) -> None:
+        """Return when nothing writes any more, however that went."""
+        if self.pool is not None:
+            self.pool.shutdown()
+
 
 def load_checkpoint(
     out: str | os.PathLike[str],
@@ -247,7 +257,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: there is none, or it is damaged, newer than this program or of another
-            model.
+            model; or the links cannot be set right.
     """
     folder = folder or find_checkpoint(out)
     if folder is None:
@@ -262,7 +272,14 @@ def load_checkpoint(
     state_file = folder / CARRIED
     carried = ModelState.load(state_file, model) if state_file.exists() else None
     if repair:
-        _publish(Path(out), trainer)
+        try:
+            _publish(Path(out), trainer)
+        except (OSError, TrainingError) as cause:
+            todo = "make room" if is_full(cause) else "mend that"
+            raise CheckpointError(
+                f"{out} cannot be written, where `last` is to lead to {folder} ({cause}); {todo}, "
+                "or go on in a copy of that folder"
+            ) from cause
     return trainer, carried
 
 
@@ -311,6 +328,14 @@ def has_run(out: str | os.PathLike[str]) -> bool:
     return (Path(out) / RUN).exists() or find_checkpoint(out) is not None
 
 
+def launch_of(out: str | os.PathLike[str]) -> str:
+    """Return the `Team.launch` that began the run in `out`, or last went on with it; "" if none."""
+    try:
+        return json.loads((Path(out) / RUN).read_text(encoding="utf-8"))["launch"]
+    except NO_RECORD:  # of a run from before this was written
+        return ""
+
+
 def saved_config(out: str | os.PathLike[str]) -> TrainConfig:
     """Return the settings of the run in `out`, so that resuming it needs nothing but its folder.
 
@@ -331,10 +356,7 @@ def _publish(out: Path, trainer: TrainerState) -> None:
     keep = {"last": trainer.step, "best": trainer.best_step}
     for link, step in keep.items():
         if step is not None:
-            temporary = out / f".{link}.tmp"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(checkpoint_of("", step), target_is_directory=True)
-            os.replace(temporary, out / link)
+            _point(out / link, checkpoint_of("", step))
     sync_folder(out)
     for folder in _checkpoints(out):
         if step_of(folder) not in keep.values():
@@ -343,6 +365,36 @@ def _publish(out: Path, trainer: TrainerState) -> None:
             for name in (MOMENTS, CARRIED):
                 with contextlib.suppress(OSError):
                     (folder / name).unlink(missing_ok=True)
+
+
+def _point(link: Path, folder: Path) -> None:
+    """Let `link` lead to `folder`, a path from where it lies: a link, or a file that holds it."""
+    if link.is_dir() and not link.is_symlink():
+        _remove_copy(link)
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(folder, target_is_directory=True)
+    except OSError:  # exFAT, SMB, Windows: io.checkpoint_folder reads the file
+        atomic_write(link, folder.as_posix().encode())
+    else:
+        os.replace(temporary, link)
+
+
+def _remove_copy(folder: Path) -> None:
+    """Remove a checkpoint that lies where a link was, as in a copy of a run made with `cp -rL`.
+
+    Raises:
+        CheckpointError: none of `checkpoints` has the same files.
+    """
+    held = [p.name for p in folder.iterdir()]
+    copies = (filecmp.cmpfiles(folder, c, held, shallow=False) for c in _checkpoints(folder.parent))
+    if not any(len(same) == len(held) for same, _, _ in copies):
+        raise CheckpointError(
+            f"{folder} is a folder, not a link, and holds what none of {folder.parent}/checkpoints "
+            "does; move it elsewhere"
+        )
+    shutil.rmtree(folder)
 
 
 def _load_moments(optimizer: GroupedAdamW, file: Path) -> None:
@@ -371,7 +423,8 @@ def check_same_run(trainer: TrainerState, config: TrainConfig, data: str, out: s
     """Check that `config` continues the run that `trainer` is of.
 
     Raises:
-        ConfigError: a setting that shapes the weights differs; the message names it.
+        ConfigError: a setting that shapes the weights differs, or the end is passed already; the
+            message names it.
     """
     before, now = _meant(trainer.config), _meant(config)
     for field in dataclasses.fields(TrainConfig):
@@ -382,11 +435,28 @@ def check_same_run(trainer: TrainerState, config: TrainConfig, data: str, out: s
                 f"the run in {out} has {name} {old!r}, this command asks for {new!r}; leave "
                 f"it out to resume, or start another run with another --out"
             )
+    if config.steps < trainer.step:
+        raise ConfigError(
+            f"the run in {out} has made {trainer.step:,} steps, this command asks for "
+            f"{config.steps:,}; give --steps {trainer.step} or more, or start another with another "
+            "--out"
+        )
     if trainer.data != data:
         raise ConfigError(
             f"{config.data} is not the data that the run in {out} was trained on; give that with "
             "--data, or start another run with another --out"
         )
+
+
+def continued(trainer: TrainerState, config: TrainConfig) -> TrainerState:
+    """Return where a run is that goes on with `config`, which `check_same_run` has checked.
+
+    A held-out loss of other tokens is no measure of those to come: the next one is the best.
+    """
+    same = trainer.config.valid_tokens == config.valid_tokens
+    return dataclasses.replace(
+        trainer, config=config, best_loss=trainer.best_loss if same else None
+    )
 
 
 def _meant(config: TrainConfig) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class Team:
             rows are whole.
         saver: the group that writes the parts of a sharded model; None where a model is whole.
         restarted: torchrun started the processes again after a failure.
+        launch: tells this command of torchrun from others, "" without torchrun; the first process's
+            counts, and after a restart it is the same.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, rank: int, size: int) -> None:
@@ -72,6 +74,7 @@ class Team:
         # Of a machine that lost none of its own processes torchrun counts no restart.
         count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.restarted = any(n for [n] in self.everyone(count))
+        self.launch = _launch()
 
     def everyone(self, *values: float) -> list[list[float]]:
         """Return the `values` of all processes, one list a process, the same everywhere."""
@@ -292,6 +295,18 @@ def end_groups() -> None:
     dist.destroy_process_group()
 
 
+def _launch() -> str:
+    """Return what tells torchrun's command from others: its --rdzv-id, its process, or both.
+
+    The process is not the same on the machines of a run, of which any may have the first rank next.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if name and (one_machine or name == "none"):  # "none": nobody gave it a name
+        name += f" of process {os.getppid()}"
+    return name
+
+
 def _size(config: TrainConfig) -> int:
     if config.parallel == "none":
         return 1
@@ -390,8 +405,11 @@ def save_sharded(
         )
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as cause:
-        reasons = {str(e[0] if isinstance(e, tuple) else e) for e in cause.failures.values()}
-        raise CheckpointError("; ".join(sorted(reasons))) from None
+        reasons = {
+            str(e): e
+            for e in (e[0] if isinstance(e, tuple) else e for e in cause.failures.values())
+        }
+        raise CheckpointError("; ".join(sorted(reasons))) from next(iter(reasons.values()))
     if group.rank() == 0:
         for i, name in enumerate(files, 1):
             os.replace(folder / f"model-{i:05d}-of-{len(files):05d}.safetensors", folder / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metastate.data.files import atomic_write
-from metastate.errors import ConfigError, TrainingError
+from metastate.errors import ConfigError, TrainingError, is_full
 
 
 class RunLog:
@@ -70,9 +70,10 @@ class RunLog:
         try:
             yield
         except OSError as cause:
+            todo = "make room" if is_full(cause) else "mend that"
             raise TrainingError(
                 f"cannot write {self.path}: {cause.strerror}; the last checkpoint is whole, "
-                "make room and go on with --resume"
+                f"{todo} and go on with --resume"
             ) from cause
 
 
@@ -81,12 +82,12 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):  # those of text end at U+2028 too
         try:
             row = json.loads(line)
             last = step - 1 if row["kind"] == "growth" else step
-            if row["step"] <= last and line.endswith("\n"):
+            if row["step"] <= last and line.endswith(b"\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             break
-    atomic_write(path, "".join(kept).encode("utf-8"))
+    atomic_write(path, b"".join(kept))

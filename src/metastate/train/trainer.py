@@ -31,8 +31,10 @@ from metastate.train.checkpoint import (
     Writer,
     check_same_run,
     checkpoint_of,
+    continued,
     find_checkpoint,
     has_run,
+    launch_of,
     load_checkpoint,
     read_trainer,
     step_of,
@@ -100,7 +102,7 @@ def train(
     and `best`. On the CPU the weights, the optimizer's state and the log (but for WALL_CLOCK) after
     N steps are bit for bit the same however often the run was killed and resumed on the way.
 
-    The first SIGINT or SIGTERM finishes the step and writes a checkpoint; the second one kills.
+    The first SIGINT, SIGTERM or SIGHUP finishes the step and writes a checkpoint; the second kills.
 
     With config.parallel every process of torchrun calls this with the same arguments; the first one
     writes. After a failure torchrun starts all again, and they go on from the last checkpoint.
@@ -188,10 +190,12 @@ class _Run:
         out = self.out
         newest = find_checkpoint(out)
         step = step_of(newest) if newest is not None else -1
-        facts = (has_run(out), (out / "config.json").exists(), step)
-        started, taken, step = map(int, self.team.everyone(*facts)[0])
-        self.resumes = resume or (self.team.restarted and started > 0)
-        if started and not self.resumes:
+        written = step >= 0 or ((out / LOG).exists() and (out / LOG).stat().st_size > 0)
+        same = self.team.launch != "" and self.team.launch == launch_of(out)
+        facts = (has_run(out), written, same, (out / "config.json").exists(), step)
+        started, begun, ours, taken, step = map(int, self.team.everyone(*facts)[0])
+        self.resumes = resume or (self.team.restarted and ours > 0)
+        if started and begun and not self.resumes:  # what fell before its first line is begun anew
             raise ConfigError(
                 f"{out} already holds a run; go on with it by --resume, or choose another --out"
             )
@@ -257,7 +261,7 @@ class _Run:
         if self.found is not None:
             folder, model, optimizer = self.found, self.model, self.optimizer
             at, carried = load_checkpoint(self.out, model, optimizer, folder, repair=first)
-            self.at = replace(at, config=self.config)
+            self.at = continued(at, self.config)
             self.carried = self.team.own_rows(carried)
             self.team.check_shared(folder, at.step, at.tokens, at.window_nats)
         if self.resumes and first:  # growth due at this step is made and logged again
@@ -269,7 +273,7 @@ class _Run:
         if self.team.rank == 0:
             self.log = RunLog(self.out / LOG, self.at.step, self.config.tensorboard)
             settings = {"train": to_dict(self.config), "model": to_dict(self.model.config)}
-            write_json(self.out / RUN, settings)
+            write_json(self.out / RUN, settings | {"launch": self.team.launch})
             self.data.tokenizer.save(self.out)  # the run can write text when its data is gone
 
     def interrupt(self, number: int) -> None:
@@ -303,6 +307,7 @@ class _Run:
                 self.save()
             self.writer.wait()
         finally:
+            self.writer.close()  # before another process may have the folder
             if self.log is not None:
                 self.log.close()
         at = self.at

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metastate.config import TrainConfig, from_dict, to_dict
-from metastate.data.files import atomic_write
+from metastate.data.files import alone_in, atomic_write
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
@@ -25,7 +25,7 @@ from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile, config_hash
-from metastate.train.checkpoint import TrainerState, check_same_run
+from metastate.train.checkpoint import TrainerState, check_same_run, continued
 from metastate.train.optim import (
     adopt_moments,
     learning_rate,
@@ -148,7 +148,7 @@ def tune(
 
     The file config.out holds the state of the best validation so far (of the end, where there is
     none); `<out>.tuning` beside it, all that going on exactly needs, until the last step is made.
-    The first SIGINT or SIGTERM finishes the step and writes both.
+    The first SIGINT, SIGTERM or SIGHUP finishes the step and writes both.
 
     Args:
         model: recurrent, on its device and in its number format.
@@ -162,6 +162,7 @@ def tune(
 
     Raises:
         ConfigError: a setting is impossible, or config.out does not fit `resume`.
+        BusyError: another process tunes config.out.
         DataError: the data is missing, broken, too short or of another vocabulary.
         CheckpointError: the file to go on from is damaged or of another model.
         TrainingError, StateError: the loss or a gradient is not finite (DivergedError); the disk is
@@ -171,14 +172,15 @@ def tune(
     arXiv:2504.08247, section 3.
     """
     run = _Tuning(model, config, Start(model, what, parameter_tokens, config.seed), evaluate)
-    if resume:
-        run.restore()
-    elif run.kept.exists():
-        raise ConfigError(f"{run.kept} exists: go on with --resume, or choose another --out")
-    elif run.out.exists():
-        raise ConfigError(f"{run.out} exists already; choose another --out")
-    with _frozen(model), signals(run.interrupt):
-        return run.loop(progress)
+    with alone_in(run.out.with_name(f".{run.out.name}.lock")):  # other files there may be others'
+        if resume:
+            run.restore()
+        elif run.kept.exists():
+            raise ConfigError(f"{run.kept} exists: go on with --resume, or choose another --out")
+        elif run.out.exists():
+            raise ConfigError(f"{run.out} exists already; choose another --out")
+        with _frozen(model), signals(run.interrupt):
+            return run.loop(progress)
 
 
 class _Tuning:
@@ -362,7 +364,8 @@ class _Tuning:
             adopt_moments(self.optimizer, tensors)
         except RuntimeError as cause:
             raise CheckpointError(f"{self.kept} has moments of another shape ({cause})") from None
-        self.at, self.before = replace(at, config=self.config), before
+        same = at.config.valid_tokens == self.config.valid_tokens
+        self.at, self.before = continued(at, self.config), before if same else None
 
 
 def read_kept(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
