@@ -39,7 +39,7 @@ CORE = {"torch", "numpy", "safetensors"}
 # the files named here. Some stand at the top of their files, which are imported when they are
 # needed: kernels (numba, Triton), subclasses of lm_eval's and transformers' types, the server.
 SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.openai_")
-KERNELS = ("fused_kernels", "decode_kernels", "dot_kernels")
+KERNELS = ("jit", "fused_kernels", "decode_kernels", "dot_kernels")
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli", "metastate.data"),
