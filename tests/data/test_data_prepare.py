@@ -226,6 +226,34 @@ def test_empty_and_missing_inputs(tmp_path):
             run(tmp_path / "a.jsonl", tmp_path / "out", fractions=fractions)
 
 
+def test_the_output_is_no_input(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for out in (tmp_path, tmp_path.parent):
+        with pytest.raises(DataError, match="no text but that in .*; choose another --out"):
+            run(tmp_path, out)
+    assert files(tmp_path) == {"a.txt": b"text"}
+
+
+def test_another_field_holds_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one", "text": "x"}\n' * 2)
+    data = run(tmp_path / "a.jsonl", tmp_path / "out", text_field="content")
+    assert data.record["splits"]["train"]["text_bytes"] == 6
+    with pytest.raises(DataError, match=r"other settings \(text_field differ\)"):
+        run(tmp_path / "a.jsonl", tmp_path / "out")
+
+
+def test_what_is_left_out_is_said_and_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("some text")
+    (tmp_path / "in" / "a.parquet").write_bytes(b"\0")
+    said = []
+    data = run(tmp_path / "in", tmp_path / "out", say=said.append)
+    assert said == ["left out, no UTF-8 text: 1 .parquet"]
+    assert data.record["notes"] == {"left out, no UTF-8 text": {".parquet": 1}}
+    with pytest.warns(UserWarning, match=r"left out, no UTF-8 text: 1 \.parquet"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
 def test_nul_characters_do_not_end_a_document(tmp_path):
     write_lines(tmp_path / "train.jsonl", ["a\0b"])
     write_lines(tmp_path / "valid.jsonl", ["c"])

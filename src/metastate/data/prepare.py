@@ -12,9 +12,11 @@ import json
 import math
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,7 +26,8 @@ import numpy as np
 from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.data.indexed import token_dtype, write_index
 from metastate.data.loader import FORMAT, RECORD, PreparedData
-from metastate.data.sources import SPLITS, Source, find_sources
+from metastate.data.reading import TEXT_FIELD
+from metastate.data.sources import SPLITS, Notes, Source, find_sources, told
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import ConfigError, DataError
 
@@ -48,8 +51,10 @@ def prepare(
     valid: Sequence[str | os.PathLike[str]] = (),
     test: Sequence[str | os.PathLike[str]] = (),
     fractions: tuple[float, float, float] = (0.98, 0.01, 0.01),
+    text_field: str = TEXT_FIELD,
     overwrite: bool = False,
     progress: bool = True,
+    say: Callable[[str], Any] = warnings.warn,
 ) -> PreparedData:
     """Tokenise `inputs` into the folder `out`: per split .bin, .idx and .docs.npy, and data.json.
 
@@ -66,8 +71,11 @@ def prepare(
         valid: inputs for the valid split.
         test: inputs for the test split.
         fractions: of train, valid and test among the documents that are drawn by hash.
+        text_field: the name of the field that holds a record's text.
         overwrite: replace what `out` holds, whatever settings it was made with.
         progress: show a bar on standard error.
+        say: is told, in one line, what of the inputs' folders is left out or read otherwise than
+            its name says; data.json has it as `notes`.
 
     Returns:
         The prepared data. If `out` was finished with the same inputs and settings: at once.
@@ -85,24 +93,23 @@ def prepare(
             "that sum to 1, the first above 0"
         )
     tokenizer = load_tokenizer(tokenizer)
-    sources = find_sources(inputs, exclude=folder)
-    sources += find_sources(valid, "valid", folder) + find_sources(test, "test", folder)
+    notes: Notes = {}
+    find = partial(find_sources, exclude=folder, text_field=text_field, notes=notes)
+    sources = find(inputs) + find(valid, "valid") + find(test, "test")
+    if notes:
+        say(told(notes))
     if not sources:
         raise DataError("no input was given; name text files, folders, 'stdlib' or a dataset")
     sources, fractions = _settle_splits(sources, fractions)
-    # through JSON, so that it compares equal to what is read back
-    settings = json.loads(
-        json.dumps(
-            {
-                "inputs": [[source.identity, source.split] for source in sources],
-                "fractions": fractions,
-                "tokenizer": {
-                    k: v for k, v in tokenizer.info().items() if k not in ("path", "name")
-                },
-                "format": FORMAT,
-            }
-        )
-    )
+    settings: dict[str, Any] = {
+        "inputs": [[source.identity, source.split] for source in sources],
+        "fractions": fractions,
+        "tokenizer": {k: v for k, v in tokenizer.info().items() if k not in ("path", "name")},
+        "format": FORMAT,
+    }
+    if text_field != TEXT_FIELD:  # which earlier versions did not name
+        settings["text_field"] = text_field
+    settings = json.loads(json.dumps(settings))  # so that it compares equal to what is read back
     if not overwrite and (done := _finished(folder, settings)):
         return done
     with alone_in(folder, error=DataError):
@@ -119,7 +126,8 @@ def prepare(
         blocks = [parts / f"{i:06d}.npz" for i in range(count)]
         record = _merge(blocks, folder, tokenizer, fractions)
         tokenizer.save(folder)
-        write_json(folder / RECORD, record | {"settings": settings}, error=DataError)
+        record |= {"notes": notes, "settings": settings}
+        write_json(folder / RECORD, record, error=DataError)
         shutil.rmtree(parts)
     return PreparedData.open(folder)
 
@@ -152,7 +160,7 @@ def _same_settings(folder: Path, old: Any, new: dict[str, Any]) -> None:
     if old == new:
         return
     old = old if isinstance(old, dict) else {}
-    differ = ", ".join(key for key in new if old.get(key) != new[key])
+    differ = ", ".join(key for key in new | old if old.get(key) != new.get(key))
     raise DataError(
         f"{folder} holds data that was prepared with other settings ({differ} differ); give "
         "another --out, or --overwrite to prepare it anew"
