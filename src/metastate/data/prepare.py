@@ -28,7 +28,7 @@ from metastate.data.indexed import token_dtype, write_index
 from metastate.data.loader import FORMAT, RECORD, PreparedData
 from metastate.data.reading import TEXT_FIELD
 from metastate.data.sources import SPLITS, Notes, Source, find_sources, told
-from metastate.data.tokenizer import Tokenizer, load_tokenizer
+from metastate.data.tokenizer import Tokenizer, identity, load_tokenizer
 from metastate.errors import ConfigError, DataError
 
 BLOCK_CHARACTERS = 1 << 22  # a block of text that is tokenised, and lost by a kill, at once
@@ -104,7 +104,7 @@ def prepare(
     settings: dict[str, Any] = {
         "inputs": [[source.identity, source.split] for source in sources],
         "fractions": fractions,
-        "tokenizer": {k: v for k, v in tokenizer.info().items() if k not in ("path", "name")},
+        "tokenizer": identity(tokenizer.info()),
         "format": FORMAT,
     }
     if text_field != TEXT_FIELD:  # which earlier versions did not name

@@ -281,6 +281,11 @@ class StreamDecoder:
         return decode(self._before + self._pending)[len(decode(self._before)) :]
 
 
+def identity(info: dict[str, Any]) -> dict[str, Any]:
+    """Return what of `Tokenizer.info()` tells one tokenizer from another: not its name or place."""
+    return {key: value for key, value in info.items() if key not in ("name", "path")}
+
+
 def load_tokenizer(
     spec: str | os.PathLike[str] | dict[str, Any] | Tokenizer,
     folders: Sequence[str | os.PathLike[str]] = (),
