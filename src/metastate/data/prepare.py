@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -33,6 +34,7 @@ from metastate.errors import ConfigError, DataError
 
 BLOCK_CHARACTERS = 1 << 22  # a block of text that is tokenised, and lost by a kill, at once
 PIECE_CHARACTERS = 1 << 20  # a longer document is tokenised in pieces, cut at line ends
+SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 MIN_DOMAIN_DOCUMENTS = 20  # a domain of so many documents gets one into every split
 BY_HASH = -1
 
@@ -70,7 +72,8 @@ def prepare(
         out: the folder to write; made if missing.
         valid: inputs for the valid split.
         test: inputs for the test split.
-        fractions: of train, valid and test among the documents that are drawn by hash.
+        fractions: of train, valid and test among the documents that are drawn by hash; they sum
+            to 1, and the first is above 0.
         text_field: the name of the field that holds a record's text.
         overwrite: replace what `out` holds, whatever settings it was made with.
         progress: show a bar on standard error.
@@ -86,7 +89,7 @@ def prepare(
             BusyError: another process prepares into `out`.
     """
     folder = Path(out)
-    possible = all(x >= 0 for x in fractions) and sum(fractions) <= 1 + 1e-9  # no NaN is either
+    possible = all(x >= 0 for x in fractions) and abs(sum(fractions) - 1) <= 1e-9  # no NaN is
     if len(fractions) != 3 or not possible or not fractions[0]:
         raise ConfigError(
             f"fractions are {tuple(fractions)}; three numbers for train, valid and test are needed "
@@ -205,7 +208,7 @@ def _cut_single(texts: Iterator[_Text], fractions: tuple[float, float, float]) -
     if len(head) == 2 or head[0].split != BY_HASH or len(head[0].text) < len(SPLITS):
         return chain(head, texts)
     text, domain, _ = head[0]
-    valid, test = (math.ceil(fraction * len(text) / sum(fractions)) for fraction in fractions[1:])
+    valid, test = (math.ceil(fraction * len(text)) for fraction in fractions[1:])
     cuts = [0, len(text) - valid - test, len(text) - test, len(text)]
     pieces = ((text[cuts[i] : cuts[i + 1]], i) for i in range(len(SPLITS)))
     return (_Text(piece, domain, i) for piece, i in pieces if piece)
@@ -258,40 +261,68 @@ def _progress_bar(sources: list[Source], wanted: bool) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="prepare")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Yield `text` in pieces of bounded size, cut behind a line end where there is one."""
+def _pieces(text: str, at_spaces: bool = False) -> Iterator[str]:
+    """Yield `text` in pieces of bounded size, cut behind a line end where there is one.
+
+    With `at_spaces` the cuts are single spaces, of which no piece has any: see `joins_at_spaces`.
+    A text, or the end of one, that has no such space is one piece.
+    """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        end = end if end > start else start + PIECE_CHARACTERS
+        limit = start + PIECE_CHARACTERS
+        if at_spaces:
+            cut = SINGLE_SPACE.search(text, limit)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.end()
+            continue
+        end = text.rfind("\n", start, limit) + 1
+        end = end if end > start else limit
         yield text[start:end]
         start = end
     yield text[start:]
 
 
+def _batches(block: list[_Text], at_spaces: bool) -> Iterator[list[tuple[int, str]]]:
+    """Yield all pieces with the number of their text, as many at a time as a block has room for."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for number, text in enumerate(block):
+        for piece in _pieces(text.text, at_spaces):
+            batch.append((number, piece))
+            size += len(piece)
+            if size >= BLOCK_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _tokenise(block: list[_Text], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Return the columns of a part: all tokens, and one value a document of the rest."""
-    pieces = [list(_pieces(text.text)) for text in block]
-    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(pieces))))
     dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.eod_id], dtype)
-    documents = [
-        np.concatenate([*(ids.astype(dtype) for ids in islice(encoded, len(own))), end])
-        for own in pieces
-    ]
-    raw = [text.text.encode("utf-8") for text in block]
+    documents: list[list[np.ndarray]] = [[] for _ in block]
+    for batch in _batches(block, tokenizer.joins_at_spaces):
+        encoded = tokenizer.encode_batch([piece for _, piece in batch])
+        for (number, _), ids in zip(batch, encoded, strict=True):
+            documents[number].append(ids.astype(dtype))
+    for pieces in documents:
+        pieces.append(np.array([tokenizer.eod_id], dtype))
     names = sorted({text.domain for text in block})
     return {
-        "tokens": np.concatenate(documents),
-        "lengths": np.array([len(document) for document in documents]),
-        "text_bytes": np.array([len(data) for data in raw]),
-        "hashes": np.array(
-            [int.from_bytes(hashlib.sha256(d).digest()[:8]) for d in raw], np.uint64
-        ),
+        "tokens": np.concatenate(list(chain.from_iterable(documents))),
+        "lengths": np.array([sum(map(len, pieces)) for pieces in documents]),
+        "text_bytes": np.array([tokenizer.num_bytes(text.text) for text in block]),
+        "hashes": np.array([_hash(text.text) for text in block], np.uint64),
         "splits": np.array([text.split for text in block]),
         "domains": np.array([names.index(text.domain) for text in block]),
         "names": np.frombuffer(json.dumps(names).encode("utf-8"), np.uint8),
     }
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8])
 
 
 def _merge(
@@ -388,9 +419,10 @@ def _assign(
     """
     share = hashes.astype(np.float64) / 2.0**64
     bounds = np.cumsum(fractions)[:-1]
-    splits = np.where(given == BY_HASH, np.searchsorted(bounds, share, side="right"), given)
-    drawn = given == BY_HASH
     wanted = [index for index, fraction in enumerate(fractions) if fraction > 0]
+    by_hash = np.minimum(np.searchsorted(bounds, share, side="right"), wanted[-1])  # by rounding
+    drawn = given == BY_HASH
+    splits = np.where(drawn, by_hash, given)
     for domain in np.unique(domains).tolist():
         rows = drawn & (domains == domain)
         if rows.sum() >= MIN_DOMAIN_DOCUMENTS:
