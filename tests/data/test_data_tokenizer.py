@@ -155,6 +155,15 @@ def test_a_swapped_vocabulary_is_refused(tmp_path, json_tokenizer):
         load_tokenizer({"kind": "sentencepiece"})
 
 
+def test_a_world_vocabulary_in_a_folder_that_utf8_cannot_name(tmp_path, world):
+    folder = tmp_path / "\udcffd"
+    try:
+        world.save(folder)
+    except DataError:
+        pytest.skip("this file system has no such names")
+    assert load_tokenizer(folder).encode("state é") == world.encode("state é")
+
+
 def test_a_folder_and_a_file_name_the_same_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(tiny_json())
     assert load_tokenizer(tmp_path).info() == load_tokenizer(tmp_path / "tokenizer.json").info()

@@ -353,9 +353,9 @@ def _merge(
         def write(file: BinaryIO, mine: np.ndarray = mine, digest: Any = digest) -> None:
             for path, keep in zip(parts, np.split(mine, ends), strict=True):
                 with _load(path) as part:
-                    data = part["tokens"][np.repeat(keep, part["lengths"])].tobytes()
-                digest.update(data)
-                file.write(data)
+                    tokens = part["tokens"][np.repeat(keep, part["lengths"])]
+                digest.update(tokens)
+                file.write(tokens)
 
         atomic_write(folder / f"{name}.bin", write, error=DataError)
         write_index(folder / name, table["lengths"][mine], dtype)

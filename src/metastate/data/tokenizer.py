@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import difflib
 import hashlib
 import os
@@ -160,7 +161,9 @@ class WorldTokenizer(_ByteLevel):
         if fast and util.find_spec("pyrwkv_tokenizer"):
             from pyrwkv_tokenizer import RWKVTokenizer
 
-            self._fast = RWKVTokenizer(vocab_filepath=self.path)
+            # the package cannot open a path that UTF-8 cannot say
+            with contextlib.suppress(UnicodeEncodeError):
+                self._fast = RWKVTokenizer(vocab_filepath=self.path)
 
     def _parse(self) -> dict[int, bytes]:
         table: dict[int, bytes] = {}
