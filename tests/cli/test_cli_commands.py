@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 
 import metastate
+from metastate.cli import main
 from metastate.config import ModelConfig
 from metastate.model.lm import LanguageModel
 
@@ -41,6 +42,22 @@ def test_prepare_refuses_what_is_no_text(tmp_path, name, content, word, refused)
     message = refused("prepare", tmp_path / name, "--out", tmp_path / "d")
     assert word in message
     assert not (tmp_path / "d" / "data.json").exists()
+
+
+def test_prepare_reads_another_field_and_says_what_it_leaves_out(tmp_path, capsys):
+    folder = tmp_path / "\udcffd"
+    try:
+        folder.mkdir()
+    except OSError:
+        folder = tmp_path
+    (folder / "a.jsonl").write_text('{"content": "one"}\n{"content": "two"}\n')
+    (folder / "a.parquet").write_bytes(b"PAR1\0")
+    argv = ["prepare", str(folder), "--out", str(folder / "d"), "--text-field", "content"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "d/d: bytes" in out and "left out, no UTF-8 text: 1 .parquet" in err.splitlines()
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == str(folder / "d")
 
 
 def test_prepare_refuses_a_missing_file_and_a_missing_tokenizer(tmp_path, corpus, refused):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -34,6 +35,24 @@ def write_folder(tmp_path, lengths=(9, 5, 7)):
     }
     (tmp_path / "data.json").write_text(json.dumps(record))
     return documents
+
+
+def test_the_fingerprint_is_of_tokenizer_and_contents_not_of_names_and_places(tmp_path):
+    write_folder(tmp_path)
+    first = PreparedData.open(tmp_path)
+    record = json.loads((tmp_path / "data.json").read_text())
+    former = {key: record[key] for key in ("tokenizer", "splits")}
+    former = hashlib.sha256(json.dumps(former, sort_keys=True).encode()).hexdigest()
+    assert first.fingerprints == (first.fingerprint, former) and former != first.fingerprint
+
+    def changed(**tokenizer):
+        new = record | {"tokenizer": record["tokenizer"] | tokenizer}
+        (tmp_path / "data.json").write_text(json.dumps(new))
+        return PreparedData.open(tmp_path)
+
+    assert changed(name="y", path="/elsewhere/y.json").fingerprint == first.fingerprint
+    for other in ({"sha256": "abc"}, {"eod_id": 1}, {"kind": "world"}):
+        assert changed(**other).fingerprint != first.fingerprint
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,8 +11,9 @@ from metastate.data import prepare as module
 from metastate.data.files import alone_in
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
-from metastate.data.tokenizer import ByteTokenizer
+from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer
 from metastate.errors import BusyError, ConfigError, DataError
+from tokenizer_files import unigram
 
 
 def write_lines(path, documents, domain="a"):
@@ -114,6 +115,12 @@ def test_equal_documents_stay_on_one_side(tmp_path):
     assert all(split["documents"] for split in data.record["splits"].values())
 
 
+def test_a_split_of_no_part_gets_nothing():
+    largest = np.array([0, 2**64 - 1], np.uint64)  # as a part of 2^64 it rounds to 1
+    drawn, domains = np.array([module.BY_HASH] * 2), np.zeros(2, np.int64)
+    assert module._assign(drawn, largest, domains, (0.5, 0.5, 0.0)).tolist() == [0, 1]
+
+
 def test_every_larger_domain_is_held_out(tmp_path):
     for i in range(4):
         write_lines(tmp_path / "a.jsonl", random_documents(25, seed=i), f"domain {i}")
@@ -139,6 +146,22 @@ def test_long_documents_are_tokenised_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
     assert list(module._pieces(documents[1])) == ["ab\ncd\nef\n", "gh\nij\nkl"]
     assert texts(run(tmp_path, tmp_path / "out"), "train") == documents
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_pieces_of_a_tokenizer_that_prefixes_a_space_are_the_whole(tmp_path, monkeypatch, prefix):
+    tokenizer = JsonTokenizer(unigram(prefix=prefix), "x")
+    rng = random.Random(0)
+    text = "".join(rng.choices("ab \n", k=400)) + "b" * 50
+    write_lines(tmp_path / "train.jsonl", [text])
+    write_lines(tmp_path / "valid.jsonl", ["a"])
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 100)
+    pieces = list(module._pieces(text, at_spaces=True))
+    assert len(pieces) > 10 and " ".join(pieces) == text
+    data = run(tmp_path, tmp_path / "out", tokenizer=tokenizer)
+    tokens = data.split("train").dataset[0].tolist()
+    assert tokens == [*tokenizer.encode(text), tokenizer.eod_id]
 
 
 class Interrupted(ByteTokenizer):
@@ -221,9 +244,38 @@ def test_empty_and_missing_inputs(tmp_path):
         run([tmp_path / "empty.txt", tmp_path / "a.jsonl"], tmp_path / "out")
     with pytest.raises(DataError, match="no input was given"):
         run([], tmp_path / "out")
-    for fractions in ((0.5, 0.6, 0.0), (0.0, 0.5, 0.5), (math.nan, math.nan, 0.01), (0.9, 0.1)):
+    wrong = ((0.5, 0.6, 0.0), (0.0, 0.5, 0.5), (math.nan, math.nan, 0.01), (0.9, 0.1))
+    for fractions in (*wrong, (0.5, 0.1, 0.1), (0.8, 0.1, 0.0)):
         with pytest.raises(ConfigError, match="fractions are"):
             run(tmp_path / "a.jsonl", tmp_path / "out", fractions=fractions)
+
+
+def test_the_output_is_no_input(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for out in (tmp_path, tmp_path.parent):
+        with pytest.raises(DataError, match="no text but that in .*; choose another --out"):
+            run(tmp_path, out)
+    assert files(tmp_path) == {"a.txt": b"text"}
+
+
+def test_another_field_holds_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one", "text": "x"}\n' * 2)
+    data = run(tmp_path / "a.jsonl", tmp_path / "out", text_field="content")
+    assert data.record["splits"]["train"]["text_bytes"] == 6
+    with pytest.raises(DataError, match=r"other settings \(text_field differ\)"):
+        run(tmp_path / "a.jsonl", tmp_path / "out")
+
+
+def test_what_is_left_out_is_said_and_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("some text")
+    (tmp_path / "in" / "a.parquet").write_bytes(b"\0")
+    said = []
+    data = run(tmp_path / "in", tmp_path / "out", say=said.append)
+    assert said == ["left out, no UTF-8 text: 1 .parquet"]
+    assert data.record["notes"] == {"left out, no UTF-8 text": {".parquet": 1}}
+    with pytest.warns(UserWarning, match=r"left out, no UTF-8 text: 1 \.parquet"):
+        run(tmp_path / "in", tmp_path / "out")
 
 
 def test_nul_characters_do_not_end_a_document(tmp_path):
@@ -231,6 +283,22 @@ def test_nul_characters_do_not_end_a_document(tmp_path):
     write_lines(tmp_path / "valid.jsonl", ["c"])
     data = run(tmp_path, tmp_path / "out")
     assert data.split("train").dataset[0].tolist() == [97, 98, 0]
+    assert data.split("train").text_bytes.tolist() == [2]
+
+
+def test_names_that_utf8_cannot_say(tmp_path):
+    folder = tmp_path / "\udcffd"  # the byte 255 before the d
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    for name in ("M\udcfcller", "b"):
+        (folder / f"{name}.txt").write_text(name[:1])
+    data = run(folder, folder / "out")
+    assert PreparedData.open(folder / "out").record == data.record
+    run(folder, folder / "out", tokenizer=Interrupted(0))  # the same inputs, so nothing is to do
+    write_lines(tmp_path / "a.jsonl", ["one", "two"], "\ud800")
+    assert run(tmp_path / "a.jsonl", tmp_path / "out").domain_names == ["\ufffd"]
 
 
 def test_a_full_disk_is_said_and_the_next_run_goes_on(tmp_path, monkeypatch):

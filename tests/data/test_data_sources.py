@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from metastate.data import sources
-from metastate.data.sources import find_sources
+from metastate.data import reading
+from metastate.data.sources import find_sources, told
 from metastate.errors import ConfigError, DataError
 
 
@@ -71,7 +71,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
     def refuse(path, *args):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(sources, "open", refuse, raising=False)  # root may read everything
+    monkeypatch.setattr(reading, "open", refuse, raising=False)  # root may read everything
     with pytest.raises(DataError, match=f"{name or 'b.txt'} cannot be read: Permission denied"):
         read(tmp_path / name)
 
@@ -104,11 +104,11 @@ def test_domains_of_pile_records(tmp_path):
         {"text": "a", "meta": {"pile_set_name": "ArXiv"}},
         {"text": "b", "meta": {"set": "law", "src": "x"}},
         {"text": "c", "meta": "none"},
-        {"text": "half \ud83e character"},
+        {"text": "half \ud83e character", "meta": {"set": "half \ud800"}},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     found = read(tmp_path / "a.jsonl")
-    assert [d.domain for d in found] == ["ArXiv", "law", "text", "text"]
+    assert [d.domain for d in found] == ["ArXiv", "law", "text", "half \ufffd"]
     assert found[3].text == "half \ufffd character"
 
 
@@ -131,11 +131,11 @@ def test_what_is_not_text_is_named_with_its_offset(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "b"', r"a\.jsonl:2: the line is not JSON"),
+        ('{"text": "b"', r"a\.jsonl:2 is not JSON"),
         ('{"body": "b", "id": 1}', r"a\.jsonl:2: .* field 'text'.* found: body, id"),
         ('{"text": null}', r"a\.jsonl:2: a record needs a field 'text'"),
         ("[1]", r"a\.jsonl:2: .*found: list"),
-        ('{"text": ' + "[" * 200_000, r"a\.jsonl:2: the line is not JSON"),
+        ('{"text": ' + "[" * 200_000, r"a\.jsonl:2 is not JSON"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
@@ -158,6 +158,98 @@ def test_a_folder_is_read_in_order_without_what_is_no_text(tmp_path):
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"d.txt.gz"))
     found = read(tmp_path, exclude=tmp_path / "out")
     assert [d.text for d in found] == ["a.md", "d.txt.gz", "z/a.py", "z/b.txt"]
+
+
+def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path):
+    (tmp_path / "cut.txt").write_text("x" * 8191 + "é")  # the head ends within a character
+    (tmp_path / "own.txt").write_text("a replacement character: \ufffd")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("a.parquet", "b.PARQUET", "c.tar.gz"):
+        (tmp_path / name).write_bytes(b"PAR1\0")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "settings.json").write_text('{"indent": 4}')
+    notes = {}
+    found = read(tmp_path, notes=notes)
+    assert [d.text[:9] for d in found] == ["x" * 9, "a replace", '{"indent"']
+    assert told(notes) == (
+        "left out, no UTF-8 text: 2 .parquet, 1 .tar.gz, 2 .txt; "
+        "read as plain text, no records with a field 'text': 1 .json"
+    )
+    for name in ("cut.txt", "own.txt", "settings.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"holds no text files \(left out.* 2 \.parquet, 1"):
+        read(tmp_path, notes={})
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.txt").write_text("far")
+    (tmp_path / "in" / "own").mkdir(parents=True)
+    (tmp_path / "in" / "own" / "b.txt").write_text("own")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "in" / "link again").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "circle").symlink_to(tmp_path / "in")
+    assert [d.text for d in read(tmp_path / "in")] == ["far", "own"]
+    assert sorted(d.text for d in read(tmp_path)) == ["far", "own"]
+
+
+RECORDS = '{"text": "one"}\n{"text": "two"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(RECORDS.encode()), ["one", "two"]),
+        ("c4.json", "\ufeff" + RECORDS, ["one", "two"]),
+        ("UP.JSONL", RECORDS, ["one", "two"]),
+        ("UP.JSON.GZ", gzip.compress(RECORDS.encode()), ["one", "two"]),
+        ("single.json", '{"text": "one"}', ["one"]),
+        ("array.json", '[\n {"text": "one"},\n "two"]', ["one", "two"]),
+        ("array.json.xz", lzma.compress(b'["one", {"text": "\\ud800"}]'), ["one", "\ufffd"]),
+        ("package.json", '{"name": "x"}', ['{"name": "x"}']),
+        ("pretty.json", '{\n "text": "one"\n}', ['{\n "text": "one"\n}']),
+        ("table.json", '[{"name": "x"}]', ['[{"name": "x"}]']),
+        ("numbers.json", "[1, 2]", ["[1, 2]"]),
+        ("empty.json", "[]", ["[]"]),
+        ("comment.json", '[ // not JSON\n"one"]', ['[ // not JSON\n"one"]']),
+    ],
+)
+def test_json_is_read_by_what_it_holds(tmp_path, name, content, texts):
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(data)
+    for given in (tmp_path / name, tmp_path):
+        assert [d.text for d in read(given)] == texts
+
+
+def test_json_without_texts_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"content": "one"}\n{"content": "two"}')
+    with pytest.raises(DataError, match=r"a\.json:1: .* 'text' .*--text-field .* content"):
+        read(tmp_path)
+    assert [d.text for d in read(tmp_path, text_field="content")] == ["one", "two"]
+    (tmp_path / "a.json").write_text('["one", {"body": 1}]')
+    with pytest.raises(DataError, match=r"a\.json, value 2 of the array: .* found: body"):
+        read(tmp_path)
+
+
+def test_shards_say_the_split(tmp_path):
+    given = {
+        "train-00000-of-00002.jsonl": "train",
+        "Train-clean.jsonl.gz": "train",
+        "validation-00000-of-00001.json": "valid",
+        "dev_0.txt": "valid",
+        "test_matched.ndjson": "test",
+        "test": "test",
+    }
+    others = ("train_model.py", "testing.jsonl", "validated-1.txt", "README.md")
+    for name in (*given, *others):
+        content = RECORDS.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    notes = {}
+    found = {s.name.rsplit("/")[-1]: s.split for s in find_sources([tmp_path], notes=notes)}
+    assert found == given
+    assert told(notes) == (
+        "left out, not named for a split as train.* is: 1 .jsonl, 1 .md, 1 .py, 1 .txt"
+    )
 
 
 def test_names_say_the_split(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from metastate.data.tokenizer import (
     load_tokenizer,
 )
 from metastate.errors import ConfigError, DataError
+from tokenizer_files import unigram
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -84,6 +86,42 @@ def test_text_cannot_fake_the_end_of_a_document(world, json_tokenizer):
     assert json_tokenizer.decode([json_tokenizer.eod_id]) == ""
 
 
+def with_plain_end() -> bytes:
+    """The tiny BPE whose <|endoftext|> is an added token, but no special one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_str(tiny_json().decode())
+    record = json.loads(tokenizer.to_str())
+    (added,) = record["added_tokens"]
+    record["added_tokens"] = [added | {"special": False, "lstrip": True}]
+    return json.dumps(record).encode()
+
+
+def test_no_text_spells_the_end_even_where_it_is_an_ordinary_token():
+    for content, text in ((with_plain_end(), "a <|endoftext|>b"), (unigram(), "a </s>b</s>")):
+        library = pytest.importorskip("tokenizers").Tokenizer.from_buffer(content)
+        tokenizer = JsonTokenizer(content, "x")
+        assert tokenizer.eod_id in library.encode(text).ids  # what is mended here
+        ids = tokenizer.encode(text)
+        assert tokenizer.eod_id not in ids and tokenizer.decode(ids) == text
+    with pytest.raises(DataError, match="gives its end-of-document token '</s>' for characters"):
+        JsonTokenizer(unigram(unknown="</s>"), "x")
+
+
+def test_a_tokenizer_without_a_token_for_the_unknown_opens():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="none")
+    tokenizer = JsonTokenizer(tokenizers.Tokenizer(words).to_str().encode(), "x")
+    assert (tokenizer.encode("a"), tokenizer.encode("</s>")) == ([1], [])
+
+
+def test_joins_at_spaces_is_what_it_says(world, json_tokenizer):
+    for tokenizer in (ByteTokenizer(), world, json_tokenizer):
+        assert not tokenizer.joins_at_spaces
+        assert tokenizer.encode("a b") != tokenizer.encode("a") + tokenizer.encode("b")
+    for prefix in (True, False):
+        assert JsonTokenizer(unigram(prefix=prefix), "x").joins_at_spaces
+
+
 def test_vocabulary_sizes(world, json_tokenizer):
     assert (ByteTokenizer().vocab_size, ByteTokenizer().eod_id) == (256, 0)
     assert (world.vocab_size, world.eod_id) == (65_536, 0)
@@ -115,6 +153,15 @@ def test_a_swapped_vocabulary_is_refused(tmp_path, json_tokenizer):
         load_tokenizer(json_tokenizer.info(), [tmp_path])
     with pytest.raises(DataError, match="kind 'sentencepiece'; known: bytes, world, json"):
         load_tokenizer({"kind": "sentencepiece"})
+
+
+def test_a_world_vocabulary_in_a_folder_that_utf8_cannot_name(tmp_path, world):
+    folder = tmp_path / "\udcffd"
+    try:
+        world.save(folder)
+    except DataError:
+        pytest.skip("this file system has no such names")
+    assert load_tokenizer(folder).encode("state é") == world.encode("state é")
 
 
 def test_a_folder_and_a_file_name_the_same_tokenizer(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -186,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a user's mistake (said on stderr), 130 after Ctrl-C, 141 where
         whoever read standard output went away.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # as standard error does: a file name may hold what no encoding can say
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except MetaStateError as error:

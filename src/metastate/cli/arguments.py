@@ -8,11 +8,12 @@ from metastate.config import TrainConfig
 PREPARE = """\
 Turn text into the memory-mapped token files that train and eval read.
 
-INPUT is any of: a text file, JSON lines with a `text` field (.jsonl, also .gz .xz .zst), a folder
-of such files, `stdlib` (the documentation and sources of the Python that runs this; nothing to
-download), or the name of a data set on the Hugging Face hub. Inputs named train.*, valid.* and
-test.* are those splits; otherwise each document goes to one by the hash of its text, so preparing
-again gives the same split. Interrupted, the same command goes on where it was.
+INPUT is any of: a text file, JSON records with a `text` field (.jsonl, .json, also .gz .xz .zst), a
+folder of such files, `stdlib` (the documentation and sources of the Python that runs this; nothing
+to download), or the name of a data set on the Hugging Face hub. Inputs named train.*, valid.* and
+test.* (or train-00000-of-00002.*) are those splits; otherwise each document goes to one by the hash
+of its text, so preparing again gives the same split. What of a folder is left out is said.
+Interrupted, the same command goes on where it was.
 """
 
 TRAIN = """\
@@ -133,6 +134,12 @@ def add_prepare(parser: Parser) -> None:
             metavar="X",
             help=f"part of the documents that goes to {name} (default: 0.01)",
         )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of a JSON record that holds its text (default: text)",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace data made with other settings"
     )

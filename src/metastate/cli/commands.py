@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metastate.cli.models import arithmetic, load_model
-from metastate.cli.progress import bar, print_json
+from metastate.cli.progress import bar, log, print_json
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
@@ -32,7 +32,9 @@ def run_prepare(args: argparse.Namespace) -> None:
         valid=args.valid,
         test=args.test,
         fractions=(1 - sum(held_out), *held_out),
+        text_field=args.text_field,
         overwrite=args.overwrite,
+        say=log,
     )
     record = data.record
     if args.json:

@@ -97,7 +97,8 @@ def write_json(
 ) -> None:
     """Write `value` as indented JSON with `atomic_write`; the same errors."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(path, text.encode("utf-8"), error=error)
+    # a file name can hold half a character, which UTF-8 cannot say and JSON can: \ud800
+    atomic_write(path, text.encode("utf-8", "backslashreplace"), error=error)
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:

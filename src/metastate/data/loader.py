@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metastate.data.indexed import IndexedDataset
-from metastate.data.tokenizer import Tokenizer, load_tokenizer
+from metastate.data.tokenizer import Tokenizer, identity, load_tokenizer
 from metastate.errors import ConfigError, DataError
 
 FORMAT = 1  # of data.json and the files beside it
@@ -179,8 +179,15 @@ class PreparedData:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what tells this data from any other: tokenizer and contents."""
-        record = {key: self.record[key] for key in ("tokenizer", "splits")}
-        return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        return self.fingerprints[0]
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """The fingerprint, and the former one, with the tokenizer's name and place, of old runs."""
+        tokenizer, splits = self.record["tokenizer"], self.record["splits"]
+        records = [{"tokenizer": t, "splits": splits} for t in (identity(tokenizer), tokenizer)]
+        texts = [json.dumps(record, sort_keys=True).encode() for record in records]
+        return sha256(texts[0]).hexdigest(), sha256(texts[1]).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -11,10 +11,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,12 +27,14 @@ import numpy as np
 from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.data.indexed import token_dtype, write_index
 from metastate.data.loader import FORMAT, RECORD, PreparedData
-from metastate.data.sources import SPLITS, Source, find_sources
-from metastate.data.tokenizer import Tokenizer, load_tokenizer
+from metastate.data.reading import TEXT_FIELD
+from metastate.data.sources import SPLITS, Notes, Source, find_sources, told
+from metastate.data.tokenizer import Tokenizer, identity, load_tokenizer
 from metastate.errors import ConfigError, DataError
 
 BLOCK_CHARACTERS = 1 << 22  # a block of text that is tokenised, and lost by a kill, at once
 PIECE_CHARACTERS = 1 << 20  # a longer document is tokenised in pieces, cut at line ends
+SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 MIN_DOMAIN_DOCUMENTS = 20  # a domain of so many documents gets one into every split
 BY_HASH = -1
 
@@ -48,8 +53,10 @@ def prepare(
     valid: Sequence[str | os.PathLike[str]] = (),
     test: Sequence[str | os.PathLike[str]] = (),
     fractions: tuple[float, float, float] = (0.98, 0.01, 0.01),
+    text_field: str = TEXT_FIELD,
     overwrite: bool = False,
     progress: bool = True,
+    say: Callable[[str], Any] = warnings.warn,
 ) -> PreparedData:
     """Tokenise `inputs` into the folder `out`: per split .bin, .idx and .docs.npy, and data.json.
 
@@ -65,9 +72,13 @@ def prepare(
         out: the folder to write; made if missing.
         valid: inputs for the valid split.
         test: inputs for the test split.
-        fractions: of train, valid and test among the documents that are drawn by hash.
+        fractions: of train, valid and test among the documents that are drawn by hash; they sum
+            to 1, and the first is above 0.
+        text_field: the name of the field that holds a record's text.
         overwrite: replace what `out` holds, whatever settings it was made with.
         progress: show a bar on standard error.
+        say: is told, in one line, what of the inputs' folders is left out or read otherwise than
+            its name says; data.json has it as `notes`.
 
     Returns:
         The prepared data. If `out` was finished with the same inputs and settings: at once.
@@ -78,31 +89,30 @@ def prepare(
             BusyError: another process prepares into `out`.
     """
     folder = Path(out)
-    possible = all(x >= 0 for x in fractions) and sum(fractions) <= 1 + 1e-9  # no NaN is either
+    possible = all(x >= 0 for x in fractions) and abs(sum(fractions) - 1) <= 1e-9  # no NaN is
     if len(fractions) != 3 or not possible or not fractions[0]:
         raise ConfigError(
             f"fractions are {tuple(fractions)}; three numbers for train, valid and test are needed "
             "that sum to 1, the first above 0"
         )
     tokenizer = load_tokenizer(tokenizer)
-    sources = find_sources(inputs, exclude=folder)
-    sources += find_sources(valid, "valid", folder) + find_sources(test, "test", folder)
+    notes: Notes = {}
+    find = partial(find_sources, exclude=folder, text_field=text_field, notes=notes)
+    sources = find(inputs) + find(valid, "valid") + find(test, "test")
+    if notes:
+        say(told(notes))
     if not sources:
         raise DataError("no input was given; name text files, folders, 'stdlib' or a dataset")
     sources, fractions = _settle_splits(sources, fractions)
-    # through JSON, so that it compares equal to what is read back
-    settings = json.loads(
-        json.dumps(
-            {
-                "inputs": [[source.identity, source.split] for source in sources],
-                "fractions": fractions,
-                "tokenizer": {
-                    k: v for k, v in tokenizer.info().items() if k not in ("path", "name")
-                },
-                "format": FORMAT,
-            }
-        )
-    )
+    settings: dict[str, Any] = {
+        "inputs": [[source.identity, source.split] for source in sources],
+        "fractions": fractions,
+        "tokenizer": identity(tokenizer.info()),
+        "format": FORMAT,
+    }
+    if text_field != TEXT_FIELD:  # which earlier versions did not name
+        settings["text_field"] = text_field
+    settings = json.loads(json.dumps(settings))  # so that it compares equal to what is read back
     if not overwrite and (done := _finished(folder, settings)):
         return done
     with alone_in(folder, error=DataError):
@@ -119,7 +129,8 @@ def prepare(
         blocks = [parts / f"{i:06d}.npz" for i in range(count)]
         record = _merge(blocks, folder, tokenizer, fractions)
         tokenizer.save(folder)
-        write_json(folder / RECORD, record | {"settings": settings}, error=DataError)
+        record |= {"notes": notes, "settings": settings}
+        write_json(folder / RECORD, record, error=DataError)
         shutil.rmtree(parts)
     return PreparedData.open(folder)
 
@@ -152,7 +163,7 @@ def _same_settings(folder: Path, old: Any, new: dict[str, Any]) -> None:
     if old == new:
         return
     old = old if isinstance(old, dict) else {}
-    differ = ", ".join(key for key in new if old.get(key) != new[key])
+    differ = ", ".join(key for key in new | old if old.get(key) != new.get(key))
     raise DataError(
         f"{folder} holds data that was prepared with other settings ({differ} differ); give "
         "another --out, or --overwrite to prepare it anew"
@@ -197,7 +208,7 @@ def _cut_single(texts: Iterator[_Text], fractions: tuple[float, float, float]) -
     if len(head) == 2 or head[0].split != BY_HASH or len(head[0].text) < len(SPLITS):
         return chain(head, texts)
     text, domain, _ = head[0]
-    valid, test = (math.ceil(fraction * len(text) / sum(fractions)) for fraction in fractions[1:])
+    valid, test = (math.ceil(fraction * len(text)) for fraction in fractions[1:])
     cuts = [0, len(text) - valid - test, len(text) - test, len(text)]
     pieces = ((text[cuts[i] : cuts[i + 1]], i) for i in range(len(SPLITS)))
     return (_Text(piece, domain, i) for piece, i in pieces if piece)
@@ -250,40 +261,68 @@ def _progress_bar(sources: list[Source], wanted: bool) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="prepare")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Yield `text` in pieces of bounded size, cut behind a line end where there is one."""
+def _pieces(text: str, at_spaces: bool = False) -> Iterator[str]:
+    """Yield `text` in pieces of bounded size, cut behind a line end where there is one.
+
+    With `at_spaces` the cuts are single spaces, of which no piece has any: see `joins_at_spaces`.
+    A text, or the end of one, that has no such space is one piece.
+    """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        end = end if end > start else start + PIECE_CHARACTERS
+        limit = start + PIECE_CHARACTERS
+        if at_spaces:
+            cut = SINGLE_SPACE.search(text, limit)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.end()
+            continue
+        end = text.rfind("\n", start, limit) + 1
+        end = end if end > start else limit
         yield text[start:end]
         start = end
     yield text[start:]
 
 
+def _batches(block: list[_Text], at_spaces: bool) -> Iterator[list[tuple[int, str]]]:
+    """Yield all pieces with the number of their text, as many at a time as a block has room for."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for number, text in enumerate(block):
+        for piece in _pieces(text.text, at_spaces):
+            batch.append((number, piece))
+            size += len(piece)
+            if size >= BLOCK_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _tokenise(block: list[_Text], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Return the columns of a part: all tokens, and one value a document of the rest."""
-    pieces = [list(_pieces(text.text)) for text in block]
-    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(pieces))))
     dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.eod_id], dtype)
-    documents = [
-        np.concatenate([*(ids.astype(dtype) for ids in islice(encoded, len(own))), end])
-        for own in pieces
-    ]
-    raw = [text.text.encode("utf-8") for text in block]
+    documents: list[list[np.ndarray]] = [[] for _ in block]
+    for batch in _batches(block, tokenizer.joins_at_spaces):
+        encoded = tokenizer.encode_batch([piece for _, piece in batch])
+        for (number, _), ids in zip(batch, encoded, strict=True):
+            documents[number].append(ids.astype(dtype))
+    for pieces in documents:
+        pieces.append(np.array([tokenizer.eod_id], dtype))
     names = sorted({text.domain for text in block})
     return {
-        "tokens": np.concatenate(documents),
-        "lengths": np.array([len(document) for document in documents]),
-        "text_bytes": np.array([len(data) for data in raw]),
-        "hashes": np.array(
-            [int.from_bytes(hashlib.sha256(d).digest()[:8]) for d in raw], np.uint64
-        ),
+        "tokens": np.concatenate(list(chain.from_iterable(documents))),
+        "lengths": np.array([sum(map(len, pieces)) for pieces in documents]),
+        "text_bytes": np.array([tokenizer.num_bytes(text.text) for text in block]),
+        "hashes": np.array([_hash(text.text) for text in block], np.uint64),
         "splits": np.array([text.split for text in block]),
         "domains": np.array([names.index(text.domain) for text in block]),
         "names": np.frombuffer(json.dumps(names).encode("utf-8"), np.uint8),
     }
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8])
 
 
 def _merge(
@@ -314,9 +353,9 @@ def _merge(
         def write(file: BinaryIO, mine: np.ndarray = mine, digest: Any = digest) -> None:
             for path, keep in zip(parts, np.split(mine, ends), strict=True):
                 with _load(path) as part:
-                    data = part["tokens"][np.repeat(keep, part["lengths"])].tobytes()
-                digest.update(data)
-                file.write(data)
+                    tokens = part["tokens"][np.repeat(keep, part["lengths"])]
+                digest.update(tokens)
+                file.write(tokens)
 
         atomic_write(folder / f"{name}.bin", write, error=DataError)
         write_index(folder / name, table["lengths"][mine], dtype)
@@ -380,9 +419,10 @@ def _assign(
     """
     share = hashes.astype(np.float64) / 2.0**64
     bounds = np.cumsum(fractions)[:-1]
-    splits = np.where(given == BY_HASH, np.searchsorted(bounds, share, side="right"), given)
-    drawn = given == BY_HASH
     wanted = [index for index, fraction in enumerate(fractions) if fraction > 0]
+    by_hash = np.minimum(np.searchsorted(bounds, share, side="right"), wanted[-1])  # by rounding
+    drawn = given == BY_HASH
+    splits = np.where(drawn, by_hash, given)
     for domain in np.unique(domains).tolist():
         rows = drawn & (domains == domain)
         if rows.sum() >= MIN_DOMAIN_DOCUMENTS:

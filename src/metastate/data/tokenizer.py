@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import difflib
 import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ EOD_NAMES = (
     "<|im_end|>",
     "[SEP]",
 )
+UNKNOWN = "\U0010fffd"  # for private use: no vocabulary has it
 
 
 class Tokenizer(ABC):
@@ -42,6 +44,8 @@ class Tokenizer(ABC):
         name: what a person calls it.
         vocab_size: the model's vocabulary V, padded; every id is below it.
         eod_id: the token that ends a document; `encode` never gives it, `decode` drops it.
+        joins_at_spaces: encode("a b") is encode("a") + encode("b"), as where a text gets a space
+            before it: such texts are cut at spaces, which the next piece gets anyway.
         file_name: what `save` calls its file; None where there is none.
     """
 
@@ -49,6 +53,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eod_id: int
+    joins_at_spaces: bool = False
     file_name: str | None = None
     path: str | None = None
     _content: bytes = b""
@@ -64,6 +69,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of one text, without an end of document."""
         return self.encode_batch([text])[0].tolist()
+
+    def num_bytes(self, text: str) -> int:
+        """Return how many bytes of UTF-8 the tokens of `text` stand for."""
+        return len(text.encode("utf-8"))
 
     def info(self) -> dict[str, Any]:
         """Return what identifies this tokenizer, ready for JSON; `load_tokenizer` takes it back."""
@@ -111,6 +120,10 @@ class ByteTokenizer(_ByteLevel):
             np.frombuffer(text.replace("\0", "").encode("utf-8"), dtype=np.uint8) for text in texts
         ]
 
+    def num_bytes(self, text: str) -> int:
+        """Return the bytes of `text`, without the NUL characters that `encode_batch` drops."""
+        return super().num_bytes(text) - text.count("\0")
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the ids themselves, without end of document."""
         return bytes(i for i in ids if 0 < i < 256)
@@ -148,7 +161,9 @@ class WorldTokenizer(_ByteLevel):
         if fast and util.find_spec("pyrwkv_tokenizer"):
             from pyrwkv_tokenizer import RWKVTokenizer
 
-            self._fast = RWKVTokenizer(vocab_filepath=self.path)
+            # the package cannot open a path that UTF-8 cannot say
+            with contextlib.suppress(UnicodeEncodeError):
+                self._fast = RWKVTokenizer(vocab_filepath=self.path)
 
     def _parse(self) -> dict[int, bytes]:
         table: dict[int, bytes] = {}
@@ -216,22 +231,44 @@ class JsonTokenizer(Tokenizer):
             raise DataError(f"{path or name} is not a tokenizer.json: {cause}") from cause
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # text that spells a special token is text, or a document could fake its own end
-        self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        found = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
+        found = [name for name in EOD_NAMES if name in vocabulary]
         if not found:
             raise DataError(
                 f"{path or name} has no end-of-document token; one of {', '.join(EOD_NAMES)} is "
                 "needed"
             )
-        self.eod_id = found[0]
+        self.eod_id = vocabulary[found[0]]
         self.vocab_size = -(-(max(vocabulary.values()) + 1) // 128) * 128
+        # Text that spells a special token is text, or a document could fake its own end; the end is
+        # one even where the file has it as an ordinary token.
+        self._tokenizer.add_special_tokens([found[0]])
+        self._tokenizer.encode_special_tokens = True
+        # the model's own vocabulary can still hold the end as a word, which is spelt then
+        model = self._tokenizer.model
+        letters = [_known(lambda c: [t.id for t in model.tokenize(c)], c) for c in found[0]]
+        self._spelt_eod = [i for ids in letters for i in ids]
+        unknown = _known(lambda c: self._tokenizer.encode(c, add_special_tokens=False).ids, UNKNOWN)
+        if self.eod_id in self._spelt_eod + unknown:
+            raise DataError(
+                f"{path or name} gives its end-of-document token {found[0]!r} for characters that "
+                "it does not know; a tokenizer with a token of its own for them, or for bytes, is "
+                "needed"
+            )
+        a, b, both = (_known(self.encode, text) for text in ("a", "b", "a b"))
+        self.joins_at_spaces = both == a + b
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text, [length] int32; all cores work on a batch."""
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
+        return [self._without_eod(np.array(encoding.ids, dtype=np.int32)) for encoding in found]
+
+    def _without_eod(self, ids: np.ndarray) -> np.ndarray:
+        """Return `ids` with the characters of the end-of-document token in the place of itself."""
+        if not (ids == self.eod_id).any():
+            return ids
+        spelt = {self.eod_id: self._spelt_eod}
+        return np.array([i for t in ids.tolist() for i in spelt.get(t, [t])], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids; special and padded ids give none."""
@@ -279,6 +316,11 @@ class StreamDecoder:
     def _new_text(self) -> str:
         decode = self._tokenizer.decode
         return decode(self._before + self._pending)[len(decode(self._before)) :]
+
+
+def identity(info: dict[str, Any]) -> dict[str, Any]:
+    """Return what of `Tokenizer.info()` tells one tokenizer from another: not its name or place."""
+    return {key: value for key, value in info.items() if key not in ("name", "path")}
 
 
 def load_tokenizer(
@@ -374,6 +416,14 @@ def _tokenizers() -> Any:
             "this tokenizer needs the `tokenizers` package: pip install 'metastate[cli]'"
         ) from cause
     return tokenizers
+
+
+def _known(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Return the ids of `text`; none where the tokenizer has none and no token for the unknown."""
+    try:
+        return encode(text)
+    except Exception:  # the library raises plain Exception
+        return []
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

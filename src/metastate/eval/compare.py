@@ -118,7 +118,8 @@ def _finished(cell: Cell) -> bool:
     score = _score(cell)
     check_settings(score["run"], cell.train, "choose another --out, or remove that folder")
     # What an older score does not say counts as equal.
-    if score.get("data", cell.data) != cell.data:
+    data = score.get("data", cell.data)
+    if data != cell.data and data not in PreparedData.open(cell.train.data).fingerprints:
         raise ConfigError(
             f"{cell.folder} was run on other data than {cell.train.data} holds now; choose another "
             "--out, or remove that folder"
@@ -270,7 +271,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
                 "domains": {n: d["nats_per_token"] for n, d in score.get("domains", {}).items()},
                 "state_bytes": model.state_bytes(1, cell.train.context),
                 "tokens_per_s": cell.tokens / points[-1]["seconds"] if points else None,
-                "data": score.get("data"),
+                "data": cell.data if "data" in score else None,  # _finished has seen that it is
                 "test_tokens": score.get("test_tokens"),
                 "source": score.get("source"),
                 "config": to_dict(cell.config),

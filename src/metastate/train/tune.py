@@ -342,7 +342,8 @@ class _Tuning:
             before = json.loads(header["before"])
         except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as cause:
             raise CheckpointError(f"{self.kept} is broken ({cause}); delete it") from None
-        check_same_run(at, self.config, self.at.data, str(self.out))
+        data = PreparedData.open(self.config.data)
+        check_same_run(at, self.config, data.fingerprints, str(self.out))
         if at.best_step is not None and not self.out.exists():
             raise ConfigError(
                 f"{self.out} is gone, which held the state of the best validation (step "
