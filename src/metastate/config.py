@@ -6,6 +6,7 @@ mistake never trains a model silently with a default.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -61,10 +62,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 6e-4 as a string
-        except (ValueError, OverflowError):
-            pass
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
