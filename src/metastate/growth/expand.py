@@ -60,11 +60,11 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         raise ConfigError("init='released' is what TokenFormer's code does; only that can grow so")
     if unknown := sorted(sizes.keys() - set(AXES)):
         raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
-    given = {axis: n for axis, n in sizes.items() if n is not None}
-    sizes = coerce_fields(ModelConfig, given, "growth")
+    named = {axis: n for axis, n in sizes.items() if n is not None}
+    given = coerce_fields(ModelConfig, named, "growth")
     before = {axis: getattr(config, axis) for axis in AXES}
     before["ffn_size"] = config.hidden_channels
-    wanted = {axis: n for axis, n in sizes.items() if n != before[axis]}
+    wanted = {axis: n for axis, n in given.items() if n != before[axis]}
     if not wanted:
         raise ConfigError(
             f"nothing grows: give at least one of {', '.join(AXES)} above its present size "
