@@ -6,8 +6,10 @@ mistake never trains a model silently with a default.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -20,6 +22,8 @@ from metastate.errors import ConfigError
 T = TypeVar("T")
 
 CONFIG_VERSION = 1
+LARGEST_SIZE = 2**31 - 1  # of a model's sizes
+MOST_LAYERS = 10_000
 SEEDS = 2**43  # of a run; times a million, as each of its steps has one, they stay below 2^64
 LARGEST = 2**53  # of all counts in a run's settings: processes tell them each other as float64
 ATTENTION = ("transformer", "tokenformer")  # architectures with a cache of keys and values
@@ -59,13 +63,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return dict(value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 6e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 6e-4 as a string
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise ConfigError(f"{where} is {value!r}; {hint.__name__} is needed")
     if hint is float and not math.isfinite(value):
@@ -84,11 +86,20 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     return cls(**fields)
 
 
+_hints = functools.cache(get_type_hints)  # which evaluates every annotation anew
+
+
+def _typed(config: Any, where: str) -> None:
+    """Give the fields of a new configuration their types; a wrong one is found as in a file."""
+    for key, value in coerce_fields(type(config), vars(config), where).items():
+        object.__setattr__(config, key, value)
+
+
 def coerce_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
     """Check the keys and types of settings for the dataclass `cls`; return them typed."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where} is {data!r}; a mapping of settings is needed")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in known:
@@ -161,6 +172,7 @@ class MetaStateConfig:
     token_shift: bool = False
 
     def __post_init__(self) -> None:
+        _typed(self, "meta_state")
         _positive("meta_state", encoder_size=self.encoder_size, latent_size=self.latent_size)
         if self.variational and self.encoder != "cross":
             raise ConfigError("meta_state.variational needs meta_state.encoder='cross'")
@@ -231,7 +243,8 @@ class ModelConfig:
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
-        if self.version > CONFIG_VERSION:
+        _typed(self, "model")
+        if not 1 <= self.version <= CONFIG_VERSION:
             raise ConfigError(
                 f"this model's config has version {self.version}, this program reads up to "
                 f"{CONFIG_VERSION}; install a newer metastate"
@@ -252,6 +265,11 @@ class ModelConfig:
         if self.head_size is None:
             object.__setattr__(self, "head_size", self.hidden_size // slices)
         assert self.head_size is not None
+        sizes = {name: getattr(self, name) or 0 for name in (*_MODEL_SIZES, "parameter_tokens")}
+        for name, size in {**sizes, "num_heads * head_size": self.attention_size}.items():
+            largest = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            if size > largest and name != "rope_theta":
+                raise ConfigError(f"model.{name} is {size}; {largest} at most")
         segments = self.head_segments or (self.head_size,)
         if sum(segments) != self.head_size or min(segments) < 1:
             raise ConfigError(
@@ -387,6 +405,7 @@ class GrowthStep:
     old_lr_scale: float | None = None
 
     def __post_init__(self) -> None:
+        _typed(self, "growth")
         _positive("growth", step=self.step, **self.sizes())
         if not any(self.sizes().values()):
             raise ConfigError(f"growth at step {self.step} names no size to grow to")
@@ -450,6 +469,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        _typed(self, "train")
         for name in ("data", "out", "from_checkpoint"):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, value in vars(self).items():

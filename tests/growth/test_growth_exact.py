@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import metastate
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError, StateError
-from metastate.growth import grow, grow_state, logits_change
+from metastate.growth import grow, grow_state, logits_change, upgrade
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import regions
 
@@ -313,6 +313,8 @@ def test_grown_saved_loaded_and_grown_again(tmp_path):
         ({"attention_slots": 99}, "cannot grow exactly"),
         ({"ffn_size": 9}, "below the present"),
         ({"num_heads": 3, "init": "one"}, "allowed"),
+        ({"head_size": 20.5}, "growth.head_size is 20.5; int is needed"),
+        ({"num_layers": "3"}, "growth.num_layers is '3'; int is needed"),
     ],
 )
 def test_refused(sizes, word):
@@ -356,3 +358,19 @@ def test_a_state_of_another_model_is_refused():
         grow_state(grow(model, num_layers=9).init_state(1), grown)
     with pytest.raises(StateError, match="another model"):
         grow_state(build(hidden_size=6, head_size=6).init_state(1), grown)
+
+
+def test_what_was_frozen_stays_so():
+    model = build(architecture="rwkv7")
+    model.embedding.weight.requires_grad_(False)
+    for larger in (grow(model, num_layers=3), upgrade(model)):
+        for name, p in larger.named_parameters():
+            assert p.requires_grad == (name != "embedding.weight"), name
+
+
+def test_comparing_logits_leaves_every_module_in_its_mode():
+    model = build().train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    logits_change(model, model, torch.zeros(1, 3, dtype=torch.int64))
+    assert [module.training for module in model.modules()] == modes

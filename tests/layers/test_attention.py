@@ -146,6 +146,24 @@ def test_old_state_and_forks_stay_as_they_were(layer, x):
         torch.testing.assert_close(again, oracle(layer, x)[:, 8:], rtol=0, atol=1e-12)
 
 
+def test_only_one_of_two_threads_writes_behind_a_state(layer, x, monkeypatch):
+    """While the first copies its keys into the buffer, the second goes on from the same state."""
+    with torch.no_grad():
+        _, old = run(layer, x, [6, 1])
+        k, forks = torch.randn(3, *old.keys[:, :, :1].shape, dtype=old.keys.dtype), []
+        real = torch.Tensor.__setitem__
+
+        def second_comes_first(*args):
+            monkeypatch.setattr(torch.Tensor, "__setitem__", real)
+            forks.append(old.append(k[1], k[1], None))
+            real(*args)
+
+        monkeypatch.setattr(torch.Tensor, "__setitem__", second_comes_first)
+        forks.insert(0, old.append(k[0], k[0], None))
+    for i, fork in enumerate(forks):
+        assert torch.equal(fork.visible()[0][:, :, 7:], k[i])
+
+
 def test_appending_rarely_copies(layer, x):
     with torch.no_grad():
         state, buffers = None, set()

@@ -9,6 +9,7 @@ from small_models import build, randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metastate.config import MetaStateConfig, ModelConfig
+from metastate.errors import StateError
 from metastate.infer.generate import inference
 from metastate.model.decode import (
     BatchDecoder,
@@ -203,6 +204,67 @@ def test_other_dtypes_and_backends_run_the_forward_pass():
     model = make()
     model.backend = "chunked"
     assert type(make_decoder(model, 1)) is Decoder
+
+
+class _Adapted(torch.nn.Linear):
+    """A linear layer that does more, as adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x
+
+
+def _adapt(model):
+    layer = model.blocks[1].time_mix.value
+    model.blocks[1].time_mix.value = _Adapted(layer.in_features, layer.out_features, bias=False)
+
+
+def _own_forward(model):
+    layer = model.blocks[1].time_mix.key
+    layer.forward = lambda x: 0.5 * torch.nn.Linear.forward(layer, x)
+
+
+def _parametrize(model):
+    register = torch.nn.utils.parametrize.register_parametrization
+    register(model.blocks[1].time_mix.key, "weight", torch.nn.Softplus())
+
+
+CHANGES = {
+    "another class": _adapt,
+    "its own forward": _own_forward,
+    "a parametrization": _parametrize,
+    "a hook": lambda m: m.blocks[0].ln2.register_forward_hook(lambda _, x, y: 2 * y),
+    "a hook before": lambda m: m.blocks[0].ln2.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_module_is_not_left_out(change):
+    model = make()
+    CHANGES[change](model)
+    tokens = torch.randint(77, (2, 5))
+    decoder = make_decoder(model, 2)
+    assert type(decoder) is Decoder
+    with torch.no_grad():
+        logits, _ = model(tokens)
+    assert relative_error(decode(decoder, tokens), logits) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kind", [NativeDecoder, BatchDecoder, Decoder])
+def test_no_graph_grows_and_no_other_state_is_taken(kind):
+    model = make()
+    model.backend = "auto" if kind is NativeDecoder else "chunked"
+    decoder = kind(model, 2)
+    decoder.put(0, model.init_state(1).map(lambda x: x.requires_grad_()))
+    assert not decoder.step([1, 2]).requires_grad
+    assert not any(x.requires_grad for x in decoder.get(1).tensors().values())
+    with pytest.raises(StateError, match=r"holds 2 rows; take one, as state\[0\]"):
+        decoder.put(0, model.init_state(2))
+    before = decoder.get(0).clone()
+    with pytest.raises(StateError, match="3 layers, the model 4|4 layers, the model 3"):
+        decoder.put(0, LanguageModel(model.config.replace(num_layers=4)).init_state(1))
+    for name, x in decoder.get(0).tensors().items():
+        assert torch.equal(x, before.tensors()[name])
+    assert decoder.get(0).tokens_seen == before.tokens_seen
 
 
 BATCHED = KINDS | {

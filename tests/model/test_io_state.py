@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +17,7 @@ from metastate.config import MetaStateConfig, ModelConfig, to_dict
 from metastate.errors import CheckpointError, StateError
 from metastate.growth import grow
 from metastate.model.decode import store_bfloat16
-from metastate.model.io import weights_hash
+from metastate.model.io import _mark, weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 from state_files import signed
@@ -218,6 +219,7 @@ def test_a_record_may_say_nothing(saved):
         ("[]", "no metastate checkpoint's config"),
         ('{"architectures": ["LlamaForCausalLM"]}', "no metastate checkpoint's config"),
         (b"\xff\xfe\x00", "cannot be read"),
+        ("[" * 200_000, "cannot be read"),
     ],
 )
 def test_broken_or_foreign_config(saved, content, message):
@@ -228,12 +230,37 @@ def test_broken_or_foreign_config(saved, content, message):
 
 def test_newer_versions(saved):
     original = (saved / "config.json").read_text()
-    for version in (2, "1", None):
+    for version in (2, "1", None, True, 0, -3):
         edit(saved, version=version)
         refused(saved, "reads up to 1; install a newer metastate")
     (saved / "config.json").write_text(original)
     edit(saved, model=json.loads(original)["model"] | {"version": 2})
     refused(saved, "version 2, this program reads up to 1; install a newer metastate")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 10_000},
+        {"hidden_size": 2**30, "head_size": None, "input_slices": None, "head_segments": None},
+        {"num_heads": 2**20, "head_size": 2**10, "head_segments": [2**10]},
+        {"vocab_size": 2**31 - 1},
+    ],
+    ids=lambda sizes: next(iter(sizes)),
+)
+def test_a_config_far_beyond_its_file_is_refused_before_anything_is_built(
+    saved, sizes, monkeypatch
+):
+    fields = json.loads((saved / "config.json").read_text())["model"]
+    edit(saved, model=fields | sizes)
+    monkeypatch.setattr("metastate.model.io.LanguageModel", None)
+    refused(saved, "values, the config needs more than")
+
+
+def test_a_name_that_no_folder_can_have():
+    for name in ("a" * 5000, "a\0b"):
+        with pytest.raises(CheckpointError, match="cannot be read|no checkpoint at"):
+            metastate.load(name)
 
 
 def test_unknown_and_wrong_settings(saved):
@@ -308,7 +335,9 @@ def test_rows(model):
     for row in (0, 1, -1):
         assert state[row].batch_size == 1
         torch.testing.assert_close(run(model, state[row], TOKENS[row][None])[0][0], logits[row])
-    for row in (2, -3):
+    for row in (np.int64(1), torch.tensor(1), np.array(1)):
+        assert all(torch.equal(x, state[1].tensors()[n]) for n, x in state[row].tensors().items())
+    for row in (2, -3, np.int64(2), torch.tensor(-3)):
         with pytest.raises(IndexError, match=f"row {row} of a state with 2 rows"):
             state[row]
     assert state[:].num_bytes == state.num_bytes
@@ -519,6 +548,8 @@ def test_the_weights_hash_is_kept_until_the_weights_change(monkeypatch):
     weight.data.mul_(2)  # no version counter is raised
     third = weights_hash(model)
     assert third not in (first, second)
+    weight.data = weight.data.flip(0)  # nor here, and the sum of the bits stays too
+    assert weights_hash(model) not in (first, second, third)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)  # nor by fused optimizers
     weight.grad = torch.ones_like(weight)
     optimizer.step()
@@ -557,6 +588,36 @@ def test_a_cast_model_has_the_hash_of_its_file(stored, tmp_path):
     assert weights_hash(other.float()) != first
     metastate.save(model, tmp_path / "b")
     assert weights_hash(metastate.load(tmp_path / "b")) == weights_hash(model)
+
+
+@pytest.mark.parametrize("size", [5, 8, 41, 2**17 + 3])
+def test_a_mark_sees_where_bits_are(size):
+    x = torch.randn(size).bfloat16()
+    seen = {_mark(x)}
+    for a, b in ((0, 1), (0, size - 1), (size // 2, size - 2)):
+        other = x.clone()
+        other[a], other[b] = x[b], x[a]
+        seen.add(_mark(other.clone()))
+    assert len({mark[1:] for mark in seen}) == 4
+
+
+def test_a_copy_of_a_loaded_model_has_the_hash_of_the_file(saved):
+    first = weights_hash(metastate.load(saved))
+    model = metastate.load(saved)
+    other = copy.deepcopy(model).bfloat16()
+    assert weights_hash(other) == first
+    assert other.stored is model.stored
+
+
+def test_a_cast_model_takes_states_of_its_new_number_format(tmp_path):
+    model = made("metastate")
+    run(model)  # which looks at what its states are like
+    model.double()
+    _, state = run(model, run(model)[1])
+    state.save(tmp_path / "s", model)
+    again = ModelState.load(tmp_path / "s", model)
+    for name, x in state.tensors().items():
+        assert torch.equal(x, again.tensors()[name]) and x.dtype == again.tensors()[name].dtype
 
 
 # Rows.

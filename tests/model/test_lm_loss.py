@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from metastate.config import ModelConfig
-from metastate.errors import ShapeError
+from metastate.errors import ShapeError, TrainingError
 from metastate.model import loss as loss_module
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import linear_cross_entropy, lm_loss
@@ -69,6 +69,44 @@ def test_autocast_keeps_the_loss_in_float32():
     assert abs(loss.item() - expected.item()) < 1e-3 * expected.item()  # bf16 alone: 4e-3
     assert relative_error(x.grad, grads[0]) < 2e-2
     assert relative_error(weight.grad, grads[1]) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scaled_float16_gradients_are_those_of_float32(dtype):
+    """Also where a word is no target: softmax / n alone is far below what float16 holds."""
+    n, size = 2048, 20_000
+    x = (0.05 * torch.randn(n, 8)).to(dtype).requires_grad_()
+    weight = (0.05 * torch.randn(size, 8)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 100, (n,))
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = linear_cross_entropy(x, weight, targets)
+    (2.0**14 * loss).backward()
+    exact = [t.detach().float().requires_grad_() for t in (x, weight)]
+    linear_cross_entropy(*exact, targets)[0].backward()
+    found, expected = weight.grad.float() / 2**14, exact[1].grad
+    assert relative_error(x.grad.float() / 2**14, exact[0].grad) < 1e-2
+    assert relative_error(found[:100], expected[:100]) < 1e-2
+    assert relative_error(found[100:], expected[100:]) < 2e-2
+
+
+def test_float16_does_not_overflow_where_one_target_fills_the_batch():
+    x = torch.full((4096, 2), 30.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(3, 2, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64))[0].backward()
+    expected = torch.tensor([-20.0, 10.0, 10.0])[:, None].expand(3, 2)
+    assert relative_error(weight.grad.float(), expected) < 2e-3
+
+
+def test_what_cannot_be_differentiated_again_says_so():
+    x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+    loss, _ = linear_cross_entropy(x, weight, torch.tensor([0, 1, 2, 3, 0]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(TrainingError, match="differentiated already.*compute it again"):
+        loss.backward()
+    loss, _ = linear_cross_entropy(x, weight, torch.tensor([0, 1, 2, 3, 0]))
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def tiny(**changes):

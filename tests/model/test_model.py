@@ -429,3 +429,10 @@ def test_randomise_leaves_nothing_at_zero():
         model = LanguageModel(ModelConfig(**(SIZES | MODELS[name])))
         randomise(model)
         assert all(p.abs().min() > 0 for p in model.parameters())
+
+
+def test_a_start_is_one_row_also_where_a_state_goes_on():
+    model = build()
+    tokens, state = torch.zeros(2, 3, dtype=torch.int64), model.init_state(2)
+    with pytest.raises(StateError, match="holds 2 rows"):
+        model.features(tokens, state, start=state)

@@ -171,3 +171,27 @@ def test_relu_squared_on_bfloat16_is_torch_s_bit_by_bit():
     y.backward(grad)
     other.backward(grad)
     torch.testing.assert_close(h.grad, expected.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    x = torch.randn(1, 4, 8)
+    last, mu = torch.randn(1, 8), torch.rand(2, 8)
+    norm = GroupNorm(2, (4,))
+    heads = x.view(1, 4, 2, 4)
+    functions = [
+        lambda s: fused.relu_squared(x * s, fused=True),
+        lambda s: fused.unit(heads * s, fused=True),
+        lambda s: fused.token_mix(x * s, last, mu, fused=True)[0],
+        lambda s: fused.norm_product([heads * s], [norm], x, fused=True),
+        lambda s: fused.wkv_output(
+            heads * s, heads, heads, heads, x, mu[:, :4], norm, dtype=x.dtype, fused=True
+        ),
+        lambda s: fused.wkv_inputs(
+            x, x, x * s, x, None, None, *[last[0]] * 2, None, *mu, head_size=4, fused=True
+        )[0],
+    ]
+    for function in functions:
+        s = torch.ones((), requires_grad=True)
+        (gradient,) = torch.autograd.grad(function(s).square().sum(), s, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()

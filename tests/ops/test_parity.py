@@ -179,3 +179,45 @@ def test_wrong_arguments_are_named():
         ops.wkv7(*args, cu_seqlens=torch.tensor([0, 5, 5, 10]))
     with pytest.raises(ConfigError, match="allowed: auto, reference"):
         ops.wkv7(*args, backend="gpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_states_and_offsets_that_kernels_could_not_address_are_refused(backend):
+    inputs = make(1, 10, 1, 16, torch.float32)
+    args, state = [inputs[n] for n in NAMES], inputs["state"]
+    for wrong, message in [
+        (state.to("meta"), "state is on meta, but the inputs on cpu"),
+        (state.bool(), "state is torch.bool; a floating-point"),
+        (state.long(), "state is torch.int64"),
+        (state.to(torch.complex64), "state is torch.complex64"),
+    ]:
+        with pytest.raises(ShapeError, match=message):
+            ops.wkv7(*args, wrong, backend=backend)
+    offsets = torch.tensor([[0, 9], [4, 9], [10, 9]])[:, 0]
+    with pytest.raises(ShapeError, match="cu_seqlens is on meta, the inputs on cpu"):
+        ops.wkv7(*args, cu_seqlens=offsets.to("meta"), backend=backend)
+    found = ops.wkv7(*args, cu_seqlens=offsets, backend=backend)
+    expected = ops.wkv7(*args, cu_seqlens=offsets.contiguous(), backend="reference")
+    for x, y in zip(found, expected, strict=True):
+        assert relative_error(x, y) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("length", [1, 10])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_readers_must_have_the_shape_of_their_pass(backend, length):
+    inputs = make(1, length, 2, 16, torch.float32)
+    _, trajectory = ops.wkv7_trajectory(*(inputs[n] for n in NAMES), backend=backend)
+    x, state = inputs["x"], inputs["state"]
+    pass_shape = rf"but the trajectory is \[1, {length}, 2, 16\]"
+    for other in (torch.cat([x, x], 1), x[:, :, :1], x[..., :8], torch.cat([x, x])):
+        with pytest.raises(ShapeError, match=pass_shape):
+            trajectory.read(other)
+        with pytest.raises(ShapeError, match=pass_shape):
+            trajectory.recur(other, other, other, state)
+        for update in ("self", "input", "delta"):
+            with pytest.raises(ShapeError, match=pass_shape):
+                ops.meta_state(other, other, None, trajectory, update=update, backend=backend)
+    with pytest.raises(ShapeError, match="state is"):
+        trajectory.recur(x, x, x, state[:, :1])
+    with pytest.raises(ConfigError, match="allowed: 'key', 'value'"):
+        trajectory.read(x, by="row")

@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig, to_dict
+from metastate.config import (
+    ATTENTION,
+    GrowthStep,
+    MetaStateConfig,
+    ModelConfig,
+    coerce_fields,
+    to_dict,
+)
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
@@ -43,7 +50,8 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
     """Return the configuration of a model grown to `sizes`; None leaves an axis as it is.
 
     Raises:
-        ConfigError: a size shrinks, does not fit the architecture, or cannot be reached exactly.
+        ConfigError: a size is no whole number, shrinks, does not fit the architecture, or cannot be
+            reached exactly.
     """
     assert config.head_size is not None and config.head_segments is not None
     if init not in get_args(Init):
@@ -52,9 +60,11 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         raise ConfigError("init='released' is what TokenFormer's code does; only that can grow so")
     if unknown := sorted(sizes.keys() - set(AXES)):
         raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
+    named = {axis: n for axis, n in sizes.items() if n is not None}
+    given = coerce_fields(ModelConfig, named, "growth")
     before = {axis: getattr(config, axis) for axis in AXES}
     before["ffn_size"] = config.hidden_channels
-    wanted = {axis: n for axis, n in sizes.items() if n is not None and n != before[axis]}
+    wanted = {axis: n for axis, n in given.items() if n != before[axis]}
     if not wanted:
         raise ConfigError(
             f"nothing grows: give at least one of {', '.join(AXES)} above its present size "
@@ -174,8 +184,8 @@ def grow(
         The grown model on the parent's device and in its dtype; its lineage has one more step.
 
     Raises:
-        ConfigError: an axis shrinks, does not divide, is unknown to the architecture or cannot
-            grow exactly; or torch takes no such seed.
+        ConfigError: a size is no whole number, an axis shrinks, does not divide, is unknown to the
+            architecture or cannot grow exactly; or torch takes no such seed.
 
     Source: arXiv:2504.08247, section 3.4; the choice of new entries is ours (docs/architecture.md).
     """
@@ -228,7 +238,13 @@ def drawing(seed: int) -> Iterator[None]:
 
 
 def inherit(grown: LanguageModel, model: LanguageModel, step: dict[str, Any]) -> None:
-    """Give `grown` what its parent `model` is known by, and its lineage one more `step`."""
+    """Give `grown` what its parent `model` is known by, and its lineage one more `step`.
+
+    Parameters that the parent has ask for a gradient as they do there.
+    """
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in grown.named_parameters():
+        p.requires_grad_(asked.get(name, True))
     step = step | {"step": model.step, "parent": weights_hash(model)}
     grown.lineage = [*model.lineage, step | {"before": to_dict(model.config)}]
     grown.step = model.step

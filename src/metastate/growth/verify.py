@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, evaluating
 
 
 @torch.no_grad()
@@ -40,10 +40,8 @@ def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Return the model's logits in evaluation mode, in float32 at least."""
     if model.embedding.weight.element_size() < 4:
         model = copy.deepcopy(model).float()
-    training = model.training
-    logits = model.eval()(tokens)[0]
-    model.train(training)
-    return logits
+    with evaluating(model):
+        return model(tokens)[0]
 
 
 def growth_report(

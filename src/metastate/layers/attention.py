@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,11 +19,21 @@ from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth, normal_
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
 
 
+_CLAIM = threading.Lock()  # two threads may go on from one state
+
+
 class _Watermark:
     """How many tokens of a shared buffer are written; the state that ends there owns the rest."""
 
     def __init__(self, filled: int) -> None:
         self.filled = filled
+
+    def claim(self, start: int, end: int) -> bool:
+        """Take the places of tokens start to end, for one state alone; False where others did."""
+        with _CLAIM:
+            is_free = self.filled == start
+            self.filled = end if is_free else self.filled
+            return is_free
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,20 +130,19 @@ class AttentionState:
             return AttentionState(keys, values, start)
         keys, values, watermark = self.keys, self.values, self.watermark
         length = self.length + k.shape[2]
-        owned = watermark.filled == self.length and length <= keys.shape[2]
-        if keys.is_inference() and not torch.is_inference_mode_enabled():
-            owned = False  # torch refuses to write into such a tensor here
-        if not owned or keys.dtype != k.dtype:
+        # torch refuses to write into a tensor of inference mode outside of it.
+        may_write = torch.is_inference_mode_enabled() or not keys.is_inference()
+        fits = length <= keys.shape[2] and keys.dtype == k.dtype and may_write
+        if not (fits and watermark.claim(self.length, length)):
             # A first prefill gets exactly its size; growing by half keeps appending amortised.
             spare = max(self.length // 2, MIN_CAPACITY) if self.length else 0
             shape = (*k.shape[:2], max(length, self.length + spare), k.shape[3])
             old_k, old_v = self.visible()
             keys, values = k.new_empty(shape), v.new_empty(shape)
             keys[:, :, : self.length], values[:, :, : self.length] = old_k, old_v
-            watermark = _Watermark(self.length)
+            watermark = _Watermark(length)
         keys[:, :, self.length : length] = k
         values[:, :, self.length : length] = v
-        watermark.filled = length
         return AttentionState(keys, values, start, length, watermark)
 
 

@@ -12,10 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metastate import ops
-from metastate.layers.common import MATRIX
+from metastate.errors import StateError
+from metastate.layers.channel_mix import ChannelMix
+from metastate.layers.common import MATRIX, GroupNorm, LowRank
+from metastate.layers.meta_state import MetaState
+from metastate.layers.time_mix import TimeMix
 from metastate.model.block import RecurrentBlock
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
@@ -23,6 +27,11 @@ from metastate.ops.threads import run_pieces
 
 MATRICES = (torch.float32, torch.bfloat16)
 GRAIN = 2**21  # bytes of weights a thread
+# What the native kernels compute: these modules as they are written, and no others.
+KNOWN = {
+    *(LanguageModel, RecurrentBlock, TimeMix, MetaState, ChannelMix, GroupNorm, LowRank),
+    *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList),
+}
 UNCAPTURED = 2  # steps that run kernel by kernel; they compile, and few tokens need no graph
 _CAPTURING = threading.Lock()  # a process captures one graph at a time
 
@@ -47,13 +56,24 @@ class Decoder:
         self.states: list[ModelState] = [model.init_state(1)] * rows
 
     def put(self, row: int, state: ModelState) -> None:
-        """Let `row` go on from `state`, which is not changed."""
+        """Let `row` go on from `state`, one row of this model's, which is not changed.
+
+        Raises:
+            StateError: it is of another model, or of several rows.
+        """
+        self._check(state)
         self.states[row] = state
+
+    def _check(self, state: ModelState) -> None:
+        state.check(self.model)
+        if state.batch_size != 1:
+            raise StateError(f"the state holds {state.batch_size} rows; take one, as state[0]")
 
     def get(self, row: int) -> ModelState:
         """Return the state of `row`; later steps do not change it."""
         return self.states[row]
 
+    @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Consume tokens[i] in row i; return logits [len(tokens), V], valid until the next step."""
         logits, device = [], self.model.embedding.weight.device
@@ -84,8 +104,10 @@ class BatchDecoder(Decoder):
         self._in_use = torch.zeros(rows, dtype=torch.bool, device=device)
         self._run_pass, self._steps = self._pass, 0
 
+    @torch.no_grad()
     def put(self, row: int, state: ModelState) -> None:
         """See Decoder.put."""
+        self._check(state)
         self.tokens_seen[row] = state.tokens_seen
         for own, given in zip(self.state.layers, state.layers, strict=True):
             for name, x in vars(own).items():
@@ -97,6 +119,7 @@ class BatchDecoder(Decoder):
         copy = self.state[row].clone()
         return ModelState(copy.layers, self.tokens_seen[row])
 
+    @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows = len(tokens)
@@ -263,6 +286,7 @@ class NativeDecoder(BatchDecoder):
             for vectors, matrices, tensors in rows
         ]
 
+    @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows, model = len(tokens), self.model
@@ -291,11 +315,21 @@ def store_bfloat16(model: LanguageModel) -> None:
             p.data = p.data.bfloat16()
 
 
+def _is_as_written(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in KNOWN and not hooks and "forward" not in vars(module)
+
+
 def runs_natively(model: LanguageModel) -> bool:
-    """Say whether NativeDecoder serves `model`: the common options of a recurrent one, on a CPU."""
+    """Say whether NativeDecoder serves `model`: the common options of a recurrent one, on a CPU.
+
+    It calls no module, so one of another class (an adapter, a parametrization), with a hook or with
+    a `forward` of its own is left to the forward pass.
+    """
     config, weight = model.config, model.embedding.weight
     if (
-        not model.recurrent
+        not all(map(_is_as_written, model.modules()))
+        or not model.recurrent
         or weight.device.type != "cpu"
         or ops.resolve_backend(model.backend, weight.device) != "cpu"
         or os.name != "posix"

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from metastate.config import ModelConfig, from_dict, to_dict
+from metastate.config import ATTENTION, ModelConfig, from_dict, to_dict
 from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
@@ -31,9 +31,16 @@ TOKENIZER = {"kind": str, "name": str, "sha256": str, "path": str, "vocab_size":
 LINK = re.compile(rb"checkpoints/step-\d+")  # what a file in place of a run's link holds
 # The weights hash of each model, and what its weights looked like then.
 _HASHES: WeakKeyDictionary[LanguageModel, tuple[list[Any], str]] = WeakKeyDictionary()
-# The tensors of each model that `load` made as its file has them: mapped from there, so that
-# keeping them takes no memory.
-_STORED: WeakKeyDictionary[LanguageModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
+WORDS = 2**16  # of a tensor that `_mark` weighs at once; what a core's cache holds
+CHEAP = 2**16  # values of a model that is built in no time
+ODD = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio
+
+
+class Stored(dict[str, torch.Tensor]):
+    """A model's tensors as its file has them, mapped from there: keeping them takes no memory."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stored:
+        return self
 
 
 def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
@@ -83,17 +90,16 @@ def weights_hash(model: LanguageModel) -> str:
     in whatever number format: what was made in float32 fits the same checkpoint in bfloat16. Which
     it is, is seen by comparing them, so that no change of the weights goes by.
 
-    Kept for each model and made again when the weights have changed. Fused optimizers do not raise
-    a tensor's version counter, so the sum of its bits is compared too: one pass at the speed of
-    memory, a fifteenth of the time of the hash on a CPU.
+    Kept for each model and made again when the weights have changed. Fused optimizers and `.data`
+    do not raise a tensor's version counter, so a checksum is compared too: a third of the time of
+    the hash on a CPU that has instructions for it.
     """
     tensors = {name: x.detach() for name, x in sorted(model.state_dict().items())}
     marks = [(name, x.dtype, *_mark(x)) for name, x in tensors.items()]
     known = _HASHES.get(model)
     if known is None or known[0] != marks:
-        stored = _STORED.get(model)
-        if stored is not None and _is_cast(stored, tensors):
-            tensors = {name: stored[name] for name in tensors}
+        if model.stored is not None and _is_cast(model.stored, tensors):
+            tensors = {name: model.stored[name] for name in tensors}
         digest = hashlib.sha256()
         for name, x in tensors.items():
             digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
@@ -115,14 +121,27 @@ def _raw(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
 
 
-def _mark(x: torch.Tensor) -> tuple[int, int]:
-    """Return the version of a tensor and the sum of its bits, eight bytes at a time."""
+def _mark(x: torch.Tensor) -> tuple[Any, ...]:
+    """Return the version of a tensor and a checksum of its bits that sees their order.
+
+    sum_i m_i x_i mod 2^64 over words x_i of eight bytes; m_i odd, so that no single change is lost,
+    and different everywhere: those of one run of words, times a power of ODD for the run.
+    """
     raw = _raw(x)
     if raw.storage_offset() % 8:
         raw = raw.clone()  # a view of eight bytes must begin at a multiple of eight
     whole = len(raw) // 8 * 8
-    total = int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
-    return 0 if x.is_inference() else x._version, total
+    words = raw[:whole].view(torch.int64)
+    weights = torch.arange(min(len(words), WORDS), device=x.device) * ODD
+    weights = (weights ^ (weights >> 29)) | 1
+    buffer, sums = torch.empty_like(weights), []  # fresh memory would cost more than the rest
+    for run in words.split(WORDS):
+        n = len(run)
+        sums.append(torch.mul(run, weights[:n], out=buffer[:n]).sum())
+    total = 0
+    for found in torch.stack(sums).tolist() if sums else ():
+        total = (total * ODD + found) % 2**64
+    return 0 if x.is_inference() else x._version, total, *raw[whole:].tolist()
 
 
 def load(
@@ -145,17 +164,18 @@ def load(
             program, or a weight is beyond the range of `dtype`.
     """
     path = Path(path_or_preset)
-    if not path.exists() and str(path_or_preset) in presets.NAMES:
+    if not os.path.exists(path) and str(path_or_preset) in presets.NAMES:
         return LanguageModel(presets.preset(str(path_or_preset))).to(device, dtype)
     info, path = read_config(path), checkpoint_folder(path)
-    with torch.device("meta"):
-        model = LanguageModel(info["model"])
     file = path / "model.safetensors"
     tensors = read_tensors(file)
+    _check_extent(tensors, info["model"], file)
+    with torch.device("meta"):
+        model = LanguageModel(info["model"])
     check_tensors(tensors, dict(model.state_dict()), file)
     model.load_state_dict(one_dtype(tensors, dtype, file), assign=True)
     adopt_record(model, info, path / "config.json")
-    _STORED[model] = tensors
+    model.stored = Stored(tensors)
     return model.to(device)
 
 
@@ -174,7 +194,7 @@ def adopt_record(
     if not isinstance(lineage, list) or not all(isinstance(x, dict) for x in lineage):
         raise CheckpointError(f"{where}: lineage is {lineage!r:.80}; a list of mappings is needed")
     for growth in lineage:
-        if type(growth.get("step")) is not int:
+        if type(growth.get("step")) is not int or growth["step"] < 0:
             raise CheckpointError(f"{where}: lineage has {growth!r:.80} without the step it was at")
         try:
             from_dict(ModelConfig, growth.get("before"), "lineage.before")
@@ -212,8 +232,8 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder that holds a checkpoint: `path`, or the last one of the run in `path`."""
     path = Path(path)
     own, last = _followed(path), _followed(path / "last")
-    is_run = not (own / "config.json").exists() and (last / "config.json").exists()
-    return last if is_run else own
+    known = [os.path.exists(folder / "config.json") for folder in (own, last)]
+    return last if known == [False, True] else own
 
 
 def _followed(path: Path) -> Path:
@@ -237,16 +257,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         hint = (
-            "" if path.exists() else f" and no preset has that name ({presets.nearest(str(path))})"
+            ""
+            if os.path.exists(path)
+            else f" and no preset has that name ({presets.nearest(str(path))})"
         )
         raise CheckpointError(f"no checkpoint at {path}: no config.json there{hint}") from None
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(
             f"{file} cannot be read ({cause}); the checkpoint is corrupt"
         ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no metastate checkpoint's config")
-    if not isinstance(info.get("version"), int) or info["version"] > VERSION:
+    if type(info.get("version")) is not int or not 1 <= info["version"] <= VERSION:
         raise CheckpointError(
             f"{file} has version {info.get('version')}, this program reads up to {VERSION}; "
             "install a newer metastate"
@@ -269,6 +291,22 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is no whole safetensors file ({cause}); it is corrupt or cut off: use another "
             "checkpoint"
         ) from None
+
+
+def _check_extent(found: Mapping[str, torch.Tensor], config: ModelConfig, file: Path) -> None:
+    """Raise CheckpointError if a config needs far more than a file holds.
+
+    What building a model costs grows with these sizes, even without its values: a wrong config is
+    refused before.
+    """
+    width = 1 if config.architecture in ATTENTION else config.attention_size
+    least = config.hidden_size * (config.vocab_size + config.num_layers * width)
+    held = sum(x.numel() for x in found.values())
+    if least > max(held, CHEAP):
+        raise CheckpointError(
+            f"{file} holds {held:,} values, the config needs more than {least:,}; one of the two "
+            "is of another model, or damaged"
+        )
 
 
 def check_tensors(

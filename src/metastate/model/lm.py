@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class LanguageModel(nn.Module):
         lineage: how this model grew, oldest step first.
         step: optimizer updates that its weights have had, those of its parents included.
         tokenizer_info: what metastate.data.tokenizer needs to rebuild its tokenizer, or None.
+        stored: its tensors as the file that it was loaded from has them, or None.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,6 +44,8 @@ class LanguageModel(nn.Module):
         self.lineage: list[dict[str, Any]] = []
         self.step = 0
         self.tokenizer_info: dict[str, Any] | None = None
+        self.stored: dict[str, Tensor] | None = None
+        self._empty: dict[torch.dtype, ModelState] = {}
         D, V = config.hidden_size, config.vocab_size
         self.recurrent = config.architecture not in ATTENTION
         self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
@@ -65,10 +69,13 @@ class LanguageModel(nn.Module):
         layers = tuple(block.init_state(batch_size) for block in self.blocks)  # type: ignore[operator]
         return ModelState(layers).detach()
 
-    @cached_property
+    @property
     def empty_state(self) -> ModelState:
         """One row's state on the meta device: what every state of this model must look like."""
-        return self.init_state(1).to("meta")
+        dtype = next(self.blocks[0].parameters()).dtype  # which states follow
+        if dtype not in self._empty:
+            self._empty[dtype] = self.init_state(1).to("meta")
+        return self._empty[dtype]
 
     def features(
         self,
@@ -101,7 +108,7 @@ class LanguageModel(nn.Module):
 
         Raises:
             ShapeError: tokens or resets have the wrong shape, dtype or range.
-            StateError: the state is of another model or batch size.
+            StateError: the state is of another model or batch size, or `start` not of one row.
             ConfigError: a `group` for a model that is not recurrent.
         """
         self._check_tokens(tokens, resets)
@@ -111,7 +118,8 @@ class LanguageModel(nn.Module):
                 raise StateError("only a recurrent model can start from a state other than its own")
             if not torch.compiler.is_compiling():
                 start.check(self)
-            state = start.expand(batch) if state is None else state
+            first = start.expand(batch)  # refused where it is not one row
+            state = first if state is None else state
         if state is not None and not torch.compiler.is_compiling():
             state.check(self)
             if state.batch_size != batch:
@@ -265,3 +273,15 @@ class LanguageModel(nn.Module):
             return sum(b.init_state(batch_size).num_bytes for b in self.blocks)  # type: ignore[operator]
         config, size = self.config, self.embedding.weight.element_size()
         return 2 * config.num_layers * config.attention_size * size * batch_size * tokens
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and then every module of it back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

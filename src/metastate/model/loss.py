@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metastate.errors import ShapeError
+from metastate.errors import ShapeError, TrainingError
+from metastate.ops.links import differentiable_once
 
 if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # target of a token that is not scored
 LOGITS = 2**25  # logits of one chunk: 128 MiB in float32, one buffer in all
+FLOAT16_ROWS = 512  # of a chunk in float16, which holds their sum where features are below 128
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,14 @@ def linear_cross_entropy(
     """Return the mean cross-entropy of logits x W^T, with and without the z-loss.
 
     The gradient with respect to x and W is made in the forward pass, a chunk of rows at a time
-    through one buffer: g = (softmax (1 + 2 z lse) - onehot) / n, dx = g W, dW = g^T x. Logits are
-    computed once and never stored. At V = 50,304, D = 384 on a CPU this took 0.4 (float32) and 0.5
-    (bfloat16) of the time of F.cross_entropy over all logits, whose chunks recomputed in the
-    backward pass took 0.8 and 1.2; torch's F.linear_cross_entropy took 1.0 and 1.9 times our time,
-    knows no z-loss and returns a bfloat16 loss.
+    through one buffer: g = softmax (1 + 2 z lse) - onehot, dx = g W / n, dW = g^T x / n, divided in
+    the backward pass, where a scale of the loss keeps float16 from losing it. Logits are computed
+    once and never stored; the gradients are good for one backward pass.
+
+    At V = 50,304, D = 384 on a CPU this took 0.4 (float32) and 0.5 (bfloat16) of the time of
+    F.cross_entropy over all logits, whose chunks recomputed in the backward pass took 0.8 and 1.2;
+    torch's F.linear_cross_entropy took 1.0 and 1.9 times our time, knows no z-loss and returns a
+    bfloat16 loss.
 
     Args:
         x: [n, D] features, any float dtype.
@@ -107,7 +112,8 @@ def linear_cross_entropy(
 
     Returns:
         The scalar loss with gradient, and the scalar mean of -log p(target) without: float32, or
-        float64 for float64 inputs. Both are 0 where n is 0.
+        float64 for float64 inputs. Both are 0 where n is 0. A second backward pass through the
+        loss raises TrainingError, a second derivative RuntimeError.
     """
     return _LinearCrossEntropy.apply(x, weight, targets, z_loss, torch.is_grad_enabled())
 
@@ -127,6 +133,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             W = weight.detach().to(product)
             rows = max(1, min(n, LOGITS // size))
+            if product == torch.float16:
+                rows = min(rows, FLOAT16_ROWS)
             # One buffer for every chunk: fresh memory costs more time than the arithmetic.
             buffer = x.new_empty(rows, size, dtype=exact)
             narrow = buffer if product == exact else x.new_empty(rows, size, dtype=product)
@@ -148,8 +156,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 squares += lse.square().sum(dtype=torch.float64)
                 if dx is None and dW is None:
                     continue
-                p.mul_((1 + 2 * z_loss * lse) / (n * total))
-                p.scatter_add_(1, target, torch.full_like(lse, -1 / n))
+                p.mul_((1 + 2 * z_loss * lse) / total)
+                p.scatter_add_(1, target, torch.full_like(lse, -1))
                 if g is not p:
                     g.copy_(p)
                 if dx is not None:
@@ -158,16 +166,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dW.addmm_(g.T, part)
                 elif dW is not None:
                     dW += g.T @ part
-        ctx.gradients = dx, dW
-        ctx.dtype = weight.dtype
+        ctx.gradients, ctx.n = (dx, dW), max(n, 1)
+        ctx.exact, ctx.dtypes = exact, (x.dtype, weight.dtype)
         mean = (nll / max(n, 1)).to(exact)
         ctx.mark_non_differentiable(mean)
         return ((nll + z_loss * squares) / max(n, 1)).to(exact), mean
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.gradients is not None, "the loss was made to be differentiated once"
-        (dx, dW), ctx.gradients = ctx.gradients, None  # scaled in place, so good for one use
-        dx = None if dx is None else dx.mul_(grad)
-        dW = None if dW is None else dW.mul_(grad).to(ctx.dtype)
+        if ctx.gradients is None:
+            raise TrainingError(
+                "this loss has been differentiated already, and its gradients, made with it, are "
+                "gone; compute it again, or sum all that needs them before one backward()"
+            )
+        found, ctx.gradients = ctx.gradients, None  # scaled in place, so good for one use
+        dx, dW = (
+            None if x is None else x.to(ctx.exact).mul_(grad / ctx.n).to(dtype)
+            for x, dtype in zip(found, ctx.dtypes, strict=True)
+        )
         return dx, dW, None, None, None

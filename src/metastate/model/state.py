@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -57,9 +58,10 @@ class ModelState:
         """Return the state on `device`."""
         return self.map(lambda x: x.to(device))
 
-    def __getitem__(self, rows: int | slice | Tensor) -> ModelState:
-        """Return the state of some batch rows; an int keeps a batch of one."""
-        if isinstance(rows, int):
+    def __getitem__(self, rows: SupportsIndex | slice | Tensor) -> ModelState:
+        """Return the state of some batch rows; one number, of any kind, keeps a batch of one."""
+        if not isinstance(rows, slice | list) and not getattr(rows, "ndim", 0):
+            rows = operator.index(rows)  # type: ignore[arg-type]
             if not -self.batch_size <= rows < self.batch_size:
                 raise IndexError(f"row {rows} of a state with {self.batch_size} rows")
             rows = slice(rows, rows + 1 or None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metastate.errors import ConfigError, ShapeError
 from metastate.ops import chunked, fused, reference
-from metastate.ops.reference import Trajectory, state_dtype
+from metastate.ops.reference import Trajectory, check_state, check_tensors, state_dtype
 
 __all__ = ["BACKENDS", "Trajectory", "meta_state", "resolve_backend", "state_dtype", "wkv7"]
 __all__ += ["wkv7_trajectory"]
@@ -86,27 +86,23 @@ def _module(backend: str, device: torch.device) -> Any:
     return {"reference": reference, "chunked": chunked}[name]
 
 
-def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Check shapes and dtypes; return the initial state, zeros where `state` is None."""
+def _check(
+    tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check shapes, dtypes and devices; return the initial state and the offsets, contiguous.
+
+    The state is zeros where `state` is None.
+    """
+    check_tensors(tensors)
     first = next(iter(tensors.values()))
-    if first.dim() != 4 or 0 in first.shape:
-        raise ShapeError(f"{next(iter(tensors))} must be [B, T, H, N]; got {list(first.shape)}")
-    for name, x in tensors.items():
-        if x.shape != first.shape:
-            raise ShapeError(
-                f"{name} is {list(x.shape)}, but {next(iter(tensors))} is {list(first.shape)}"
-            )
-        if not x.is_floating_point():
-            raise ShapeError(f"{name} is {x.dtype}; a floating-point tensor is needed")
-        if x.device != first.device:
-            raise ShapeError(
-                f"{name} is on {x.device}, but {next(iter(tensors))} on {first.device}"
-            )
     batch, length, heads, size = first.shape
     rows = batch
     if cu_seqlens is not None:
         if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
             raise ShapeError("cu_seqlens must be int64 [n + 1]")
+        if cu_seqlens.device != first.device:
+            raise ShapeError(f"cu_seqlens is on {cu_seqlens.device}, the inputs on {first.device}")
+        cu_seqlens = cu_seqlens.contiguous()
         if not torch.compiler.is_compiling():  # reading values would break the graph
             ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
             if ends != (0, batch * length) or bool((cu_seqlens.diff() < 1).any()):
@@ -119,10 +115,9 @@ def _check(tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor 
     dtype = torch.float64 if double else torch.float32
     shape = (rows, heads, size, size)
     if state is None:
-        return first.new_zeros(shape, dtype=dtype)
-    if state.shape != shape:
-        raise ShapeError(f"state is {list(state.shape)}; {list(shape)} is needed")
-    return state.to(dtype)
+        return first.new_zeros(shape, dtype=dtype), cu_seqlens
+    check_state(state, shape, first.device)
+    return state.to(dtype), cu_seqlens
 
 
 def wkv7_trajectory(
@@ -145,7 +140,7 @@ def wkv7_trajectory(
         transitions.
     """
     tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
-    state = _check(tensors, state, cu_seqlens)
+    state, cu_seqlens = _check(tensors, state, cu_seqlens)
     return _module(backend, r.device).wkv7(r, log_w, k, v, kappa, a, state, cu_seqlens)
 
 
@@ -189,7 +184,7 @@ def wkv7(
     Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
     """
     tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
-    state = _check(tensors, state, cu_seqlens)
+    state, cu_seqlens = _check(tensors, state, cu_seqlens)
     module = _module(backend, r.device)
     # Nobody will read these states again: the native kernels then need not keep them.
     run = getattr(module, "wkv7_without_trajectory", module.wkv7)
@@ -233,7 +228,8 @@ def meta_state(
 
     Source: Meta-State, arXiv:2504.08247, eqs 2, 3, 9 (our reconstruction); `delta` is ours.
     """
-    state = _check({"x": x, "e": e, "q": x if q is None else q}, state, trajectory.cu_seqlens)
+    given = {"the trajectory": trajectory.log_w, "x": x, "e": e, "q": x if q is None else q}
+    state, cu_seqlens = _check(given, state, trajectory.cu_seqlens)
     if update == "delta":
         x = fused.unit(x.to(state.dtype), fused=fused.can_fuse(x, backend))
         a = trajectory.a.to(state.dtype)
@@ -245,7 +241,7 @@ def meta_state(
             x,
             a,
             state,
-            cu_seqlens=trajectory.cu_seqlens,
+            cu_seqlens=cu_seqlens,
             backend=backend,
         )
         return y.to(e.dtype), state

@@ -108,8 +108,7 @@ class ChunkedTrajectory(Trajectory):
     U: Tensor
 
     @without_autocast
-    def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """See Trajectory.read."""
+    def _read(self, x: Tensor, by: str) -> Tensor:
         g = self.geometry
         q = g.layout.chunks(x.to(self.starts.dtype))
         if by == "key":
@@ -123,8 +122,7 @@ class ChunkedTrajectory(Trajectory):
         return g.layout.tokens(e).to(x.dtype)
 
     @without_autocast
-    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See Trajectory.recur; the geometry is reused."""
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         y, trajectory = self._run(self.geometry, r, k, v, state, self)
         return y, trajectory.state
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metastate import ops
+from metastate.ops.links import differentiable_once
 from metastate.ops.reference import without_autocast
 
 
@@ -132,6 +133,7 @@ class _StateBefore(torch.autograd.Function):
         return states[-1].clone()
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         maps, states = ctx.saved_tensors
         out = grad.new_zeros(ctx.group.size(), 2, *grad.shape)
@@ -150,6 +152,7 @@ class _LastBefore(torch.autograd.Function):
         return everyone[group.rank() - 1].clone() if group.rank() else first.clone()
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rank = ctx.group.rank()
         out = grad.new_zeros(ctx.group.size(), *grad.shape)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metastate.errors import ConfigError
 from metastate.ops import cpu_kernels as kernels
 from metastate.ops.links import differentiable, make_links
 from metastate.ops.reference import Trajectory
@@ -311,10 +310,7 @@ class CpuTrajectory(Trajectory):
     kept: tuple[Tensor, ...] | None  # w, u, checkpoints, links; None after a single token
     readers: list[str] = field(default_factory=list)
 
-    def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """See Trajectory.read."""
-        if by not in ("key", "value"):
-            raise ConfigError(f"by is {by!r}; allowed: 'key', 'value'")
+    def _read(self, x: Tensor, by: str) -> Tensor:
         if self.kept is None:
             row = x[:, 0].to(self.state.dtype)
             read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
@@ -335,8 +331,7 @@ class CpuTrajectory(Trajectory):
             return _read(x, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key).to(x.dtype)
         return wkv7_read(x, links, w, k, v, kappa, a, cu_seqlens, u, checkpoints, by_key)
 
-    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See Trajectory.recur."""
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         y, other = wkv7(r, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)
         return y, other.state
 

@@ -55,15 +55,13 @@ class FlaTrajectory(Trajectory):
 
     inputs: tuple[Tensor, ...]  # k, v, initial state
 
-    def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """See Trajectory.read; `by="value"` is not offered by fla."""
+    def _read(self, x: Tensor, by: str) -> Tensor:
         if by != "key":
             raise ConfigError("backend 'fla' reads states by key only; use 'triton' or 'chunked'")
         k, v, state = self.inputs
         return _run(x, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)[0]
 
-    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See Trajectory.recur."""
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return _run(r, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)
 
 

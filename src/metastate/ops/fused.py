@@ -2,7 +2,8 @@
 
 The PyTorch form is the meaning and runs everywhere. On a CPU in float32 (and the half types) the
 same function is one pass over memory by a Numba kernel, forward and backward: in PyTorch's eager
-mode these dozens of passes cost more than the matrix products between them.
+mode these dozens of passes cost more than the matrix products between them. The kernels' gradients
+cannot be differentiated again and say so; those of the PyTorch form can (backend `chunked`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metastate.ops.links import differentiable_once
 from metastate.ops.threads import run_pieces
 
 DECAY_SCALE = -math.exp(-0.5)
@@ -242,6 +244,7 @@ class _TokenMix(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
         from metastate.ops import fused_kernels as kernels
 
@@ -283,6 +286,7 @@ class _WkvInputs(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
         from metastate.ops import fused_kernels as kernels
 
@@ -322,6 +326,7 @@ class _WkvOutput(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         from metastate.ops import fused_kernels as kernels
 
@@ -350,6 +355,7 @@ class _NormProduct(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         from metastate.ops import fused_kernels as kernels
 
@@ -377,6 +383,7 @@ class _Unit(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         from metastate.ops import fused_kernels as kernels
 
@@ -399,6 +406,7 @@ class _ReluSquared(torch.autograd.Function):
         return out.to(x.dtype)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         from metastate.ops import fused_kernels as kernels
 

@@ -12,8 +12,13 @@ as (value side, key side, sum_i S_ij (dL/dS)_ij of the term). The one backward p
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def make_links(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,3 +32,20 @@ def differentiable(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what `backward` of an autograd function returns raise where it is differentiated.
+
+    torch's own decorator does so only where the gradient that comes in depends on something; what
+    the function saved would be taken for constants, and a second derivative be silently wrong.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def raising(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # only while the gradients' own graph is made
+            grads = tuple(grad.detach().requires_grad_() for grad in grads)
+        return once(ctx, *grads)
+
+    return raising

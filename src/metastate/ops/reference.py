@@ -13,10 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metastate.errors import ConfigError, ShapeError
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of states for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensors(tensors: dict[str, Tensor]) -> None:
+    """Raise ShapeError unless all are floating-point [B, T, H, N] on one device; by their names.
+
+    Native kernels get addresses: what they would read beyond a tensor's end must be refused here.
+    """
+    (name, first), *rest = tensors.items()
+    if first.dim() != 4 or 0 in first.shape:
+        raise ShapeError(f"{name} must be [B, T, H, N]; got {list(first.shape)}")
+    for other, x in rest:
+        if x.shape != first.shape:
+            raise ShapeError(f"{other} is {list(x.shape)}, but {name} is {list(first.shape)}")
+        if x.device != first.device:
+            raise ShapeError(f"{other} is on {x.device}, but {name} on {first.device}")
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ShapeError(f"{name} is {x.dtype}; a floating-point tensor is needed")
+
+
+def check_state(state: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ShapeError unless a state is floating-point, of this shape and on this device."""
+    if tuple(state.shape) != shape:
+        raise ShapeError(f"state is {list(state.shape)}; {list(shape)} is needed")
+    if not state.is_floating_point():
+        raise ShapeError(f"state is {state.dtype}; a floating-point tensor is needed")
+    if state.device != device:
+        raise ShapeError(f"state is on {state.device}, but the inputs on {device}")
 
 
 def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,6 +69,8 @@ class Trajectory:
         state: the state after the last token of every sequence, [n, H, N, N].
         log_w, kappa, a: the transition G_t = diag(w_t) - kappa_t^T (a_t * kappa_t), [B, T, H, N].
         cu_seqlens: [n + 1] int64 offsets of the sequences in the flattened B * T tokens, or None.
+
+    A backend's subclass gives `_read` and `_recur`, which get what was checked here.
     """
 
     state: Tensor
@@ -48,11 +80,46 @@ class Trajectory:
     cu_seqlens: Tensor | None
 
     def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """Read every state: e_t = x_t S_t^T (`by="key"`) or x_t S_t (`by="value"`)."""
-        raise NotImplementedError
+        """Read every state: e_t = x_t S_t^T (`by="key"`) or x_t S_t (`by="value"`).
+
+        Args:
+            x: [B, T, H, N], as many as the pass had.
+            by: what x_t names.
+
+        Returns:
+            e [B, T, H, N] in x's dtype.
+
+        Raises:
+            ShapeError: x is not of the pass's shape or device. ConfigError: `by` is neither.
+        """
+        check_tensors({"the trajectory": self.log_w, "x": x})
+        if by not in ("key", "value"):
+            raise ConfigError(f"by is {by!r}; allowed: 'key', 'value'")
+        return self._read(x, by)
 
     def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Run M_t = M_{t-1} G_t + v_t^T k_t through the same transitions, read with r."""
+        """Run M_t = M_{t-1} G_t + v_t^T k_t through the same transitions, read with r.
+
+        Args:
+            r: [B, T, H, N], as many as the pass had; so k and v.
+            k: what M is written under.
+            v: what is written.
+            state: M before token 0 of every sequence, [n, H, N, N].
+
+        Returns:
+            r_t M_t^T [B, T, H, N] in r's dtype, and M after the last token of every sequence.
+
+        Raises:
+            ShapeError: a shape or device is not the pass's.
+        """
+        check_tensors({"the trajectory": self.log_w, "r": r, "k": k, "v": v})
+        check_state(state, tuple(self.state.shape), r.device)
+        return self._recur(r, k, v, state.to(state_dtype(state.dtype)))
+
+    def _read(self, x: Tensor, by: str) -> Tensor:
+        raise NotImplementedError
+
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -63,13 +130,11 @@ class ReferenceTrajectory(Trajectory):
     states: Tensor
 
     @without_autocast
-    def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """See Trajectory.read."""
+    def _read(self, x: Tensor, by: str) -> Tensor:
         equation = "bthvk,bthk->bthv" if by == "key" else "bthvk,bthv->bthk"
         return torch.einsum(equation, self.states, x.to(self.states.dtype)).to(x.dtype)
 
-    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See Trajectory.recur."""
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         y, trajectory = wkv7(r, self.log_w, k, v, self.kappa, self.a, state, self.cu_seqlens)
         return y, trajectory.state
 

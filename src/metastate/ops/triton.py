@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metastate.errors import ConfigError
 from metastate.ops import triton_backward as backward
 from metastate.ops import triton_kernels as kernels
 from metastate.ops.links import differentiable, make_links
@@ -395,10 +394,7 @@ class TritonTrajectory(Trajectory):
     kept: tuple[Tensor, ...] | None  # U, starts, links; None after a single token
     readers: list[str] = field(default_factory=list)
 
-    def read(self, x: Tensor, by: str = "key") -> Tensor:
-        """See Trajectory.read."""
-        if by not in ("key", "value"):
-            raise ConfigError(f"by is {by!r}; allowed: 'key', 'value'")
+    def _read(self, x: Tensor, by: str) -> Tensor:
         if self.kept is None:
             row = x[:, 0].to(self.state.dtype)
             read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
@@ -417,8 +413,7 @@ class TritonTrajectory(Trajectory):
             return _read(x, *args, *options).to(x.dtype)
         return wkv7_read(x, links, *args, *options)
 
-    def recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See Trajectory.recur; the geometry is reused."""
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         inverse = self.inputs[-1] if self.inputs else None
         inputs = (r, self.log_w, k, v, self.kappa, self.a, state)
         y, other = wkv7(*inputs, self.cu_seqlens, inverse)
