@@ -478,8 +478,9 @@ class TrainConfig:
         _positive("train", **{name: getattr(self, name) for name in _TRAIN_SIZES})
         if not 0 <= self.min_lr <= self.lr:
             raise ConfigError(f"train.min_lr {self.min_lr} must be between 0 and lr {self.lr}")
-        if not self.warmup >= 0:
-            raise ConfigError(f"train.warmup is {self.warmup}; 0 or more steps")
+        for name in ("warmup", "shard_size", "weight_decay", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 < self.decay_fraction <= 1:
             raise ConfigError(f"train.decay_fraction is {self.decay_fraction}; in (0, 1]")
         for name in ("beta1", "beta2"):
@@ -488,8 +489,6 @@ class TrainConfig:
         _fraction("train.old_lr_scale", self.old_lr_scale)
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"train.seed is {self.seed}; from 0 to {SEEDS - 1}")
-        if self.shard_size < 0:
-            raise ConfigError(f"train.shard_size is {self.shard_size}; 0 or more processes")
         steps = [g.step for g in self.growth]
         if steps != sorted(set(steps)):
             raise ConfigError(f"train.growth has steps {steps}; each must be after the one before")
@@ -497,5 +496,3 @@ class TrainConfig:
             raise ConfigError(
                 f"train.growth at step {steps[-1]} comes after the run's end, {self.steps} steps"
             )
-        if self.weight_decay < 0 or self.z_loss < 0:
-            raise ConfigError("train.weight_decay and train.z_loss must not be negative")
