@@ -167,7 +167,8 @@ def comparison_figure(
     models, sizes = list(results["suite"]["models"]), list(results["suite"]["sizes"])
     ends: list[float] = []
     for i, model in enumerate(models):
-        colour, label = f"C{i % 10}", _as_text(model)
+        colour = f"C{i % 10}"
+        label: str | None = _as_text(model)
         by_size = [
             [r for r in results["rows"] if (r["model"], r["size"]) == (model, size) and r["curve"]]
             for size in sizes

@@ -141,11 +141,11 @@ class Suite:
                     raise ConfigError(unknown_key_message(name, list(self.models), where))
         if not self.seeds:
             raise ConfigError("suite.seeds is empty; name at least one")
-        numbers = ("tokens_per_parameter", "points", "test_tokens")
-        _check_numbers("suite", self, numbers, self.seeds)
+        own = ("tokens_per_parameter", "points", "test_tokens")
+        _check_numbers("suite", self, own, self.seeds)
         for key, size in self.sizes.items():
-            numbers = ("parameters", "tokens_per_parameter")
-            _check_numbers(f"suite.sizes.{key}", size, numbers, size.seeds or ())
+            names = ("parameters", "tokens_per_parameter")
+            _check_numbers(f"suite.sizes.{key}", size, names, size.seeds or ())
         for rate in self.lr.values:
             if rate <= 0 or self.lr.values.count(rate) > 1:
                 raise ConfigError(f"suite.lr.values holds {rate:g}; different rates above 0")
