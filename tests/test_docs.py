@@ -61,13 +61,52 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert (tmp_path / "models" / "first" / "model.safetensors").is_file()
 
 
-def test_the_readmes_commands_parse():
-    """Every `metastate ...` line of the README is accepted by the parser."""
-    from metastate.cli import build_parser
+def commands_of(text):
+    """Return what follows `metastate` in every command that a page or a recipe shows.
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^(?:\$ )?metastate (\w+ .*)$", text, re.M)
-    assert len(lines) >= 6
-    for line in lines:
-        _, unknown = build_parser()[0].parse_known_args(shlex.split(line))
-        assert not unknown, line
+    A command has a line of its own (behind $, # or python's -m) or stands in backquotes, and may be
+    broken, by a backslash or there. A name alone, or with one option, is no command but a mention.
+    """
+    lines = re.sub(r"\\\n[ \t#]*", "", text)
+    shown = re.findall(r"^(?:.* -m |[ \t#$]*)metastate (\w[\w-]*(?: .*)?)$", lines, re.M)
+    quoted = re.findall(r"`(?:python -m )?metastate\s+(\w[\w-]*\s[^`]*)`", lines)
+    quoted = [
+        re.sub(r"\s+(?:# +)?|[][]", " ", q) for q in quoted
+    ]  # [an option that may be left out]
+    return [*shown, *(q for q in quoted if not re.fullmatch(r"\S+ --[\w-]+", q))]
+
+
+def test_commands_are_found_where_pages_show_them():
+    text = """
+    $ metastate train --a \\
+    #     --b 1  # why
+    torchrun -n 2 -m metastate eval x
+    metastate doctor
+    metastate doctor: OK | `metastate grow --c`, `metastate
+    prepare [--d 2] y` and `metastate chat`
+    """
+    assert [shlex.split(c, comments=True) for c in commands_of(text)] == [
+        ["train", "--a", "--b", "1"],
+        ["eval", "x"],
+        ["doctor"],
+        ["prepare", "--d", "2", "y"],
+    ]
+
+
+RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda p: p.name)
+def test_commands_parse(page):
+    """Every command that a page or a recipe shows is accepted by the parser."""
+    from metastate.cli import build_parser
+    from metastate.errors import ConfigError
+
+    commands = commands_of(page.read_text(encoding="utf-8"))
+    assert len(commands) >= (6 if page.name == "README.md" else 0)
+    for command in commands:
+        try:
+            _, unknown = build_parser()[0].parse_known_args(shlex.split(command, comments=True))
+        except ConfigError as error:
+            pytest.fail(f"{command}: {error}")
+        assert not unknown, command

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from metastate.cli import main
+
 SUITE = """
 models:
   Meta-State: {preset: metastate}
@@ -35,11 +37,15 @@ def test_a_suite_is_planned_run_and_reported(suite, tmp_path, data, run, capsys)
     again = json.loads(run(*argv, "--report-only", "--json"))
     assert again == json.loads((tmp_path / "out/results.json").read_text())
     assert len(again["rows"]) == 2
+    file = next((tmp_path / "out").glob("cells/*/score.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"source": None}))
+    assert main([str(a) for a in (*argv, "--report-only")]) == 0
+    said = capsys.readouterr().err
+    assert "warning: finished cells come from different sources: " in said
+    assert "unknown (1 cells)" in said
 
 
 def test_unequal_counts_are_said_before_the_run(suite, tmp_path, data, capsys):
-    from metastate.cli import main
-
     argv = ["compare", suite, "--data", data, "--out", tmp_path / "out", "--dry-run"]
     assert main([str(a) for a in argv]) == 0
     said = capsys.readouterr().err

@@ -12,9 +12,9 @@ import yaml
 from metastate.config import from_dict
 from metastate.data.files import alone_in
 from metastate.data.loader import PreparedData
-from metastate.errors import BusyError, ConfigError
+from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval import compare as harness
-from metastate.eval.compare import chosen_rate, collect, compare, estimate
+from metastate.eval.compare import chosen_rate, collect, compare, curve, estimate
 from metastate.eval.suite import Suite, count, fit_parameters, plan, uneven
 from metastate.model.presets import preset
 from metastate.train.trainer import train
@@ -363,6 +363,64 @@ def test_a_run_that_diverges_is_a_result_and_stops_nothing(few_words, tmp_path):
     assert failed[0]["loss"] is None and "step" in failed[0]["failed"]
 
 
+def test_a_model_whose_every_rate_diverges_stops_no_other(few_words, tmp_path):
+    sweep = {"values": [1e-3, 1e-2], "share": 0.5}
+    mad = {"preset": "rwkv7"}
+    suite = suite_of(
+        few_words,
+        models={"mad": mad, "Meta-State": {}},
+        sizes={"tiny": {"model": TINY}},
+        lr=sweep,
+    )
+
+    def diverging(config, **kwargs):
+        if "mad" in config.out:
+            raise DivergedError("step 1")
+        return train(config, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "train", diverging)
+        rows = compare(suite, tmp_path)["rows"]
+    assert [r["model"] for r in rows] == ["mad", "Meta-State"]
+    assert "every learning rate of the sweep diverged (0.001, 0.01)" in rows[0]["failed"]
+    assert rows[0]["lr"] is None and rows[0]["curve"] == [] and rows[1]["loss"] < 6
+    cells = plan(suite, tmp_path)
+    assert estimate(cells) == {} and collect(suite, cells, tmp_path)["rows"] == rows
+    # A rate that does not diverge, given later, is run and carried.
+    more = dataclasses.replace(suite.lr, values=(1e-3, 1e-2, 2e-3))
+    rows = compare(dataclasses.replace(suite, lr=more), tmp_path)["rows"]
+    assert (rows[0]["lr"], rows[0]["failed"]) == (2e-3, None)
+
+
+@pytest.mark.parametrize("text", ['{"run": ', "[]", '{"run": {}}', '{"lr": 1, "run": 5}', "\xff"])
+def test_a_damaged_score_is_named_and_can_be_made_again(copied, text):
+    suite, out = copied
+    cells = plan(suite, out)
+    rows = collect(suite, cells, out)["rows"]
+    file = cells[-1].folder / "score.json"
+    file.write_bytes(text.encode("latin-1"))
+    for call in (compare, lambda suite, out: collect(suite, cells, out)):
+        with pytest.raises(DataError, match=f"{file} is damaged; delete it"):
+            call(suite, out)
+    file.unlink()
+    assert compare(suite, out)["rows"] == rows
+
+
+def test_points_between_lines_of_the_log_have_their_own_seconds(copied):
+    suite, out = copied
+    cell = plan(suite, out)[-1]
+    lines = [
+        {"kind": "valid", "tokens": 25, "nats_per_token": 3.0},
+        {"kind": "train", "tokens": 100, "tokens_per_s": 50.0},
+        {"kind": "valid", "tokens": 100, "nats_per_token": 2.0},
+        {"kind": "valid", "tokens": 150, "nats_per_token": 1.5},
+        {"kind": "train", "tokens": 200, "tokens_per_s": 25.0},
+        {"kind": "valid", "tokens": 200, "nats_per_token": 1.0},
+    ]
+    (cell.folder / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert [p["seconds"] for p in curve(cell)] == [0.5, 2.0, 4.0, 6.0]
+
+
 def test_the_estimate_covers_what_is_left(finished, few_words, tmp_path):
     suite, out, _ = finished
     assert estimate(plan(suite, out)) == {}
@@ -378,11 +436,29 @@ def test_the_estimate_covers_what_is_left(finished, few_words, tmp_path):
         ({"models": {"A b": {}, "a-b": {}}}, "share one folder"),
         ({"models": {"a": {"presett": "rwkv7"}}}, "did you mean 'preset'"),
         ({"models": {"a": {"preset": "rwvk7"}}}, "did you mean 'rwkv7-tiny'"),
+        (
+            {"models": {"A": {}, "A b": {}}, "sizes": {"tiny": {}, "b tiny": {}}},
+            "'A, b tiny' and 'A b, tiny' would share one folder, a-b-tiny",
+        ),
         ({"train": {"out": "x"}}, "train.out"),
+        ({"train": {"from_checkpoint": "x"}}, "train.from_checkpoint .* fresh weights"),
+        ({"train": {"valid_every": 7}}, "train.valid_every .* suite.points decides it"),
+        ({"sizes": {"tiny": {"train": {"checkpoint_every": 7}}}}, "train.checkpoint_every"),
         ({"sizes": {"tiny": {"shapes": {"RWKV7": {}}}}}, "did you mean 'RWKV-7'"),
         ({"sizes": {"tiny": {"shapes": {"RWKV-7": {"depth": 2}}}}}, "unknown key 'depth'"),
         ({"seeds": []}, "seeds"),
-        ({"tokens_per_parameter": 0.0}, "tokens_per_parameter"),
+        ({"seeds": [0, 1, 0]}, "suite.seeds holds 0; different"),
+        ({"seeds": [-1]}, "suite.seeds holds -1"),
+        ({"sizes": {"tiny": {"seeds": [4, 4]}}}, "suite.sizes.tiny.seeds holds 4"),
+        ({"tokens_per_parameter": 0.0}, "suite.tokens_per_parameter is 0.0; it must be above 0"),
+        ({"points": 0}, "suite.points is 0"),
+        ({"test_tokens": 0}, "suite.test_tokens is 0"),
+        ({"sizes": {"tiny": {"parameters": -5}}}, "suite.sizes.tiny.parameters is -5"),
+        ({"sizes": {"tiny": {"tokens_per_parameter": 0}}}, "tiny.tokens_per_parameter is 0"),
+        ({"lr": {"values": [1e-3], "share": -1}}, "suite.lr.share is -1; above 0, at most 1"),
+        ({"lr": {"values": [1e-3, 0.0]}}, "suite.lr.values holds 0; different rates above 0"),
+        ({"lr": {"values": [1e-3, 1e-3]}}, "suite.lr.values holds 0.001"),
+        ({"lr": {"exponent": -0.5}}, "suite.lr.exponent is -0.5; 0 or more"),
     ],
 )
 def test_impossible_suites_are_refused(few_words, tmp_path, changes, message):

@@ -1,5 +1,6 @@
 """The doctor finds what has been wrong elsewhere, and finds nothing where nothing is."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from metastate import ops
 from metastate.eval import doctor
 from metastate.model.decode import NativeDecoder
+from metastate.model.presets import preset
 from metastate.ops import chunked, cpu, fused
 from tolerance import TOLERANCE
 
 CPU = [torch.device("cpu")]
+ALL_CASES = doctor.CASES
 F32 = torch.float32
 
 
@@ -34,6 +37,16 @@ def _models(monkeypatch):
         doctor.Case("model with M", 2, 9, 2, 16, layers=2, readout="both"),
     )
     monkeypatch.setattr(doctor, "CASES", cases)
+
+
+@pytest.fixture
+def _kinds(monkeypatch):
+    """Models of every kind that doctor's own cases have, small."""
+    monkeypatch.setattr(
+        doctor,
+        "CASES",
+        tuple(dataclasses.replace(c, length=9) for c in ALL_CASES if c.layers),
+    )
 
 
 def entry(report, name):
@@ -193,6 +206,64 @@ def test_a_native_decoder_that_is_wrong(monkeypatch):
     report = doctor.diagnose(CPU)
     assert not report["ok"]
     assert {row["what"] for row in entry(report, "cpu")["failures"]} == {"decoded logits"}
+
+
+def test_models_are_of_the_kinds_that_people_decode():
+    """The presets' own options among them, and matrices stored in bfloat16."""
+    cases = [c for c in ALL_CASES if c.layers]
+    for name in ("metastate-tiny", "rwkv7-tiny"):
+        own = preset(name)
+        kind = (own.architecture, own.ffn_order, own.meta_state)
+        configs = [c.model().config for c in cases]
+        assert kind in [(c.architecture, c.ffn_order, c.meta_state) for c in configs]
+    assert {c.ffn_order for c in cases if c.dtype == torch.bfloat16} == {"after"}
+
+
+@pytest.mark.usefixtures("_kinds")
+def test_models_of_every_kind_decode_rightly():
+    report = doctor.diagnose(CPU)
+    assert report["ok"], report["verdict"]
+    assert entry(report, "cpu")["checks"] == entry(report, "chunked")["checks"] == 4
+
+
+def _third_norm(block, dtype, rows):
+    if block.ln3 is not None:
+        rows[-1]["ln2_weight"] = 2 * rows[-1]["ln2_weight"] + 1
+
+
+def _keys_in_bfloat16(block, dtype, rows):
+    if dtype == torch.bfloat16:
+        rows[0]["key"] = torch.zeros_like(rows[0]["key"])
+
+
+def _recurrence_of_rwkv7(block, dtype, rows):
+    if block.meta_state is None:
+        rows[0]["w0"] = rows[0]["w0"] + 1
+
+
+@pytest.mark.usefixtures("_kinds")
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (_third_norm, {"two layers", "two layers stored in bfloat16"}),
+        (_keys_in_bfloat16, {"two layers stored in bfloat16"}),
+        (_recurrence_of_rwkv7, {"RWKV-7"}),
+    ],
+)
+def test_a_native_decoder_that_is_wrong_for_one_kind_of_model(fault, found, monkeypatch):
+    plain = NativeDecoder._layers
+
+    def wrong(self, block, state, dtype):
+        rows = plain(self, block, state, dtype)
+        fault(block, dtype, rows)
+        return rows
+
+    monkeypatch.setattr(NativeDecoder, "_layers", wrong)
+    report = doctor.diagnose(CPU)
+    assert not report["ok"] and "WRONG: decoded logits off by" in report["verdict"]
+    failures = entry(report, "cpu")["failures"]
+    assert {row["case"] for row in failures} == found
+    assert {row["what"] for row in failures} == {"decoded logits"}
 
 
 def test_a_query_of_its_own_reaches_the_meta_state(monkeypatch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from metastate.config import ModelConfig
 from metastate.data.indexed import IndexedDataset, write_dataset
-from metastate.data.loader import Split
+from metastate.data.loader import Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.eval import loss
 from metastate.eval.loss import evaluate
@@ -108,8 +108,42 @@ def test_limit(model, split, limit):
     assert result.total.bytes == sum(d.text_bytes for d in kept)
 
 
+def scored_by_domain(lengths, domains, limit):
+    scored, _ = loss._pieces(np.array(lengths), np.array(domains), limit, None)
+    assert (scored <= lengths).all()
+    return np.bincount(domains, scored).tolist()
+
+
+def test_a_limit_is_shared_by_the_domains_in_proportion_to_their_tokens():
+    """Few long books, many short questions, one line of a third: each gets its share."""
+    lengths = [5000] * 3 + [10] * 500 + [40]
+    domains = [0] * 3 + [1] * 500 + [2]
+    # 1000 x (15000, 5000, 40) / 20040 = 748.50, 249.50, 1.996; the 0.996 and the first half
+    assert scored_by_domain(lengths, domains, 1000) == [749, 249, 2]
+    assert scored_by_domain(lengths, domains, 10) == [6, 3, 1]  # 7.49, 2.50, 0.02, and one for it
+    assert scored_by_domain(lengths, domains, 2) == [1, 1, 0]
+    assert scored_by_domain(lengths, domains, 20039) == [14999, 5000, 40]
+    assert scored_by_domain([9, 9], [0, 2], 4) == [2, 0, 2]  # a domain without text
+
+
+@pytest.mark.parametrize("limit", [1, 700, 40_000])
+def test_of_one_domain_documents_come_in_the_fixed_shuffled_order(limit):
+    """The order and the cut, written out: what data of one domain was scored on stays the same."""
+    lengths = np.random.default_rng(0).integers(1, 4000, 40)
+    expected, left = np.zeros_like(lengths), limit
+    most = max(1024, limit // 16)
+    while np.minimum(lengths, most).sum() < limit:
+        most *= 2
+    for i in permute(np.arange(40), 40, key=0):
+        expected[i] = min(left, lengths[i], most)
+        left -= expected[i]
+    scored, _ = loss._pieces(lengths, np.zeros(40, np.int64), limit, None)
+    assert scored.tolist() == expected.tolist() and scored.sum() == limit
+
+
 def test_a_long_document_does_not_use_up_the_limit(model, split, monkeypatch):
     monkeypatch.setattr(loss, "CUT", 4)
+    split.dataset.domains = np.zeros(7, np.int64)
     result = evaluate(model, split, limit_tokens=24, by_position=True)
     assert result.total.tokens == 24
     assert result.total.documents == 7  # 1 + 3 + 5 x 4

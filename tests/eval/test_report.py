@@ -6,6 +6,7 @@ import re
 import pytest
 
 from metastate.errors import DataError
+from metastate.eval import plots
 from metastate.eval.plots import comparison_figure
 from metastate.eval.report import (
     FIGURES,
@@ -15,6 +16,7 @@ from metastate.eval.report import (
     main_table,
     markdown,
     power_law,
+    remarks,
     seed_table,
     sweep_table,
     write_report,
@@ -93,6 +95,46 @@ def test_what_diverged_or_is_missing_is_said(results):
     assert sweep_table(results) == [["model", "lr 0.001", "lr 0.01"], ["old", "2.2500", "diverged"]]
 
 
+def test_cells_of_several_sources_or_texts_are_said(results, tmp_path):
+    for r in results["rows"]:
+        r["source"] = {"metastate": "0.1.0", "commit": "0123456789abcdef-dirty"}
+        r["domain_tokens"] = {"law": 5, "web": 7}
+    assert remarks(results) == failures(results)
+    results["rows"][0]["source"] = None
+    results["rows"][1]["source"] = {"metastate": "0.0.9", "commit": None}
+    said = (
+        "different sources: unknown (1 cells), 0.0.9 (1 cells), 0.1.0 0123456789ab-dirty (4 cells)"
+    )
+    assert said in remarks(results)[-1]
+    results["rows"][5]["domain_tokens"] = {"law": 12}  # of the cell that diverged: nothing scored
+    assert said in remarks(results)[-1]
+    results["rows"][0]["domain_tokens"] = {"law": 12}
+    assert "different pieces of the test text" in remarks(results)[-1]
+    write_report(results, tmp_path)
+    for name in ("table.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert said in text and "different pieces of the test text" in text
+
+
+def test_a_name_with_a_bar_stays_in_its_column():
+    line = markdown([["size", "model"], ["small", "a|b"]]).splitlines()[2]
+    assert line == r"| small | a\|b |"
+
+
+@pytest.mark.parametrize("key", FIGURES)
+@pytest.mark.parametrize("name", ["$a_{b$", "_hidden"])
+def test_a_model_of_any_name_is_drawn_and_in_the_legend(results, key, name, monkeypatch):
+    found, plain = [], plots._bytes
+    monkeypatch.setattr(plots, "_bytes", lambda fig, kind: found.append(fig) or plain(fig, kind))
+    results["suite"] |= {"models": {name: {}, "old": {}}, "sizes": {"small": {}, name: {}}}
+    for r in results["rows"]:
+        r["model"] = name if r["model"].startswith("new") else r["model"]
+        r["size"] = name if r["size"] == "large" else r["size"]
+    assert comparison_figure(results, key, {}, name)
+    shown = [text.get_text() for text in found[0].axes[0].get_legend().get_texts()]
+    assert shown.count(plots._as_text(name)) == (1 if key == "parameters" else 2)
+
+
 def test_a_power_law_is_found_again_and_its_band_covers_it():
     x = [1e5, 4e5, 1e6, 8e6]
     law = power_law(x, [3.0 * v**-0.08 for v in x])
@@ -138,6 +180,7 @@ def test_the_page_stands_alone_and_is_escaped(results, tmp_path):
     assert 'name="viewport"' in page
     # Nothing is loaded from elsewhere.
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#', "", page))
+    assert "the seeds of a size share its distance from the line" in page
     assert "extrapolation, not measured" in page and "1 of 8 cells" in page
     assert "10.00" not in page and "15.00 ± 7.07 %" in page
 

@@ -173,7 +173,10 @@ def add_eval(parser: Parser) -> None:
         "--by-position", action="store_true", help="also the loss by tokens seen before"
     )
     parser.add_argument(
-        "--limit-tokens", type=int, metavar="N", help="score about so many tokens (default: all)"
+        "--limit-tokens",
+        type=int,
+        metavar="N",
+        help="score so many tokens, of each domain its share (default: all)",
     )
     parser.add_argument(
         "--state", metavar="FILE", help="let every document start from this state (tune-state)"

@@ -11,7 +11,7 @@ from metastate.config import from_dict
 from metastate.data.files import in_turn
 from metastate.errors import ConfigError, DataError
 from metastate.eval.compare import collect, compare, estimate
-from metastate.eval.report import main_table, markdown, write_report
+from metastate.eval.report import main_table, markdown, remarks, write_report
 from metastate.eval.suite import Cell, Suite, plan, uneven
 
 
@@ -40,6 +40,8 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         with bar("compare", "GFLOP") as show:
             results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
+    for remark in remarks(results):
+        log(f"warning: {remark}")
     with in_turn(out, error=DataError):  # as in collect
         paths = write_report(results, out)
     if args.json:

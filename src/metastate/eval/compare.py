@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metastate.config import to_dict
@@ -63,7 +64,7 @@ def compare(
     Raises:
         ConfigError: the suite is impossible, or a cell in `out` was run with other settings, on
             other data, or at another learning rate than the sweep chose.
-        DataError: no such data.
+        DataError: no such data, or a damaged score.json.
         KeyboardInterrupt: a signal came; the running cell has its checkpoint, the same call goes
             on.
     """
@@ -72,11 +73,11 @@ def compare(
     cells = plan(suite, out, match_params=match_params)
     work = {id(c): max(1, round(c.flops / 1e9)) for c in cells}
     told = False
-    while left := [c for c in cells if not _finished(c)]:
+    while left := _left(cells):
         worked = False
         for cell in left:
             sweeping = any(c.rate is not None and not _finished(c) for c in left)
-            if _finished(cell) or (cell.rate is None and sweeping):
+            if _finished(cell) or (cell.rate is None and sweeping) or _hopeless(cells, cell):
                 continue
             if cell.rate is None:
                 _check_rates(suite, cells)
@@ -103,6 +104,25 @@ def compare(
             told = True
             time.sleep(WAIT_S)
     return collect(suite, cells, out)
+
+
+def _left(cells: list[Cell]) -> list[Cell]:
+    """Return the cells that are still to be run."""
+    return [c for c in cells if not _finished(c) and _hopeless(cells, c) is None]
+
+
+def _sweep(cells: list[Cell], cell: Cell) -> list[Cell]:
+    """Return the runs that a cell's learning rate is found by."""
+    return [c for c in cells if c.rate is not None and c.model == cell.model]
+
+
+def _hopeless(cells: list[Cell], cell: Cell) -> str | None:
+    """Return why a cell is not run, where every learning rate of its finished sweep diverged."""
+    sweep = [] if cell.rate is not None else _sweep(cells, cell)
+    if not sweep or any(not _finished(c) or math.isfinite(last_loss(c)) for c in sweep):
+        return None
+    rates = ", ".join(f"{c.rate:g}" for c in sweep)
+    return f"every learning rate of the sweep diverged ({rates}); give lr.values lower ones"
 
 
 def _told(cell: Cell) -> str:
@@ -136,8 +156,7 @@ def _finished(cell: Cell) -> bool:
 def _check_rates(suite: Suite, cells: list[Cell]) -> None:
     """Refuse a finished cell whose learning rate is not the one that a finished sweep chose."""
     for cell in cells:
-        sweep = [c for c in cells if c.rate is not None and c.model == cell.model]
-        if cell.rate is not None or not all(map(_finished, [cell, *sweep])):
+        if cell.rate is not None or not all(map(_finished, [cell, *_sweep(cells, cell)])):
             continue
         used, chosen = _score(cell)["lr"], chosen_rate(suite, cells, cell)
         if not math.isclose(used, chosen):
@@ -148,8 +167,19 @@ def _check_rates(suite: Suite, cells: list[Cell]) -> None:
 
 
 def _score(cell: Cell) -> dict[str, Any]:
-    """Return what a finished cell's score.json says."""
-    return json.loads((cell.folder / SCORE).read_text(encoding="utf-8"))
+    """Return what a finished cell's score.json says.
+
+    Raises:
+        DataError: it cannot be read, or says nothing of the kind.
+    """
+    file = cell.folder / SCORE
+    try:
+        score = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no JSON, or no UTF-8
+        score = None
+    if not isinstance(score, dict) or not isinstance(score.get("run"), dict) or "lr" not in score:
+        raise DataError(f"{file} is damaged; delete it, and compare will score the cell again")
+    return score
 
 
 def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
@@ -183,25 +213,27 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
 
 
 def chosen_rate(suite: Suite, cells: list[Cell], cell: Cell) -> float:
-    """Return the learning rate of a cell: its own, or by the sweep and the rule of transfer."""
+    """Return the learning rate of a cell: its own, or by the sweep and the rule of transfer.
+
+    Raises:
+        ConfigError: every rate of the sweep diverged.
+    """
     if cell.rate is not None:
         return cell.rate
-    sweep = [c for c in cells if c.rate is not None and c.model == cell.model]
+    sweep = _sweep(cells, cell)
     if not sweep:
         return cell.train.lr
-    losses = {c.rate: last_loss(c) for c in sweep}
-    best = min(losses, key=lambda rate: losses[rate])
-    if not math.isfinite(losses[best]):
-        raise ConfigError(f"every learning rate of the sweep diverged for {cell.model}: {losses}")
+    if why := _hopeless(cells, cell):
+        raise ConfigError(f"{cell.model}: {why}")
+    best = min(sweep, key=last_loss).rate
     assert best is not None
     return best * (sweep[0].config.hidden_size / cell.config.hidden_size) ** suite.lr.exponent
 
 
 def last_loss(cell: Cell) -> float:
     """Return the held-out loss that a run ended with; infinite if it diverged."""
-    points = [row["nats_per_token"] for row in _valid_rows(cell)]
-    failed = "failed" in _score(cell)
-    return math.inf if failed or not points else points[-1]
+    points = [] if "failed" in _score(cell) else _valid_rows(cell)
+    return points[-1]["nats_per_token"] if points else math.inf
 
 
 def _valid_rows(cell: Cell) -> list[dict[str, Any]]:
@@ -211,24 +243,24 @@ def _valid_rows(cell: Cell) -> list[dict[str, Any]]:
 def curve(cell: Cell) -> list[dict[str, float]]:
     """Return a run's held-out losses with the tokens, FLOPs and training seconds until each.
 
-    Seconds are those of the steps alone, summed over however many processes the run took.
+    Seconds are those of the steps alone, summed over however many processes the run took; between
+    two lines of its log, which say the speed since the one before, in proportion to the tokens.
     """
     per_token = cell.flops / cell.tokens
-    points, tokens, seconds = [], 0, 0.0
+    tokens, seconds = [0], [0.0]
     for row in read_log(cell.folder / LOG):
         if row["kind"] == "train":
-            seconds += (row["tokens"] - tokens) / row["tokens_per_s"]
-            tokens = row["tokens"]
-        elif row["kind"] == "valid":
-            points.append(
-                {
-                    "tokens": row["tokens"],
-                    "flops": row["tokens"] * per_token,
-                    "seconds": seconds,
-                    "loss": row["nats_per_token"],
-                }
-            )
-    return points
+            seconds.append(seconds[-1] + (row["tokens"] - tokens[-1]) / row["tokens_per_s"])
+            tokens.append(row["tokens"])
+    return [
+        {
+            "tokens": row["tokens"],
+            "flops": row["tokens"] * per_token,
+            "seconds": float(np.interp(row["tokens"], tokens, seconds)),
+            "loss": row["nats_per_token"],
+        }
+        for row in _valid_rows(cell)
+    ]
 
 
 def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
@@ -237,25 +269,29 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
     Returns:
         {"suite", "environment", "data", "cells", "sweep": [...], "rows": [...]}; a row has model,
         size, seed, lr, parameters, tokens, flops, loss (nats a token of the test split),
-        bits_per_byte, domains, state_bytes, tokens_per_s, config, curve, and what it was made of:
-        data (fingerprint), test_tokens and source, None where an older score does not say.
+        bits_per_byte, domains, domain_tokens, state_bytes, tokens_per_s, config, curve, and what it
+        was made of: data (fingerprint), test_tokens and source, None where an older score does not
+        say. One that failed says so in `failed`; lr is None where every rate of a sweep diverged.
 
     Raises:
-        ConfigError: as `compare`.
+        ConfigError, DataError: as `compare`.
     """
     _check_rates(suite, cells)
     rows, sweep = [], []
     for cell in cells:
-        if not _finished(cell):
+        if _finished(cell):
+            score = _score(cell)
+        elif why := _hopeless(cells, cell):
+            score = {"lr": None, "failed": why}
+        else:
             continue
-        score = _score(cell)
         if cell.rate is not None:
             loss = last_loss(cell)
             shown = loss if math.isfinite(loss) else None
             sweep.append({"model": cell.model, "lr": cell.rate, "loss": shown})
             continue
         points = [] if "failed" in score else curve(cell)
-        model = sketch(cell.config)
+        model, domains = sketch(cell.config), score.get("domains", {})
         rows.append(
             {
                 "model": cell.model,
@@ -268,7 +304,8 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
                 "loss": score.get("nats_per_token"),
                 "failed": score.get("failed"),
                 "bits_per_byte": score.get("bits_per_byte"),
-                "domains": {n: d["nats_per_token"] for n, d in score.get("domains", {}).items()},
+                "domains": {n: d["nats_per_token"] for n, d in domains.items()},
+                "domain_tokens": {n: d["tokens"] for n, d in domains.items()},
                 "state_bytes": model.state_bytes(1, cell.train.context),
                 "tokens_per_s": cell.tokens / points[-1]["seconds"] if points else None,
                 "data": cell.data if "data" in score else None,  # _finished has seen that it is
@@ -311,9 +348,7 @@ def estimate(cells: list[Cell]) -> dict[str, float]:
     """
     speeds: dict[tuple[str, str], float] = {}
     out = {}
-    for cell in cells:
-        if _finished(cell):
-            continue
+    for cell in _left(cells):
         key, run = (cell.model, cell.size), cell.train
         if key not in speeds:
             batch = BatchSource(

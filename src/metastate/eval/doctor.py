@@ -3,7 +3,7 @@
 Wrong kernels have mostly been silent: a new GPU generation gave wrong gradients, an argument
 vanished in somebody's **kwargs, two entry points scaled by different defaults. Here every backend
 that can run is compared with the float64 token-by-token reference, through every entry point, and
-so is a whole small model, trained one step and decoding: there the rest of the native code runs.
+so are whole small models, trained one step and decoding: there the rest of the native code runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from metastate import __version__, ops
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError
-from metastate.model.decode import make_decoder
+from metastate.infer.generate import inference
+from metastate.model.decode import make_decoder, store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 
@@ -47,8 +48,10 @@ class Case:
     update: str = "delta"
     by: str = "key"
     query: bool = False  # whether M is read with a query of its own
-    layers: int = 0  # of a whole model, whose `readout` the next field is; 0: operations alone
+    layers: int = 0  # of a whole model, whose configuration the rest is; 0: operations alone
     readout: Literal["both", "encoding"] = "encoding"
+    ffn_order: Literal["after"] | None = None
+    architecture: Literal["metastate", "rwkv7"] = "metastate"
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Draw inputs of realistic scale, float64 but of the dtype's precision, on the CPU."""
@@ -81,8 +84,11 @@ class Case:
                 "num_heads": self.heads,
                 "num_layers": self.layers,
                 "ffn_size": 40,
-                "meta_state": MetaStateConfig(readout=self.readout),
+                "ffn_order": self.ffn_order,
+                "architecture": self.architecture,
             }
+            if self.architecture == "metastate":
+                shape["meta_state"] = MetaStateConfig(readout=self.readout)
             model = LanguageModel(ModelConfig(vocab_size=VOCABULARY, **shape))
             with torch.no_grad():
                 for p in model.parameters():
@@ -103,8 +109,10 @@ CASES = (
     Case("packed documents in bfloat16", 1, 40, 1, 64, BF16, (1, 20, 19)),
     Case("read by value", 1, 33, 2, 64, update="self", by="value"),
     Case("head size 24", 1, 17, 1, 24),
-    Case("two layers", 2, 67, 2, 16, layers=2),
+    Case("two layers", 2, 67, 2, 16, layers=2, ffn_order="after"),  # as in the presets
     Case("two layers with M", 2, 67, 2, 16, layers=2, readout="both"),
+    Case("RWKV-7", 2, 17, 2, 16, layers=2, architecture="rwkv7"),
+    Case("two layers stored in bfloat16", 2, DECODED, 2, 16, BF16, layers=2, ffn_order="after"),
 )
 GPU_CASES = (
     Case("head size 128", 1, 100, 2, 128),
@@ -151,22 +159,31 @@ def through_model(like: Tensor, case: Case, backend: str) -> dict[str, Tensor]:
 
     Args:
         like: of the device and dtype to compute on and in.
-        case: a model's; the second document of the last row starts in its middle.
+        case: a model's; the second document of the last row starts in its middle. One in bfloat16
+            is a model that stores its matrices so, which does nothing but decode.
         backend: of the model; it decides what decodes, too.
     """
-    model = case.model().to(like.device, like.dtype)
+    model, stored = case.model(), case.dtype == BF16
+    if stored:
+        store_bfloat16(model)  # for the measure as well: storing is not an error
+    model = model.to(like.device, torch.float32 if like.dtype == BF16 else like.dtype)
+    if like.dtype == BF16:
+        store_bfloat16(model)
     model.backend = backend
     draw = torch.Generator().manual_seed(1)
     text = torch.randint(VOCABULARY, (case.batch, case.length + 1), generator=draw).to(like.device)
-    resets = torch.zeros_like(text[:, 1:], dtype=torch.bool)
-    resets[-1, case.length // 2] = True
-    loss = lm_loss(model, text[:, :-1], text[:, 1:], resets=resets).loss
-    loss.backward()
-    grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    with torch.no_grad():
-        decoder = make_decoder(model.eval(), case.batch)
+    out = {}
+    if not stored:
+        resets = torch.zeros_like(text[:, 1:], dtype=torch.bool)
+        resets[-1, case.length // 2] = True
+        loss = lm_loss(model, text[:, :-1], text[:, 1:], resets=resets).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        out = {"loss": loss.detach()} | {f"gradient of {n}": grad for n, grad in grads.items()}
+    with inference(model):
+        decoder = make_decoder(model, case.batch)
         steps = [decoder.step(text[:, t].tolist()).clone() for t in range(DECODED)]
-    return {"loss": loss.detach(), "decoded logits": torch.stack(steps)} | grads
+    return out | {"decoded logits": torch.stack(steps)}
 
 
 PATHS: dict[str, Callable[[dict[str, Tensor], Case, str], dict[str, Tensor]]] = {
@@ -246,8 +263,8 @@ def cases_of(backend: str, device: torch.device) -> list[Case]:
     cases = [*CASES, *(GPU_CASES if device.type == "cuda" else ())]
     if backend == "reference":  # the others' measure: its float32 form is checked once
         return cases[:1]
-    if backend == "fla":  # half precision, reads by key, whole powers of two
-        cases = [c for c in cases if c.dtype == BF16 and c.by == "key"]
+    if backend == "fla":  # half precision, reads by key, whole powers of two; none of them decodes
+        cases = [c for c in cases if c.dtype == BF16 and c.by == "key" and not c.layers]
     return cases
 
 

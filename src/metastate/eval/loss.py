@@ -116,10 +116,11 @@ def evaluate(
             token before it, as a model without a state must.
         by_domain: tally every domain too.
         by_position: tally by the number of tokens that the model has seen since its fresh start.
-        limit_tokens: score so many tokens, of documents in a fixed shuffled order. So that a few
-            books do not use them up, a document gives at most the larger of `CUT` and a 16th
-            (more where the split has too few documents); the bytes of a document that is cut are
-            taken in proportion. None scores all.
+        limit_tokens: score so many tokens: of each domain in proportion to its tokens in the split
+            (at least one, where the limit allows), within a domain of documents in a fixed shuffled
+            order. So that a few books do not use them up, a document gives at most the larger of
+            `CUT` and a 16th of its domain's share (more where the domain has too few documents);
+            the bytes of a document that is cut are taken in proportion. None scores all.
         batch_size: documents a forward; short ones are packed more (`read_in_chunks`).
         start: one row that every document (or window) starts from in place of the model's own
             first state.
@@ -146,7 +147,8 @@ def evaluate(
         )
     if not split.num_tokens:
         raise DataError(f"the {split.name} split holds no tokens; prepare more text")
-    lengths, pieces = _pieces(split.dataset.lengths, limit_tokens, context)
+    owner = split.dataset.domains
+    lengths, pieces = _pieces(split.dataset.lengths, owner, limit_tokens, context)
     owners = np.array([piece.document for piece in pieces])
     nats = np.zeros(len(lengths))
     buckets = np.zeros((2, 64))  # sums and counts
@@ -175,7 +177,6 @@ def evaluate(
     finally:
         model.train(was_training)
     text_bytes = np.rint(split.text_bytes * (lengths / split.dataset.lengths))
-    owner = split.dataset.domains
     scored = lengths > 0
 
     def tally(rows: np.ndarray) -> Tally:
@@ -230,23 +231,43 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, An
 
 
 def _pieces(
-    lengths: np.ndarray, limit: int | None, context: int | None
+    lengths: np.ndarray, domains: np.ndarray, limit: int | None, context: int | None
 ) -> tuple[np.ndarray, list[_Piece]]:
     """Return how much of each document is scored, and the pieces."""
     scored = lengths.copy()
     if limit is not None and limit < lengths.sum():
-        most = max(CUT, limit // 16)
-        while np.minimum(lengths, most).sum() < limit:
-            most *= 2
-        order = permute(np.arange(len(lengths)), len(lengths), key=0)
-        given = np.minimum(lengths, most)[order]
-        scored[order] = np.clip(limit - (np.cumsum(given) - given), 0, given)
+        tokens = np.bincount(domains, lengths).astype(np.int64)
+        for domain, share in enumerate(_shares(tokens.tolist(), limit)):
+            own = np.flatnonzero(domains == domain)
+            most = max(CUT, share // 16)
+            while np.minimum(lengths[own], most).sum() < share:
+                most *= 2
+            order = own[permute(np.arange(len(own)), len(own), key=0)]
+            given = np.minimum(lengths[order], most)
+            scored[order] = np.clip(share - (np.cumsum(given) - given), 0, given)
     pieces = []
     for i in np.flatnonzero(scored):
         window = context or int(scored[i])
         for first in range(0, int(scored[i]), window):
             pieces.append(_Piece(int(i), first, min(window, int(scored[i]) - first)))
     return scored, pieces
+
+
+def _shares(tokens: list[int], limit: int) -> list[int]:
+    """Divide `limit`, below the sum of `tokens`, in their proportion by the largest remainders.
+
+    Whoever has tokens gets at least one, from the largest share, as long as that has two.
+    """
+    total = sum(tokens)
+    shares = [limit * n // total for n in tokens]
+    by_remainder = sorted(range(len(tokens)), key=lambda i: -(limit * tokens[i] % total))
+    for i in by_remainder[: limit - sum(shares)]:
+        shares[i] += 1
+    for i, n in enumerate(tokens):
+        largest = max(range(len(tokens)), key=lambda j: shares[j])
+        if n and not shares[i] and shares[largest] > 1:
+            shares[largest], shares[i] = shares[largest] - 1, 1
+    return shares
 
 
 def _text(split: Split, piece: _Piece) -> np.ndarray:

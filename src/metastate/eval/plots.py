@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def loss_curve(
         above = axes.secondary_xaxis("top", functions=(lambda t: t / ratio, lambda s: s * ratio))
         above.set_xlabel("steps")
         above.xaxis.set_major_formatter(_short)
-    axes.set_title(title or Path(log).resolve().parent.name)
+    axes.set_title(_as_text(title or Path(log).resolve().parent.name))
     _write(figure, out)
 
 
@@ -127,12 +128,13 @@ def position_curve(
     figure, axes = _figure()
     for name, buckets in results.items():
         centre = [math.sqrt((b["first"] + 1) * (b["last"] + 1)) for b in buckets]
-        axes.plot(centre, [b["nats_per_token"] for b in buckets], "o-", lw=1.6, ms=3.5, label=name)
+        losses = [b["nats_per_token"] for b in buckets]
+        axes.plot(centre, losses, "o-", lw=1.6, ms=3.5, label=_as_text(name))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens seen before")
     axes.set_ylabel("loss (nats a token)")
-    axes.set_title(title)
+    axes.set_title(_as_text(title))
     axes.legend(frameon=False)
     _write(figure, out)
 
@@ -165,7 +167,8 @@ def comparison_figure(
     models, sizes = list(results["suite"]["models"]), list(results["suite"]["sizes"])
     ends: list[float] = []
     for i, model in enumerate(models):
-        colour, label = f"C{i % 10}", model
+        colour = f"C{i % 10}"
+        label: str | None = _as_text(model)
         by_size = [
             [r for r in results["rows"] if (r["model"], r["size"]) == (model, size) and r["curve"]]
             for size in sizes
@@ -207,10 +210,10 @@ def comparison_figure(
         axes.set_ylim(low - margin, max(ends) + margin)
     axes.set_xlabel(AXIS[key])
     axes.set_ylabel("held-out loss (nats a token)")
-    axes.set_title(title)
+    axes.set_title(_as_text(title))
     if key != "parameters" and len(sizes) > 1:
         for size, style in zip(sizes, ("-", "--", ":", "-."), strict=False):
-            axes.plot([], [], style, color="#555", label=size)
+            axes.plot([], [], style, color="#555", label=_as_text(size))
     axes.legend(frameon=False)
     return _bytes(figure, kind)
 
@@ -290,13 +293,30 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Return the mean of each value and its neighbours, `share` of all values wide."""
-    half = max(1, int(len(values) * share / 2))
+    n = len(values)
+    half = max(1, int(n * share / 2))
+    width = 2 * half + 1
+    # Sums from the start of each block of this width and to its end. No difference of two long
+    # sums, in which a loss after a huge one would be lost.
+    blocks = [values[i : i + width] for i in range(0, n, width)]
+    until = [total for block in blocks for total in accumulate(block)]
+    since = [total for block in blocks for total in [*accumulate(block[::-1])][::-1]]
+    last = list(accumulate(values[: -width - 1 : -1]))
     out = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)  # symmetric, so that the ends are not bent
-        window = values[i - reach : i + reach + 1]
-        out.append(sum(window) / len(window))
+    for i in range(n):
+        reach = min(half, i, n - 1 - i)  # symmetric, so that the ends are not bent
+        first, end = i - reach, i + reach
+        if first == 0 or (end < n - 1 and first % width == 0):
+            total = until[end]
+        else:
+            total = last[2 * reach] if end == n - 1 else since[first] + until[end]
+        out.append(total / (2 * reach + 1))
     return out
+
+
+def _as_text(name: str) -> str:
+    r"""Return a name so that matplotlib shows it: $ starts its formulas, _ its hidden labels."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def _short(value: float, _: Any = None) -> str:

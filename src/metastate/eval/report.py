@@ -8,7 +8,8 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class PowerLaw:
         x: where the curve is evaluated.
         loss: the fit there.
         low, high: ends of the 95 % confidence band of the fitted line, by Student's t with n - 2
-            degrees of freedom.
+            degrees of freedom: of the noise of n independent points about an exact law, no more.
         fitted: the largest x that was measured; beyond it is extrapolation.
     """
 
@@ -215,8 +216,44 @@ def sweep_table(results: dict[str, Any]) -> Table:
     return [["model", *(f"lr {rate:g}" for rate in rates)], *body]
 
 
+def remarks(results: dict[str, Any]) -> list[str]:
+    """Return what a reader must know: cells that failed or are not run, or differ in their making.
+
+    Cells of several sources, or scored on several pieces of the test text, are named as such.
+    """
+    made, pieces = _counted(results, _source), _counted(results, _piece)
+    said = failures(results)
+    if len(made) > 1:
+        each = ", ".join(f"{name} ({n} cells)" for name, n in made.items())
+        said.append(f"finished cells come from different sources: {each}")
+    if len(pieces) > 1:
+        said.append(
+            "finished cells were scored on different pieces of the test text, so that their losses "
+            "do not compare: remove their score.json, and compare will score them again"
+        )
+    return said
+
+
+def _counted(results: dict[str, Any], say: Callable[[dict[str, Any]], str]) -> Counter[str]:
+    """Count the cells that came to their end by what `say` says of them."""
+    return Counter(say(r) for r in results["rows"] if r["loss"] is not None)
+
+
+def _source(row: dict[str, Any]) -> str:
+    """Return the sources that a cell was run with, in words."""
+    source = row.get("source") or {}
+    commit = source.get("commit") or ""
+    short = commit[:12] + "-dirty" * commit.endswith("-dirty")
+    return " ".join(filter(None, [source.get("metastate"), short])) or "unknown"
+
+
+def _piece(row: dict[str, Any]) -> str:
+    """Return the tokens that a cell was scored on, by domain."""
+    return json.dumps(row.get("domain_tokens"), sort_keys=True)
+
+
 def failures(results: dict[str, Any]) -> list[str]:
-    """Return a sentence for each cell that diverged, and one for cells that are not run yet."""
+    """Return a sentence for each cell that failed, and one for cells that are not run yet."""
     said = [
         f"{r['model']}, {r['size']}, seed {r['seed']}: {r['failed']}"
         for r in results["rows"]
@@ -228,7 +265,7 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 def markdown(table: Table) -> str:
     """Return a table as Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
@@ -267,7 +304,7 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
         if any(_of(results, size, m) and len(_of(results, size, m)[0]["domains"]) > 1
                for m in results["suite"]["models"])
     ]  # fmt: skip
-    notes = [MEANING, budget(results), *failures(results)]
+    notes = [MEANING, budget(results), *remarks(results)]
     text = [f"### {title}\n\n{markdown(t)}" if title else markdown(t) for title, t in tables]
     paths = [out / "table.md"]
     atomic_write(paths[0], "\n\n".join([*text, *notes, ""]).encode("utf-8"), error=DataError)
@@ -320,7 +357,9 @@ def _page(
         for model, law in laws.items():
             parts.append(
                 f"<figcaption>{html.escape(model)}: loss = {law.scale:.3g} x^-{law.exponent:.4f}; "
-                "band: 95 % confidence; dashed: extrapolation, not measured</figcaption>"
+                "band: 95 % confidence as if the law were exact and every run an independent "
+                "point, but the seeds of a size share its distance from the line, which the band "
+                "leaves out; dashed: extrapolation, not measured</figcaption>"
             )
         parts.append("</figure>")
     for name, table in tables[1:]:

@@ -30,6 +30,18 @@ from metastate.model.presets import preset
 
 TOLERANCE = 0.01  # of the non-embedding parameters, under which two counts are called equal
 MOST_BLOCKS = 200
+RESERVED = {  # setting of `train`: what decides it instead
+    "data": "suite.data or --data",
+    "out": "--out",
+    "seed": "suite.seeds",
+    "steps": "tokens_per_parameter",
+    "preset": "suite.models and suite.sizes",
+    "model": "suite.models and suite.sizes",
+    "growth": "suite.sizes (a cell has one size)",
+    "from_checkpoint": "the seed (equal cells start from fresh weights)",
+    "valid_every": "suite.points",
+    "checkpoint_every": "suite.points",
+}
 
 
 @dataclass(frozen=True)
@@ -109,9 +121,15 @@ class Suite:
                 for key, value in given.items()
             }
             object.__setattr__(self, name, typed)
-            slugs = [slug(key) for key in typed]
-            if len(set(slugs)) < len(slugs):
-                raise ConfigError(f"suite.{name} has names that share one folder: {sorted(slugs)}")
+        folders: dict[str, str] = {}
+        for pair in ((model, size) for model in self.models for size in self.sizes):
+            title, folder = ", ".join(pair), _folder(*pair)
+            if folder in folders:
+                raise ConfigError(
+                    f"{folders[folder]!r} and {title!r} would share one folder, {folder}; rename a "
+                    "model or a size"
+                )
+            folders[folder] = title
         object.__setattr__(self, "baseline", self.baseline or list(self.models)[-1])
         if self.baseline not in self.models:
             raise ConfigError(
@@ -122,8 +140,31 @@ class Suite:
                 if name not in self.models:
                     where = f"suite.sizes.{key}.shapes"
                     raise ConfigError(unknown_key_message(name, list(self.models), where))
-        if not self.seeds or self.tokens_per_parameter <= 0 or self.points < 1:
-            raise ConfigError("suite needs seeds, tokens_per_parameter above 0 and points")
+        if not self.seeds:
+            raise ConfigError("suite.seeds is empty; name at least one")
+        own = ("tokens_per_parameter", "points", "test_tokens")
+        _check_numbers("suite", self, own, self.seeds)
+        for key, size in self.sizes.items():
+            names = ("parameters", "tokens_per_parameter")
+            _check_numbers(f"suite.sizes.{key}", size, names, size.seeds or ())
+        for rate in self.lr.values:
+            if rate <= 0 or self.lr.values.count(rate) > 1:
+                raise ConfigError(f"suite.lr.values holds {rate:g}; different rates above 0")
+        if not 0 < self.lr.share <= 1:
+            raise ConfigError(f"suite.lr.share is {self.lr.share:g}; above 0, at most 1")
+        if self.lr.exponent < 0:
+            raise ConfigError(f"suite.lr.exponent is {self.lr.exponent:g}; 0 or more")
+
+
+def _check_numbers(where: str, given: Any, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+    """Refuse numbers that are not above 0, and a seed that stands twice or is negative."""
+    for name in names:
+        value = getattr(given, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{where}.{name} is {value}; it must be above 0")
+    for seed in seeds:
+        if seed < 0 or seeds.count(seed) > 1:
+            raise ConfigError(f"{where}.seeds holds {seed}; different numbers, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -171,9 +212,10 @@ class Cell:
         return self.tokens * sum(sketch(self.config).flops_per_token(self.train.context))
 
 
-def slug(name: str) -> str:
-    """Return `name` as part of a folder's name."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+def _folder(model: str, size: str) -> str:
+    """Return how the folders of a model's and size's runs begin."""
+    slugs = (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in (model, size))
+    return "-".join(slugs)
 
 
 def sketch(config: ModelConfig) -> LanguageModel:
@@ -263,9 +305,11 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                 ratio = own.hidden_channels / own.hidden_size
                 config = fit_parameters(config, target, ratio)
             settings = merge(merge(suite.train, size.train), side.train)
-            for reserved in ("data", "out", "seed", "steps", "preset", "model", "growth"):
-                if reserved in settings:
-                    raise ConfigError(f"train.{reserved} of a suite's run is the harness's to set")
+            for reserved in RESERVED.keys() & settings.keys():
+                raise ConfigError(
+                    f"train.{reserved} cannot be set in a suite, where {RESERVED[reserved]} "
+                    "decides it; remove it"
+                )
             base = from_dict(TrainConfig, settings, "suite.train")
             a_step = base.batch_size * base.context * base.accumulate
             tokens = (size.tokens_per_parameter or suite.tokens_per_parameter) * target
@@ -288,7 +332,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                 size_name: str = size_name,
                 config: ModelConfig = config,
             ) -> Cell:
-                parts = [slug(name), slug(size_name), f"seed{seed}"]
+                parts = [_folder(name, size_name), f"seed{seed}"]
                 parts += [] if rate is None else [f"lr{rate:g}"]
                 folder = Path(out) / ("cells" if rate is None else "sweep") / "-".join(parts)
                 run = replace(run, out=str(folder), seed=seed)

@@ -236,9 +236,10 @@ class LanguageModel(nn.Module):
         """Return (forward, backward) FLOPs a token in training at length `context`.
 
         Matrix products count 2 a weight forward and 4 backward. An N x N state costs, a head and
-        token, 10 N^2 for the recurrence (removal read, decay, two rank-1 writes, read) and 2 N^2
-        for another reader, 26 N^2 and 10 N^2 backward. Attention costs 4 D a visible key forward
-        (8 backward), (T + 1) / 2 keys on average. Elementwise work is left out.
+        token, 10 N^2 for the recurrence (2 N^2 each for removal read, decay, two rank-1 writes and
+        read, though the decay adds nothing) and 2 N^2 for another reader, 26 N^2 and 10 N^2
+        backward. Attention costs 4 D a visible key forward (8 backward), (T + 1) / 2 keys on
+        average. Elementwise work is left out.
         """
         config = self.config
         matrices = sum(p.numel() * self._products(n, p) for n, p in self.named_parameters())
