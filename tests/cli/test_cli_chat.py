@@ -1,7 +1,10 @@
 """`metastate chat`: what is typed, what comes back, and that the model has read exactly that."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -331,6 +334,16 @@ def test_no_mistake_loses_the_conversation(checkpoint, monkeypatch, capsys, tmp_
     lines = capsys.readouterr().err.splitlines()
     assert [line[:6] for line in lines] == ["error:"] * len(bad) + ["saved "]
     assert "RuntimeError('boom')" in lines[3]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_ends_the_chat(checkpoint, tmp_path):
+    argv = [sys.executable, "-m", "metastate", "chat", str(checkpoint), "--max-tokens", "4"]
+    with open("/dev/full", "w") as full, open(tmp_path / "err", "w") as err:
+        done = subprocess.run(argv, input="a\n" * 3, text=True, stdout=full, stderr=err, timeout=99)
+    said = (tmp_path / "err").read_text()
+    assert done.returncode and "can be read or written no more: [Errno 28]" in said
+    assert len(said) < 1000 and "Traceback" not in said
 
 
 def test_what_is_no_text_is_one_line(checkpoint, monkeypatch, capsys):
