@@ -139,6 +139,28 @@ def test_a_length_limit_inside_a_stop_string(chat, script, capsys):
     assert_has_read(chat, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "written", "shown", "tail"),
+    [
+        (DIALOGUE.text, ("##", "\n"), " Hel##", " Hel", ""),
+        (DIALOGUE.text, ("\n",), " Hel\n", " Hel", "\n"),  # the next message begins with it
+        (DIALOGUE.text, (), " Hello \u20ac", " Hello ", ""),  # cut inside a character
+        ("{message}", ("##",), " Hel##", " Hel", ""),
+    ],
+)
+def test_what_nobody_saw_is_not_remembered(model, script, text, stop, written, shown, tail):
+    chat = Chat(model, ByteTokenizer(), Template(text, stop), SamplingConfig(seed=0), 8)
+    script(written)
+    chat.handle("hi")
+    said = text.format(message="hi")
+    assert chat.place.tail == tail
+    assert_has_read(chat, said + shown + tail)
+    script("ok" + "#" * 9)
+    chat.handle("so")
+    said += shown + ("" if chat.template.is_plain else "\n\n") + text.format(message="so")
+    assert_has_read(chat, said + ("ok" if "##" in stop else "ok######"))
+
+
 def test_ctrl_c_before_the_reply_takes_the_message_back(chat, script, capsys):
     script(...)
     chat.handle("hi")

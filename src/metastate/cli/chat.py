@@ -320,7 +320,7 @@ def answer(chat: Chat, line: str) -> bool:
     """Do what a line says; return whether to go on. A mistake is said, and the chat goes on.
 
     Raises:
-        UnicodeError: the line is no text. OSError: the terminal's, since files raise errors of ours.
+        UnicodeError: the line is no text. OSError: the terminal fails (files raise our errors).
     """
     try:
         return chat.handle(line)
