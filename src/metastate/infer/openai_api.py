@@ -19,9 +19,9 @@ from starlette.types import Receive
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import MetaStateError
 from metastate.infer.engine import Engine, Job
-from metastate.infer.feed import FINISH, EventStream, Feed, Task
 from metastate.infer.gate import ApiError, ServerConfig, as_api_error, while_connected
 from metastate.infer.generate import Continuation
+from metastate.infer.openai_feed import FINISH, EventStream, Feed, Task
 from metastate.infer.openai_requests import (
     ChatRequest,
     ChatTemplate,
