@@ -1,7 +1,10 @@
 """`metastate chat`: what is typed, what comes back, and that the model has read exactly that."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,6 +137,28 @@ def test_a_length_limit_inside_a_stop_string(chat, script, capsys):
     assert capsys.readouterr().out == "Hel\n\nUs\nmore!!!\n"
     text = "User: hi\n\nAssistant: Hel\n\nUs\n\nUser: go\n\nAssistant: more!!!"
     assert_has_read(chat, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "written", "shown", "tail"),
+    [
+        (DIALOGUE.text, ("##", "\n"), " Hel##", " Hel", ""),
+        (DIALOGUE.text, ("\n",), " Hel\n", " Hel", "\n"),  # the next message begins with it
+        (DIALOGUE.text, (), " Hello \u20ac", " Hello ", ""),  # cut inside a character
+        ("{message}", ("##",), " Hel##", " Hel", ""),
+    ],
+)
+def test_what_nobody_saw_is_not_remembered(model, script, text, stop, written, shown, tail):
+    chat = Chat(model, ByteTokenizer(), Template(text, stop), SamplingConfig(seed=0), 8)
+    script(written)
+    chat.handle("hi")
+    said = text.format(message="hi")
+    assert chat.place.tail == tail
+    assert_has_read(chat, said + shown + tail)
+    script("ok" + "#" * 9)
+    chat.handle("so")
+    said += shown + ("" if chat.template.is_plain else "\n\n") + text.format(message="so")
+    assert_has_read(chat, said + ("ok" if "##" in stop else "ok######"))
 
 
 def test_ctrl_c_before_the_reply_takes_the_message_back(chat, script, capsys):
@@ -331,6 +356,16 @@ def test_no_mistake_loses_the_conversation(checkpoint, monkeypatch, capsys, tmp_
     lines = capsys.readouterr().err.splitlines()
     assert [line[:6] for line in lines] == ["error:"] * len(bad) + ["saved "]
     assert "RuntimeError('boom')" in lines[3]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_ends_the_chat(checkpoint, tmp_path):
+    argv = [sys.executable, "-m", "metastate", "chat", str(checkpoint), "--max-tokens", "4"]
+    with open("/dev/full", "w") as full, open(tmp_path / "err", "w") as err:
+        done = subprocess.run(argv, input="a\n" * 3, text=True, stdout=full, stderr=err, timeout=99)
+    said = (tmp_path / "err").read_text()
+    assert done.returncode and "can be read or written no more: [Errno 28]" in said
+    assert len(said) < 1000 and "Traceback" not in said
 
 
 def test_what_is_no_text_is_one_line(checkpoint, monkeypatch, capsys):

@@ -34,6 +34,12 @@ def trained(tmp_path, data, run):
     return out
 
 
+def test_a_file_of_another_format_is_told_what_is_read(refused, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"x")
+    said = refused("convert", tmp_path / "m.safetensors", "--out", tmp_path / "out")
+    assert "is a .safetensors file" in said and "folder with its config.json" in said
+
+
 def same(a, b):
     a, b = (torch.load(path, weights_only=True) for path in (a, b))
     return a.keys() == b.keys() and all(

@@ -55,6 +55,22 @@ def test_there_and_back_is_bit_exact(name, dtype, tmp_path):
     assert_equal(load(tmp_path / "ours"), model)
 
 
+def test_a_used_folder_holds_the_new_weights_alone(tmp_path):
+    old, new = language_model("rwkv7"), language_model("rwkv7", seed=2)
+    MetaStateForCausalLM.wrap(old).save_pretrained(tmp_path, max_shard_size="4KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = index.read_bytes()
+    to_hf(new, tmp_path)
+    assert [p.name for p in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert_equal(from_hf(tmp_path), new)
+    index.write_bytes(content)  # of another program: transformers reads the whole file too
+    assert_equal(from_hf(tmp_path), new)
+    index.write_text("{")
+    (tmp_path / "notes.safetensors").write_text("mine")
+    to_hf(old, tmp_path)
+    assert not index.exists() and (tmp_path / "notes.safetensors").exists()
+
+
 @ALL
 def test_configuration_is_lossless(name, tmp_path):
     to_hf(language_model(name), tmp_path)

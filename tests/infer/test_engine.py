@@ -325,6 +325,54 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
     engine.stop()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("name", "healthy_calls"), [("put", 0), ("put", 2), ("get", 0)])
+def test_a_row_that_cannot_be_moved_leaves_nobody_waiting(model, monkeypatch, name, healthy_calls):
+    engine = Engine(model, TOKENIZER, max_slots=2, prefill_chunk=CHUNK)
+    whole, left = getattr(engine._decoder, name), iter(range(healthy_calls))
+
+    def broken(*args):
+        if next(left, None) is None:
+            raise MemoryError("planted")
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder, name, broken)
+        jobs = [engine.submit("ab", max_tokens=n, sampling=GREEDY) for n in (3, 500, 3)]
+        engine.start()
+        for job in jobs:
+            with pytest.raises(EngineError, match="planted"):
+                job.result(60)
+        engine.stop()
+    engine.start()  # anew, as the error says
+    assert engine.fault is None
+    expected = alone(model, "ab", sampling=GREEDY, max_tokens=3).drain().tokens
+    job = engine.submit("ab", sampling=GREEDY, max_tokens=3)
+    job.result(60)
+    engine.stop()
+    assert job.tokens == expected
+
+
+@pytest.mark.parametrize("architecture", ["metastate", "transformer"])
+@pytest.mark.parametrize("continued", [False, True])
+def test_one_prompt_of_many_texts_is_read_once(architecture, continued):
+    model, prompt = make(architecture), "a prompt of many texts"
+    before = alone(model, "before", sampling=GREEDY, max_tokens=3).drain().continuation
+    settings = [{"sampling": SamplingConfig(seed=i), "max_tokens": i % 3 * 4} for i in range(6)] + [
+        {"sampling": GREEDY, "max_tokens": 2}
+    ]
+    engine = Engine(model, TOKENIZER, max_slots=2, prefill_chunk=CHUNK)
+    jobs = [engine.submit(prompt, state=before if continued else None, **s) for s in settings]
+    other = engine.submit(prompt, state=None if continued else before, max_tokens=0)
+    run(engine)
+    for job, s in zip(jobs, settings, strict=True):
+        single = alone(model, prompt, state=before if continued else None, **s).drain()
+        assert job.tokens == single.tokens and same_state(job.continuation, single.continuation)
+    assert other.statistics.prefill_tokens and jobs[0].statistics.prefill_tokens
+    assert engine.totals["prompt_tokens"] == 2 * len(prompt)
+    assert not any(job.statistics.prefill_tokens for job in jobs[1:])
+
+
 def test_result_gives_up_and_the_request_goes_on(model, engine):
     job = engine.submit("ab", sampling=GREEDY, max_tokens=3)
     started = time.monotonic()

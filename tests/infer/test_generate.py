@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metastate.config import ModelConfig
-from metastate.data.tokenizer import ByteTokenizer
+from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer
 from metastate.errors import ConfigError, StateError
-from metastate.infer.generate import Continuation, StopMatcher, generate, num_real_tokens
+from metastate.infer.generate import Continuation, generate, num_real_tokens
 from metastate.infer.sampling import Sampler, SamplingConfig
+from metastate.infer.stops import StopMatcher
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 
@@ -152,6 +155,84 @@ def test_stop_matcher_finds_a_match_behind_a_false_start(pieces):
         if stopped:
             break
     assert out == "abc" and stopped
+
+
+def push_by_definition(matcher, text):
+    """What StopMatcher.push means, whatever it costs."""
+    matcher.text += text
+    starts = [matcher.text.find(s, max(0, matcher.num_shown - len(s) + 1)) for s in matcher.stops]
+    found = [i for i in starts if i >= 0]
+    if found:
+        return matcher._show(min(found)), True
+    held = [
+        n
+        for stop in matcher.stops
+        for n in range(1, min(len(stop), len(matcher.text) + 1))
+        if matcher.text.endswith(stop[:n])
+    ]
+    return matcher._show(len(matcher.text) - max(held, default=0)), False
+
+
+few = st.text("ab", max_size=6)
+
+
+@given(stops=st.lists(few, max_size=3), shown=few, pieces=st.lists(few, max_size=8))
+@settings(max_examples=300)
+def test_stop_matcher_equals_its_definition(stops, shown, pieces):
+    ours, theirs = StopMatcher(stops, shown), StopMatcher(stops, shown)
+    for piece in pieces:
+        found = ours.push(piece)
+        assert found == push_by_definition(theirs, piece)
+        if found[1]:
+            break
+    assert ours.finish() == theirs.finish()
+
+
+def test_a_stop_string_that_was_shown_before_it_was_one_is_text(model, script):
+    script("abcdefgh")
+    first = greedy(model, max_tokens=4, stop=["x" * 9])
+    assert "".join(first) == "abcd"
+    second = greedy(model, "", state=first.continuation, max_tokens=4, stop=["bc", "x" * 9, "g"])
+    assert "".join(second) == "ef" and second.finish_reason == "stop"
+
+
+@pytest.fixture
+def words():
+    """Words that hold the space before them, which a text does not show of its first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {"</s>": 0, "<unk>": 1, "▁Hello": 2, "▁world": 3, "▁again": 4, "!": 5}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return JsonTokenizer(tokenizer.to_str().encode(), "words")
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_prompt_and_text_are_what_one_text_would_be(words, monkeypatch, cut):
+    model, ids = make("metastate", vocab_size=words.vocab_size), iter([3, 5, 4] * 2)
+    monkeypatch.setattr(Sampler, "sample", lambda self, logits: next(ids))
+    assert "".join(generate(model, words, "Hello", max_tokens=3)) == " world! again"
+    first = generate(model, words, "Hello", max_tokens=cut)
+    pieces = [*first, *generate(model, words, state=first.continuation, max_tokens=3 - cut)]
+    assert "".join(pieces) == " world! again"
+    ids = iter([3])
+    assert "".join(generate(model, words, max_tokens=1)) == "world"  # it begins the text
+
+
+def test_a_prompt_that_ends_inside_a_character_is_not_completed(model, script):
+    script("\u20ac")
+    assert "".join(generate(model, TOKENIZER, [0xE2], max_tokens=3)) == "€"
+    script("b")
+    assert "".join(generate(model, TOKENIZER, "a" * 70 + "\ufffd", max_tokens=1)) == "b"
+
+
+def test_a_penalty_counts_what_was_read_before_it_was_asked_for(model):
+    penalty = SamplingConfig(temperature=0, repetition_penalty=2.0)
+    whole = generate(model, TOKENIZER, "aabb", sampling=penalty, max_tokens=9).drain()
+    before = greedy(model, "aabb", max_tokens=0).drain().continuation
+    rest = generate(model, TOKENIZER, state=before, sampling=penalty, max_tokens=9).drain()
+    assert rest.tokens == whole.tokens
 
 
 SAMPLED = SamplingConfig(

@@ -1,12 +1,13 @@
 """Saved continuations: states that have seen nothing begin a document; broken notes are refused."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 
 from metastate.config import ModelConfig
-from metastate.data.tokenizer import ByteTokenizer
+from metastate.data.tokenizer import ByteTokenizer, StreamDecoder
 from metastate.errors import StateError
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
@@ -62,6 +63,25 @@ def test_broken_notes_are_refused(model, notes, tmp_path):
     state = model.init_state(1)
     ModelState(state.layers, 5, {"generation": notes}).save(tmp_path / "s", model)
     with pytest.raises(StateError, match="the generation's notes are broken"):
+        Continuation.load(tmp_path / "s", model)
+
+
+def test_notes_of_any_length_cost_little(model, tmp_path):
+    given = Continuation(model.init_state(1), pending=(65,), history=(66,) * 5000)
+    given.save(tmp_path / "s", model)
+    assert Continuation.load(tmp_path / "s", model).history == (66,) * StreamDecoder.LIMIT
+    run = generate(model, ByteTokenizer(), "", state=given, max_tokens=0).drain()
+    assert run.continuation.history == (66,) * StreamDecoder.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("left", "place", "whole"), [(1, 0, True), (24, 601, True), (624, 600, False)]
+)
+def test_a_generator_that_would_read_behind_its_block(model, tmp_path, left, place, whole):
+    generator = torch.Generator().manual_seed(0).get_state()
+    generator[8:24].view(torch.int32)[::2] = torch.tensor([left, place], dtype=torch.int32)
+    Continuation(model.init_state(1), (65,), generator=generator).save(tmp_path / "s", model)
+    with contextlib.nullcontext() if whole else pytest.raises(StateError, match="notes are broken"):
         Continuation.load(tmp_path / "s", model)
 
 

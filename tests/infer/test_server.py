@@ -269,6 +269,7 @@ def test_what_changes_nothing_is_accepted(client):
         response_format={"type": "text"},
         parallel_tool_calls=False,
         safety_identifier="x",
+        reasoning_effort=None,
     )
 
 
@@ -335,6 +336,9 @@ def test_refusals_name_the_field(server, fields, param):
         {"modalities": ["audio"]},
         {"prompt": "a"},
         {"top_logprobs": 99},
+        {"top_logprobs": 3},
+        {"logprobs": False, "top_logprobs": 0},
+        {"reasoning_effort": "high"},
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import KEYS, LONG, SECOND, error_of, paced, served, wait
 
+from metastate.infer.store import StateStore
 from metastate.model.lm import LanguageModel
 
 
@@ -171,6 +172,34 @@ def test_a_client_that_goes_away_while_its_state_is_made(tmp_path, pace):
         wait(lambda: idle(server))
         assert server.client.get("/v1/states").json()["data"] == []
         wait(lambda: counted(server, "/v1/states") == {"200", "499"})
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/states", {"prompt": "ab"}),
+        ("/v1/completions", {"prompt": "ab", "max_tokens": 2, "store_state": True}),
+    ],
+)
+def test_a_state_whose_id_nobody_was_told_is_not_kept(tmp_path, monkeypatch, path, body):
+    began, left, added = threading.Event(), threading.Event(), threading.Event()
+    add = StateStore.add
+
+    def slow(self, *args):
+        began.set()
+        assert left.wait(60)
+        state = add(self, *args)
+        added.set()
+        return state
+
+    monkeypatch.setattr(StateStore, "add", slow)
+    with served(tmp_path) as server:
+        with raw(server, request(body, path=path)):
+            wait(began.is_set)
+        wait(lambda: counted(server, path) == {"499"})
+        left.set()
+        wait(lambda: added.is_set() and server.store.totals() == (0, 0))
+    assert not list(tmp_path.rglob("state-*"))
 
 
 def counted(server, route):

@@ -1,5 +1,7 @@
 """The texts of a request: drawn apart, counted, never lost to their state or to each other."""
 
+import asyncio
+import contextlib
 import json
 import os
 import threading
@@ -7,10 +9,15 @@ import time
 
 import httpx
 import pytest
-from served import KEYS, LONG, SECOND, TOKENIZER, error_of, paced, served, wait
+import torch
+from served import KEYS, LONG, SECOND, TOKENIZER, error_of, make, paced, served, wait
 
-from metastate.infer.generate import generate
+from metastate.cli.serving import warm_up
+from metastate.errors import StateError
+from metastate.infer.engine import Engine
+from metastate.infer.generate import Continuation, Draft, generate
 from metastate.infer.sampling import SamplingConfig
+from metastate.infer.store import StateStore
 
 
 @pytest.fixture
@@ -196,6 +203,58 @@ def stored(server):
 # How many texts a key may have at once.
 
 
+def test_nothing_long_is_done_where_all_requests_are_answered(server, monkeypatch):
+    id, called = post(server, "/v1/states", prompt="hello")["id"], []
+
+    def watched(kind, name):
+        whole = getattr(kind, name)
+
+        def call(*args, **kw):
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()  # which a thread beside it does not have
+                pytest.fail(f"{name} holds up the loop")
+            called.append(name)
+            return whole(*args, **kw)
+
+        monkeypatch.setattr(kind, name, call)
+
+    watched(Draft, "__init__")
+    watched(StateStore, "_check_room")
+    watched(Continuation, "save")
+    body = {"prompt": "ab", "max_tokens": 60, "temperature": 0}
+    stop, _ = stop_within(server, **body)
+    post(server, **body, state=id, store_state=True)
+    post(server, **body, stop=stop, store_state=True)
+    post(server, "/v1/states", prompt="more", state=id)
+    assert set(called) == {"__init__", "_check_room", "save"}
+
+
+def test_the_prompt_of_many_texts_is_read_once(server):
+    before = server.engine.totals["prompt_tokens"]
+    got = post(server, prompt="x" * 50, n=4, max_tokens=3, temperature=0)
+    assert server.engine.totals["prompt_tokens"] == before + 50
+    assert len({choice["text"] for choice in got["choices"]}) == 1
+
+
+def test_a_penalty_counts_what_a_state_has_read(server):
+    prompt, penalty = "the state reads itself", {"temperature": 0, "repetition_penalty": 1.8}
+    whole = post(server, prompt=prompt, max_tokens=20, **penalty)["choices"][0]["text"]
+    id = post(server, "/v1/states", prompt=prompt)["id"]
+    got = post(server, prompt="", state=id, max_tokens=20, **penalty)
+    assert got["choices"][0]["text"] == whole
+
+
+def test_broken_weights_are_no_clients_mistake(tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(StateError, match="not finite"):
+        warm_up(Engine(model, TOKENIZER))
+    with served(tmp_path, model) as server:
+        answer = server.client.post("/v1/completions", json={"prompt": "ab"})
+        assert error_of(answer, 500)["code"] == "broken_model"
+
+
 def test_texts_are_counted_not_requests(tmp_path, pace):
     with served(tmp_path, keys=KEYS, max_concurrent=2) as server:
         for fields in ({"n": 3}, {"prompt": ["a"] * 3}):
@@ -203,7 +262,8 @@ def test_texts_are_counted_not_requests(tmp_path, pace):
             assert "at most 2" in error_of(answer, 400)["message"]
         body = LONG | {"stream": True, "n": 2}
         with server.client.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # httpx would close the stream with it
+            next(lines)
             refused = server.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
             assert error_of(refused, 429)["code"] == "too_many_requests"
             body = {"prompt": "a", "max_tokens": 1}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from served import make
 
+from metastate.data.tokenizer import StreamDecoder
 from metastate.infer.generate import Continuation
-from metastate.infer.store import StateStore
+from metastate.infer.store import LOOKS_BACK, StateStore
 from metastate.model.decode import store_bfloat16
 
 
@@ -67,3 +68,14 @@ def test_states_of_other_weights_are_left_out_and_take_no_room(tmp_path, caplog,
     assert [s.id for s in store.list("open")] == [old.id]
     assert torch.equal(store.get("open", old.id).state.layers[0].S, model.init_state(1).layers[0].S)
     store.close()
+
+
+def test_long_notes_of_an_upload_are_cut(tmp_path):
+    model = make()
+    many = {"history": (1,) * 9000, "recent": (2,) * 9000, "shown": "x" * 9000}
+    Continuation(model.init_state(1), (65,), **many).save(tmp_path / "s", model)
+    store = StateStore(tmp_path / "states", model)
+    found = store.get("open", store.add_file("open", (tmp_path / "s").read_bytes()).id)
+    store.close()
+    assert len(found.history) == StreamDecoder.LIMIT
+    assert len(found.recent) == len(found.shown) == LOOKS_BACK

@@ -41,7 +41,8 @@ class Place:
 
     Attributes:
         at: what the model remembers; None before anything was read.
-        tail: text that the model wrote and nobody saw: a stop string, or its beginning.
+        tail: text that the model wrote and nobody saw: a stop string, or its beginning, with which
+            the next message begins.
     """
 
     at: Continuation | None = None
@@ -71,6 +72,11 @@ class Template:
         if not self.is_plain and place.at is not None and place.at.state.tokens_seen:
             text = TURN + text
         return text.removeprefix(place.tail)
+
+    def begins_with(self, tail: str) -> bool:
+        """Whether every next message begins with `tail`, text that the model wrote already."""
+        turn = "" if self.is_plain else TURN
+        return (turn + self.text.partition(MESSAGE)[0]).startswith(tail)
 
 
 class Chat:
@@ -138,34 +144,31 @@ class Chat:
         if self.drawing:
             # As None is, a fresh state is the start of a document.
             before = replace(before or Continuation(self.model.init_state(1)), **self.drawing)
-        run = generate(
-            self.model,
-            self.tokenizer,
-            self.template.prompt(message, self.place),
-            state=before,
-            sampling=self.sampling,
-            max_tokens=self.max_tokens,
-            stop=self.template.stop,
-        )
+        prompt = self.template.prompt(message, self.place)
+        settings: dict[str, Any] = {"state": before, "sampling": self.sampling}
+        settings |= {"max_tokens": self.max_tokens, "stop": self.template.stop}
+        run = generate(self.model, self.tokenizer, prompt, **settings)
         # A continuation is never changed, so the last one is whole wherever Ctrl-C strikes.
-        at, count, shown = None, 0, ""
+        at, tail, shown = None, "", ""
         try:
             for piece in run:
-                at, count = run.continuation, len(run.tokens)
-                print(piece if shown.strip() else piece.lstrip(" "), end="", flush=True)
-                shown += piece
-            at, count = run.continuation, len(run.tokens)
+                blank = not shown.strip()
+                at, tail, shown = run.continuation, run.draft.unseen, shown + piece
+                print(piece.lstrip(" ") if blank else piece, end="", flush=True)
+            at, tail = run.continuation, run.draft.unseen
         except KeyboardInterrupt:
             if at is None:
                 log("\nstopped before the reply began; the message is forgotten")
                 return
         print(flush=True)
         self.drawing = {"seed": at.seed, "generator": at.generator}
-        tokens = run.tokens[:count]
-        if tokens[-1:] == [self.tokenizer.eod_id] and not self.template.is_plain:
+        if not self.template.begins_with(tail):  # so it is read again, without what nobody saw
+            settings["max_tokens"], tail = 0, ""
+            run = generate(self.model, self.tokenizer, prompt + shown, **settings).drain()
+            at = replace(run.continuation, **self.drawing)
+        if at.pending == (self.tokenizer.eod_id,) and not self.template.is_plain:
             at = replace(at, pending=())  # the conversation goes on all the same
-        written = self.tokenizer.decode(tokens)
-        self.go_to(Place(at, written.removeprefix(shown) if written.startswith(shown) else ""))
+        self.go_to(Place(at, tail))
 
     def command(self, name: str, rest: str) -> None:
         """Run `/name rest`."""
@@ -298,18 +301,33 @@ def run_chat(args: argparse.Namespace) -> None:
         try:
             line = input(f"{chat.name}> " if interactive else "")
             with arithmetic(args):
-                going = chat.handle(line)
+                going = answer(chat, line)
         except EOFError:
             break
         except KeyboardInterrupt:
             if not interactive:
                 raise
             log("")  # as in a shell, the line is dropped
-        except MetaStateError as error:
-            log(f"error: {error}")
         except UnicodeError as error:
             log(f"error: what was typed is no text ({error})")
         except BrokenPipeError:
             raise  # whoever read the replies went away
-        except Exception as error:  # whatever it is, the conversation outlives it
-            log(f"error: {error!r}; the conversation is as it was")
+        except OSError as cause:
+            raise MetaStateError(f"the chat can be read or written no more: {cause}") from cause
+
+
+def answer(chat: Chat, line: str) -> bool:
+    """Do what a line says; return whether to go on. A mistake is said, and the chat goes on.
+
+    Raises:
+        UnicodeError: the line is no text. OSError: the terminal fails (files raise our errors).
+    """
+    try:
+        return chat.handle(line)
+    except (UnicodeError, OSError):
+        raise
+    except MetaStateError as error:
+        log(f"error: {error}")
+    except Exception as error:  # whatever it is, the conversation outlives it
+        log(f"error: {error!r}; the conversation is as it was")
+    return True

@@ -78,6 +78,11 @@ def kind_of(source: Path) -> str:
     Raises:
         CheckpointError: it is none.
     """
+    if source.is_file() and source.suffix in (".safetensors", ".gguf"):
+        raise CheckpointError(
+            f"{source} is a {source.suffix} file; readable are an RWKV-7 .pth file, a Hugging Face "
+            "folder with its config.json, and a checkpoint folder of ours"
+        )
     if source.is_file() or source.suffix == ".pth":
         return "rwkv"
     with contextlib.suppress(OSError, ValueError):

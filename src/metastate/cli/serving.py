@@ -76,10 +76,15 @@ def _on_signals(handler: Callable[..., object] | signal.Handlers) -> None:
 
 
 def warm_up(engine: Engine) -> None:
-    """Let kernels compile now, not while the first client waits."""
+    """Let kernels compile now, not while the first client waits.
+
+    Raises:
+        StateError: the model's logits are not finite. Exception: whatever else the model raises.
+    """
     job = engine.submit([engine.tokenizer.eod_id] * 64, max_tokens=2)
     while job.finish_reason is None:
         engine.step()
+    job.result()
     engine.totals.clear()
 
 

@@ -8,6 +8,7 @@ metastate.convert.hf. RWKV-7 folders of flash-linear-attention's layout are read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ from metastate.model.io import (
 )
 from metastate.model.lm import LanguageModel
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "metastate"
 PREFIX = "model."  # MetaStateForCausalLM holds the LanguageModel under this name
 MODELING = "modeling_metastate"
@@ -55,7 +57,8 @@ def to_hf(
 
     Args:
         model: of any architecture and dtype; its lineage, step and tokenizer record go along.
-        folder: made if it is missing; files of the same names are replaced, each atomically.
+        folder: made if it is missing; files of the same names are replaced, each atomically, and
+            weights in several files there are removed with their index.
         tokenizer: the model's own. None: the one that the model records, from where it was read;
             a model that records none gets no tokenizer files.
         layout: `fla` writes an rwkv7 as flash-linear-attention's RWKV7ForCausalLM, with the weights
@@ -96,7 +99,8 @@ def to_hf(
         }
     tensors = {name: x.contiguous().cpu() for name, x in tensors.items()}
     content = safetensors.torch.save(tensors, {"format": "pt"})
-    atomic_write(folder / "model.safetensors", content, error=CheckpointError)
+    atomic_write(folder / WEIGHTS, content, error=CheckpointError)
+    _drop_shards(folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
     if layout == "metastate":
@@ -195,20 +199,38 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of model.safetensors, or of the files that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return read_tensors(folder / "model.safetensors")
+    """Return all tensors of model.safetensors, or else of the files that an index names."""
+    whole = folder / WEIGHTS
+    if whole.exists() or not (folder / INDEX).exists():
+        return read_tensors(whole)
+    out: dict[str, torch.Tensor] = {}
+    for file in _shards(folder / INDEX):
+        out |= read_tensors(file)
+    return out
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files of weights that an index names."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise CheckpointError(f"{index} cannot be read ({cause!r}); it is corrupt") from None
-    out: dict[str, torch.Tensor] = {}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is no file of its own folder")
-        out |= read_tensors(folder / name)
-    return out
+    return [index.parent / name for name in names]
+
+
+def _drop_shards(folder: Path) -> None:
+    """Remove the weights in several files that model.safetensors has replaced, and their index."""
+    index, shards = folder / INDEX, []
+    with contextlib.suppress(CheckpointError):  # no index, or a broken one, names no file
+        shards = [f for f in _shards(index) if f.suffix == ".safetensors" and f.name != WEIGHTS]
+    try:
+        for file in (index, *shards):
+            file.unlink(missing_ok=True)
+    except OSError as cause:
+        raise CheckpointError(f"{cause.filename} is of older weights and stays: {cause}") from cause
 
 
 def write_modeling(folder: str | os.PathLike[str]) -> None:

@@ -309,9 +309,15 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """Return what is left; an unfinished character becomes U+FFFD. The decoder starts anew."""
-        text = self._utf8.decode(b"", final=True) + self._new_text()
+        text = self.unfinished
+        self._utf8.reset()
         self._before, self._pending = [], []
         return text
+
+    @property
+    def unfinished(self) -> str:
+        """What `finish` would return."""
+        return self._utf8.getstate()[0].decode("utf-8", "replace") + self._new_text()
 
     def _new_text(self) -> str:
         decode = self._tokenizer.decode

@@ -196,8 +196,10 @@ class Engine:
         )
         self.totals: Counter[str] = Counter()
         self.fault: BaseException | None = None
+        self._unfinished: set[Job] = set()  # wherever a job is, also between two places
         self._waiting: deque[Job] = deque()
         self._joining: Job | None = None
+        self._prompt: tuple[ModelState | None, list[int]] = (None, [])  # of the joining one, whole
         self._running: list[Job] = []  # a job's index is its row
         self._decoder = make_decoder(model, max_slots)
         self._changed = threading.Condition()
@@ -233,6 +235,7 @@ class Engine:
         """Queue a request; the arguments are those of `generate`.
 
         That gives the same tokens, bit by bit on a CPU; a GPU may round another batch otherwise.
+        Requests that wait with the same prompt behind the same state have it read once.
 
         Args:
             prompt: text, or token ids.
@@ -245,9 +248,32 @@ class Engine:
             ahead: go before all that wait, however many, as the end of a request that was taken.
 
         Raises:
-            ConfigError, ShapeError, StateError: as `generate`. BusyError: `max_waiting` requests
-            wait already, or the engine was stopped. EngineError: it failed.
+            ConfigError, ShapeError, StateError: as `generate`. BusyError, EngineError: as `queue`.
         """
+        job = self.make(
+            prompt,
+            state=state,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            timeout_s=timeout_s,
+            want_logprobs=want_logprobs,
+        )
+        self.queue(job, ahead=ahead)
+        return job
+
+    def make(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        state: ModelState | Continuation | None = None,
+        sampling: SamplingConfig | None = None,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        timeout_s: float | None = None,
+        want_logprobs: bool = False,
+    ) -> Job:
+        """Return what `submit` queues; a long prompt takes its time, so call it in any thread."""
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0")
         sampling = sampling or SamplingConfig()
@@ -255,6 +281,15 @@ class Engine:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         job = Job(draft, deadline, want_logprobs)
         job._wake = self._notify
+        return job
+
+    def queue(self, job: Job, *, ahead: bool = False) -> None:
+        """Let a job of `make` wait for its turn; at once, whatever its length.
+
+        Raises:
+            BusyError: `max_waiting` requests wait already, or the engine was stopped.
+            EngineError: it failed.
+        """
         with self._changed:
             if self.fault is not None:
                 raise EngineError(f"the engine failed ({self.fault!r}); start it anew")
@@ -269,8 +304,8 @@ class Engine:
                 self._waiting.appendleft(job)
             else:
                 self._waiting.append(job)
+            self._unfinished.add(job)
             self._changed.notify_all()
-        return job
 
     def step(self) -> bool:
         """Read one chunk of one joining prompt, then decode one token of every running request.
@@ -285,10 +320,10 @@ class Engine:
         return busy
 
     def start(self) -> None:
-        """Run `step` in a thread of its own until `stop`."""
+        """Run `step` in a thread of its own until `stop`; after a fault, with new requests."""
         if self._thread is not None:
             raise ConfigError("the engine runs already")
-        self._stopping = False
+        self._stopping, self.fault = False, None
         self._thread = threading.Thread(target=self._run, name="metastate-engine", daemon=True)
         self._thread.start()
 
@@ -306,9 +341,8 @@ class Engine:
         while drain and self._thread is None and time.monotonic() < deadline and self.step():
             pass
         with self._changed:
-            for job in (*self._waiting, *self._running, self._joining):
-                if job is not None:
-                    job._cancelled = True
+            for job in self._unfinished:
+                job._cancelled = True
             self._changed.notify_all()
         if self._thread is None:
             self._drop_overdue()
@@ -327,13 +361,11 @@ class Engine:
         except BaseException as error:  # of the engine itself: nobody may wait for ever
             with self._changed:
                 self.fault = error
-                jobs = [*self._waiting, *self._running]
+                jobs = list(self._unfinished)
                 self._waiting.clear()
-            self._running = []
-            for job in (*jobs, self._joining):
-                if job is not None and job.finish_reason is None:
-                    self._fail(job, EngineError(f"the engine failed: {error!r}"))
-            self._joining = None
+            self._running, self._joining = [], None
+            for job in jobs:
+                self._fail(job, EngineError(f"the engine failed: {error!r}"))
             raise
 
     def _await_work(self) -> bool:
@@ -347,6 +379,8 @@ class Engine:
         reason = job._draft.finish_reason
         assert reason is not None
         self.totals[reason] += 1
+        with self._changed:
+            self._unfinished.discard(job)
         job._add(piece)
 
     def _drop_overdue(self) -> None:
@@ -379,6 +413,8 @@ class Engine:
                 if writes and len(self._running) == self.max_slots:
                     return False
                 self._joining = self._waiting.popleft()
+            draft = self._joining._draft
+            self._prompt = (draft.state, list(draft.pending))
         job = self._joining
         draft, before = job._draft, job.statistics.prefill_tokens
         try:
@@ -390,12 +426,21 @@ class Engine:
         self.totals["prompt_tokens"] += job.statistics.prefill_tokens - before
         if len(draft.pending) == 1:
             self._joining = None
+            self._share(draft)
             piece = draft.end_if_full()
             if draft.finish_reason is None:
                 self._join(job)
             else:
                 self._finish(job, piece)
         return True
+
+    def _share(self, draft: Draft) -> None:
+        """Let those that wait with the prompt that `draft` has read go on from where it stands."""
+        (state, prompt), self._prompt = self._prompt, (None, [])
+        with self._changed:
+            for other in (job._draft for job in self._waiting) if len(prompt) > 1 else ():
+                if other.state is state and other.pending == prompt:
+                    other.stand_beside(draft)
 
     def _join(self, job: Job) -> None:
         job._draft.enter(self._decoder, len(self._running))

@@ -18,6 +18,7 @@ from metastate.config import ModelConfig
 from metastate.data.tokenizer import StreamDecoder, Tokenizer
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.infer.sampling import Sampler, SamplingConfig
+from metastate.infer.stops import StopMatcher
 from metastate.model.decode import Decoder, make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
@@ -32,7 +33,8 @@ class Continuation:
     Attributes:
         state: after every consumed token.
         pending: tokens given or sampled that the model has not consumed; at most one after a run.
-        history: the last generated tokens; they put the text decoder inside a character.
+        history: the last tokens of the text, prompt included, at most StreamDecoder.LIMIT; they put
+            the text decoder inside a character, or behind a word.
         shown: the last characters shown; a stop string may begin in them.
         recent: the window of the repetition penalty.
         seed: of the generator. generator: its state, or None for a fresh one.
@@ -86,6 +88,7 @@ class Continuation:
                 fields["generator"] = torch.tensor(list(base64.b64decode(raw)), dtype=torch.uint8)
             for name in ("pending", "history", "recent"):
                 fields[name] = tuple(fields.get(name, ()))
+            fields["history"] = fields["history"][-StreamDecoder.LIMIT :]
             found = cls(state, **fields)
             found._check_notes(model.config.vocab_size)
             return found
@@ -103,7 +106,12 @@ class Continuation:
         if type(seed) is not int or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed {seed!r}")
         if self.generator is not None:
-            torch.Generator().set_state(self.generator)
+            torch.Generator().set_state(self.generator)  # which bounds each field for itself
+            # Of a block of 624 numbers: those left and one, and the place of the next. Torch would
+            # read on behind the block.
+            left, _, place, _ = self.generator[8:24].view(torch.int32).tolist()
+            if left + place > 625:
+                raise ValueError(f"a generator at number {place} of a block with {left - 1} left")
 
 
 @dataclass
@@ -126,45 +134,6 @@ class Statistics:
             "prefill_tokens_per_s": rate(self.prefill_tokens, self.prefill_s),
             "decode_tokens_per_s": rate(self.decode_tokens, self.decode_s),
         }
-
-
-class StopMatcher:
-    """Lets text through except stop strings, also when they straddle pieces."""
-
-    def __init__(self, stops: Sequence[str], shown: str = "") -> None:
-        """Start after the text `shown`: a stop string that began there still stops."""
-        self.stops = [s for s in stops if s]
-        self.context = max(map(len, self.stops), default=1) - 1
-        self.text = shown[len(shown) - min(len(shown), self.context) :]
-        self.num_shown = len(self.text)
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take the next piece; return what can be shown and whether a stop string was completed."""
-        self.text += text
-        found = [i for i in map(self.text.find, self.stops) if i >= 0]
-        if found:
-            return self._show(min(found)), True
-        held = max(
-            (
-                n
-                for stop in self.stops
-                for n in range(1, min(len(stop), len(self.text) + 1))
-                if self.text.endswith(stop[:n])
-            ),
-            default=0,
-        )
-        return self._show(len(self.text) - held), False
-
-    def finish(self) -> str:
-        """Return the text held back because it might have become a stop string."""
-        return self._show(len(self.text))
-
-    def _show(self, end: int) -> str:
-        out = self.text[self.num_shown : end]
-        end = max(end, self.num_shown)
-        drop = max(0, end - self.context)
-        self.text, self.num_shown = self.text[drop:], end - drop
-        return out
 
 
 class Draft:
@@ -212,13 +181,11 @@ class Draft:
             before = replace(before, pending=(tokenizer.eod_id,))  # as every document begins
         encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), size))
-        self._decoder = StreamDecoder(tokenizer)
         self._state: ModelState | None = None
         self._place: tuple[Decoder, int] | None = None
         if before is None:
             # In training every document begins behind an end of document.
             self.pending = [tokenizer.eod_id, *encoded]
-            self._history: tuple[int, ...] = ()
             self._matcher = StopMatcher(stop)
         else:
             before.state.check(model)
@@ -235,9 +202,6 @@ class Draft:
                     "state that `generate` saved"
                 )
             # A prompt between the two runs ends the unfinished character and the text.
-            self._history = before.history if not encoded else ()
-            for token in self._history:
-                self._decoder.push(token)
             self._matcher = StopMatcher(stop, before.shown if not encoded else "")
             self._sampler.observe(before.recent)
             if before.generator is not None and sampling.seed in (None, before.seed):
@@ -247,6 +211,11 @@ class Draft:
         if wrong:
             raise ShapeError(f"the prompt holds token {wrong[0]}; ids run from 0 to {size - 1}")
         self._sampler.observe(encoded)
+        history = before.history if before and not encoded else text_before(encoded, tokenizer)
+        self._history = history[-StreamDecoder.LIMIT :]
+        self._decoder = StreamDecoder(tokenizer)
+        for token in self._history:
+            self._decoder.push(token)
         self.seed = self._sampler.seed
         self._shown = self._matcher.text[: self._matcher.num_shown]
 
@@ -254,6 +223,15 @@ class Draft:
     def state(self) -> ModelState | None:
         """The state after every consumed token; None before the first."""
         return self._state if self._place is None else self._place[0].get(self._place[1])
+
+    @property
+    def unseen(self) -> str:
+        """Text that was written and not shown: a stop string or its beginning, half a character."""
+        return self._matcher.text[self._matcher.num_shown :] + self._decoder.unfinished
+
+    def stand_beside(self, other: Draft) -> None:
+        """Take over what `other`, of the same prompt behind the same state, has read of it."""
+        self._state, self.pending = other._state, list(other.pending)
 
     def enter(self, decoder: Decoder, row: int) -> None:
         """Let the state live in a row of `decoder`, where the tokens are decoded."""
@@ -463,6 +441,15 @@ def generate(
     """
     draft = Draft(model, tokenizer, prompt, state, sampling or SamplingConfig(), max_tokens, stop)
     return Generation(draft, prefill_chunk)
+
+
+def text_before(prompt: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the end of a prompt, behind which its text goes on: some tokenizers decode by it.
+
+    It is empty where the prompt ends inside a character, which the text does not complete.
+    """
+    last = tuple(prompt[-StreamDecoder.LIMIT :])
+    return () if tokenizer.decode(last).endswith("\ufffd") else last
 
 
 def num_real_tokens(tokenizer: Tokenizer) -> int:

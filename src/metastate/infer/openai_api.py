@@ -6,28 +6,22 @@ import asyncio
 import json
 import secrets
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import MetaStateError
 from metastate.infer.engine import Engine, Job
-from metastate.infer.gate import (
-    ApiError,
-    ClientGoneError,
-    Result,
-    ServerConfig,
-    as_api_error,
-    while_connected,
-)
+from metastate.infer.gate import ApiError, ServerConfig, as_api_error, while_connected
 from metastate.infer.generate import Continuation
+from metastate.infer.openai_feed import FINISH, EventStream, Feed, Task
 from metastate.infer.openai_requests import (
     ChatRequest,
     ChatTemplate,
@@ -35,161 +29,7 @@ from metastate.infer.openai_requests import (
     CompletionRequest,
     StreamOptions,
 )
-from metastate.infer.store import StateStore
-
-FINISH = {"eod": "stop", "stop": "stop", "length": "length"}
-
-
-@dataclass
-class Task:
-    """What to generate: one text for each prompt and each of n."""
-
-    prompts: list[list[int]]
-    request: CommonFields
-    stop: tuple[str, ...]
-    max_tokens: int
-    before: Continuation | None
-    num_logprobs: int | None
-    chat: bool
-
-    @property
-    def num_texts(self) -> int:
-        """How many texts that are."""
-        return len(self.prompts) * (self.request.n or 1)
-
-
-class Feed:
-    """The texts of a task as they come, carried from the engine's thread to this event loop.
-
-    Pieces that came while the loop was busy are handed on as one. A reader who is more than
-    `max_behind` pieces behind loses the jobs: nobody holds a slot by reading slowly.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        task: Task,
-        config: ServerConfig,
-        *,
-        timeout_s: float | None = None,
-        ahead: bool = False,
-    ) -> None:
-        """Submit the jobs, all of them or none; errors and `ahead` as in `Engine.submit`."""
-        self.task, self.jobs = task, list[Job]()
-        self.slow, self.started = False, time.monotonic()
-        self._beside: list[asyncio.Task[Any]] = []
-        self._loop, self._limit = asyncio.get_running_loop(), config.max_behind
-        self._events: deque[tuple[int, str | None, int]] = deque()
-        self._ready = asyncio.Event()
-        try:
-            for prompt in task.prompts:
-                for _ in range(task.request.n or 1):
-                    index = len(self.jobs)
-                    job = engine.submit(
-                        prompt,
-                        state=task.before,
-                        sampling=task.request.sampling(index),
-                        max_tokens=task.max_tokens,
-                        stop=task.stop,
-                        timeout_s=timeout_s or config.timeout_s,
-                        want_logprobs=task.num_logprobs is not None,
-                        ahead=ahead,
-                    )
-                    self.jobs.append(job)
-                    job.on_event(partial(self._put, index, job))
-        except Exception:
-            self.cancel()
-            raise
-
-    def _put(self, index: int, job: Job, piece: str | None) -> None:
-        """Take an event, in the engine's thread."""
-        if piece is not None and not self.task.request.stream:
-            return  # the whole text is taken at its end
-        self._events.append((index, piece, len(job.tokens)))
-        if len(self._events) > self._limit * len(self.jobs):
-            self.slow = True
-            job.cancel()
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:  # the loop was closed: nobody listens any more
-            job.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, str | None, int]]:
-        """Yield the text's index, a piece of it or None at its end, and its tokens so far.
-
-        Where no stream was asked for there is only the end.
-
-        Raises:
-            ApiError: a text ended for another reason than its own end.
-        """
-        left = len(self.jobs)
-        while left:
-            await self._ready.wait()
-            self._ready.clear()
-            texts: dict[int, tuple[str, int]] = {}
-            while self._events:
-                index, piece, num_tokens = self._events.popleft()
-                if piece is not None:
-                    texts[index] = (texts.get(index, ("", 0))[0] + piece, num_tokens)
-                    continue
-                if index in texts:
-                    yield index, *texts.pop(index)
-                left -= 1
-                self._check(self.jobs[index])
-                yield index, None, num_tokens
-            for index, (text, num_tokens) in texts.items():
-                yield index, text, num_tokens
-
-    def beside(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-        """Run `work` while the other texts come; `cancel` ends it too."""
-        task = asyncio.ensure_future(work)
-        self._beside.append(task)
-        return task
-
-    def cancel(self) -> None:
-        """End what has not ended."""
-        for job in self.jobs:
-            if job.finish_reason is None:
-                job.cancel()
-        for task in self._beside:
-            task.cancel()
-
-    def _check(self, job: Job) -> None:
-        if job.finish_reason in FINISH:
-            return
-        if job.error is not None:
-            raise as_api_error(job.error)
-        if job.finish_reason == "deadline":
-            raise ApiError(408, "the time limit of a request was reached", code="timeout")
-        if self.slow:
-            raise ApiError(408, "the stream was read too slowly", code="slow_reader")
-        raise ApiError(503, "the server is stopping", code="stopping")
-
-
-class EventStream(Response):
-    """Server-sent events while the client is there; the feed's jobs end with the stream."""
-
-    def __init__(self, lines: AsyncIterator[str], feed: Feed) -> None:
-        super().__init__(media_type="text/event-stream")
-        self.lines, self.feed = lines, feed
-        del self.headers["content-length"]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-
-        async def write() -> None:
-            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-            async for line in self.lines:
-                await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-        try:
-            await while_connected(receive, write())
-        except ClientGoneError:
-            pass
-        finally:
-            self.feed.cancel()
+from metastate.infer.store import StateStore, StoredState
 
 
 class OpenAI:
@@ -206,7 +46,8 @@ class OpenAI:
         self, request: CompletionRequest | ChatRequest, owner: str, receive: Receive
     ) -> Response | dict[str, Any]:
         """Return the answer: an object, or a stream of events."""
-        task = await asyncio.to_thread(self._task, request, owner)
+        feed = await asyncio.to_thread(self._feed, request, owner)
+        task = feed.task
         running = sum(job.finish_reason is None for job in self._jobs[owner])
         if running + task.num_texts > self.config.max_concurrent:
             raise ApiError(
@@ -215,7 +56,7 @@ class OpenAI:
                 f"they would be over the limit of {self.config.max_concurrent}; try again later",
                 code="too_many_requests",
             )
-        feed = Feed(self.engine, task, self.config)
+        feed.start()
         self._jobs[owner].update(feed.jobs)
         if request.stream:
             return EventStream(self._events(feed, owner), feed)
@@ -275,7 +116,23 @@ class OpenAI:
             ApiError: it could not be read. Others as `Engine.submit`.
         """
         task = Task([ids], CommonFields(), (), 0, before, None, False)
-        return await self._read(Feed(self.engine, task, self.config), before)
+        feed = await asyncio.to_thread(Feed, self.engine, task, self.config)
+        return await self._read(feed.start(), before)
+
+    async def keep(self, owner: str, continuation: Continuation) -> StoredState:
+        """Store a state unless nobody is left to be told its id; errors as `StateStore.add`."""
+        adding = asyncio.ensure_future(asyncio.to_thread(self.store.add, owner, continuation))
+
+        def forget(added: asyncio.Future[StoredState]) -> None:
+            if not added.cancelled() and added.exception() is None:
+                delete = partial(self.store.delete, owner, added.result().id)
+                added.get_loop().run_in_executor(None, delete)
+
+        try:
+            return await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            adding.add_done_callback(forget)
+            raise
 
     async def _read_again(self, feed: Feed, index: int, text: str) -> Continuation:
         """Return what is remembered of a prompt and `text`; drawing goes on as behind its job.
@@ -284,11 +141,10 @@ class OpenAI:
         """
         task, job, config = feed.task, feed.jobs[index], self.config
         ids = task.prompts[index // (task.request.n or 1)] + self.tokenizer.encode(text)
-        request = CommonFields(repetition_penalty=task.request.repetition_penalty)
         left_s = feed.started + config.timeout_s + config.send_timeout_s / 2 - time.monotonic()
-        reading = Task([ids], request, (), 0, task.before, None, False)
-        again = Feed(self.engine, reading, config, timeout_s=left_s, ahead=True)
-        return await self._read(again, job.continuation)
+        reading = Task([ids], CommonFields(), (), 0, task.before, None, False)
+        again = await asyncio.to_thread(Feed, self.engine, reading, config, timeout_s=left_s)
+        return await self._read(again.start(ahead=True), job.continuation)
 
     async def _read(self, feed: Feed, drawn: Continuation | None) -> Continuation:
         """Return where the only job of `feed` ends, with the generator of `drawn`."""
@@ -302,6 +158,10 @@ class OpenAI:
         if drawn is None:
             return replace(continuation, seed=None, generator=None)
         return replace(continuation, seed=drawn.seed, generator=drawn.generator)
+
+    def _feed(self, request: CompletionRequest | ChatRequest, owner: str) -> Feed:
+        """Return the texts to write for a request, not started; errors as `_task` and `Feed`."""
+        return Feed(self.engine, self._task(request, owner), self.config)
 
     def _task(self, request: CompletionRequest | ChatRequest, owner: str) -> Task:
         """Return what to do for a request; ApiError or ConfigError if it cannot be done."""
@@ -442,7 +302,7 @@ class OpenAI:
             if job.finish_reason != "length":
                 continuation = await self._read_again(feed, index, text)
             assert continuation is not None
-            return {"state": (await asyncio.to_thread(self.store.add, owner, continuation)).id}
+            return {"state": (await self.keep(owner, continuation)).id}
         except (ApiError, MetaStateError) as error:
             return {"state": None, "state_error": as_api_error(error).body()["error"]}
 

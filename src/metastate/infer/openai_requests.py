@@ -46,6 +46,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "reasoning_effort": ("none",),
 }
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
@@ -186,6 +187,12 @@ class ChatRequest(CommonFields):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true beside it", param="top_logprobs")
+        return self
 
 
 class ChatTemplate:

@@ -72,9 +72,8 @@ class Sampler:
         self.recent: deque[int] = deque(maxlen=config.repetition_window or None)
 
     def observe(self, tokens: Iterable[int]) -> None:
-        """Let `tokens` count for the repetition penalty."""
-        if self.config.repetition_penalty != 1:
-            self.recent.extend(tokens)
+        """Let `tokens` count for the repetition penalty, of a later run if not of this one."""
+        self.recent.extend(tokens)
 
     def sample(self, logits: Tensor) -> int:
         """Choose one token by its logits [V] (any float dtype) and observe it.

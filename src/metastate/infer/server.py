@@ -43,7 +43,7 @@ except ImportError as cause:
 
 from metastate.infer.engine import Engine
 from metastate.infer.inspect import inspect_prompt, inspect_state
-from metastate.infer.store import StateStore
+from metastate.infer.store import StateStore, StoredState
 
 PAGE = Path(__file__).parent / "page"
 NOTES_BYTES = 2**20  # of an uploaded state, beside its tensors
@@ -139,9 +139,12 @@ def add_state_routes(app: FastAPI, openai: OpenAI) -> None:
         owner = request.state.owner
         before = await asyncio.to_thread(openai.before, owner, body.state)
         ids = await asyncio.to_thread(openai.encode, body.prompt, before)
-        openai.check_room(owner, [ids])
-        after = await while_connected(request.receive, openai.read(ids, before))
-        return (await asyncio.to_thread(store.add, owner, after)).to_json()
+        await asyncio.to_thread(openai.check_room, owner, [ids])
+
+        async def read() -> StoredState:
+            return await openai.keep(owner, await openai.read(ids, before))
+
+        return (await while_connected(request.receive, read())).to_json()
 
     @app.post("/v1/states/upload", status_code=201)
     async def upload(request: Request) -> dict[str, Any]:

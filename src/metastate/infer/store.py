@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SUFFIX, UPLOAD = ".safetensors", ".upload-"
 NAME = re.compile(r"state-[0-9a-f]{24}")
 OWNER = re.compile(r"open|[0-9a-f]{32}")  # the folders of a server without keys, and of a key
+LOOKS_BACK = 256  # tokens of a request's penalty, characters of its stop strings
 # What a killed process leaves: an upload that was being read, a file that was being written.
 HALF = re.compile(rf"\{UPLOAD}[0-9a-f]{{24}}|\.{NAME.pattern}\{SUFFIX}\.tmp")
 
@@ -191,9 +192,11 @@ class StateStore:
         path = self.folder / (UPLOAD + secrets.token_hex(12))
         try:
             path.write_bytes(content)
-            continuation = Continuation.load(path, self.model)
-            self._check(continuation)
-            return self.add(owner, continuation)
+            given = Continuation.load(path, self.model)
+            self._check(given)
+            # Whoever goes on from it reads all of it each time.
+            recent, shown = given.recent[-LOOKS_BACK:], given.shown[-LOOKS_BACK:]
+            return self.add(owner, replace(given, recent=recent, shown=shown))
         except StateError as cause:
             raise type(cause)(str(cause).replace(str(path), "the file")) from None
         except OSError as cause:
