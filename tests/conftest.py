@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ def pytest_configure(config):
     """Interpret the GPU kernels on the CPU, unless this run is for a GPU (`-m gpu`)."""
     if config.option.markexpr != "gpu":  # Triton looks once, when it is imported
         os.environ["TRITON_INTERPRET"] = "1"
+    # A shell ignores Ctrl-C for what it starts with `&`, nohup SIGHUP, and what runs ignores what it
+    # was started to ignore; the tests send both.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item):
