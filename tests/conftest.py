@@ -20,8 +20,8 @@ def pytest_configure(config):
     """Interpret the GPU kernels on the CPU, unless this run is for a GPU (`-m gpu`)."""
     if config.option.markexpr != "gpu":  # Triton looks once, when it is imported
         os.environ["TRITON_INTERPRET"] = "1"
-    # A shell ignores Ctrl-C for what it starts with `&`, nohup SIGHUP, and what runs ignores what it
-    # was started to ignore; the tests send both.
+    # What a shell starts with `&` ignores Ctrl-C, what nohup starts SIGHUP, and so would all that
+    # the tests start, and send both to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -254,13 +254,12 @@ def test_generate_needs_a_tokenizer(tmp_path, refused):
 
 
 def start(*argv, **settings):
-    """Start a command line; it heeds Ctrl-C even if these tests run in a shell's background."""
+    """Start a command line."""
     return subprocess.Popen(
         [sys.executable, "-m", "metastate", *map(str, argv)],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **settings,
     )
 
@@ -276,14 +275,9 @@ def test_the_process_prints_one_json_object_and_errors_apart(checkpoint, data):
 
 def test_a_reader_that_goes_away_is_no_traceback(checkpoint):
     reader, writer = os.pipe()
-    process = start(
-        *("generate", checkpoint, "--prompt", "a", "--max-tokens", "100000"),
-        *("--temperature", "0"),  # drawn at random, the end of the text would come soon
-        stdout=writer,
-    )
+    process = start("generate", checkpoint, "--prompt", "a", stdout=writer)
     os.close(writer)
-    assert os.read(reader, 1)
-    os.close(reader)
+    os.close(reader)  # long before the first word: behind it, the text could end first
     _, err = process.communicate(timeout=120)
     assert process.returncode == 141 and err == ""
 

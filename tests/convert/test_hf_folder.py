@@ -343,6 +343,7 @@ def test_wrong_weights_are_refused(folder, change, message, theirs):
 
 @pytest.mark.parametrize("names", [{"a": 1, "b": "x"}, {"a": ["x"]}, {"a": 1}])
 def test_an_index_of_the_wrong_kind_is_refused(folder, names):
+    (folder / "model.safetensors").unlink()  # which would be read first
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": names}))
     with pytest.raises(CheckpointError, match=r"index.json (cannot be read|names 1)"):
@@ -395,6 +396,7 @@ def test_folders_that_are_none_of_ours_are_refused(folder, tmp_path):
 
 
 def test_a_broken_index_is_refused(folder):
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     for content, message in [
         ("{", "cannot be read"),

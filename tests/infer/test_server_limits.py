@@ -112,7 +112,7 @@ def test_the_whole_request_must_end_in_time(tmp_path, pace):
     pace.s = 0.02
     limits = {"timeout_s": 1, "body_timeout_s": 0.5, "send_timeout_s": 0.5}
     with served(tmp_path, **limits) as server:
-        server.engine.submit = lambda *a, submit=server.engine.submit, timeout_s, **kw: submit(
+        server.engine.make = lambda *a, make=server.engine.make, timeout_s, **kw: make(
             *a, **kw
         )  # the engine's own limit does not hold
         error_of(server.client.post("/v1/completions", json=LONG), 408)
