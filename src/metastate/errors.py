@@ -48,6 +48,11 @@ class DivergedError(TrainingError):
     """The loss or a gradient is not finite."""
 
 
+def remedy(error: BaseException) -> str:
+    """Return what to do about a file that cannot be written: only a full disk needs room."""
+    return "make room" if is_full(error) else "mend that"
+
+
 def is_full(error: BaseException | None) -> bool:
     """Return whether `error`, or what it was raised from, is a full disk or a quota."""
     while error is not None:

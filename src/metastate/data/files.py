@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metastate.errors import BusyError, ConfigError, MetaStateError, TrainingError
+from metastate.errors import BusyError, ConfigError, MetaStateError, TrainingError, is_full
 
 LOCK = ".lock"
 
@@ -120,7 +120,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def _refusal(cause: OSError, path: Path) -> str:
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(cause):
         return (
             f"disk full while writing {path}; free room and run again; "
             "the previous file is untouched"

@@ -115,8 +115,8 @@ class Split:
     def documents(self, limit_tokens: int | None = None) -> Iterator[Document]:
         """Yield the documents, whole and in order.
 
-        With `limit_tokens` they come in a fixed shuffled order, so that few tokens see every
-        domain; the last one is cut there and its text_bytes are in proportion.
+        With `limit_tokens` they come in a fixed shuffled order, whatever their domains; the last
+        one is cut there and its text_bytes are in proportion.
         """
         order = np.arange(len(self.dataset))
         if limit_tokens is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.state import ModelState
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
@@ -153,9 +153,7 @@ def evaluate(
     nats = np.zeros(len(lengths))
     buckets = np.zeros((2, 64))  # sums and counts
     total, done = int(lengths.sum()), 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         chunks = read_in_chunks(
             model,
             np.array([piece.length for piece in pieces]),
@@ -174,8 +172,6 @@ def evaluate(
             done += len(nll)
             if progress is not None:
                 progress(done, total)
-    finally:
-        model.train(was_training)
     text_bytes = np.rint(split.text_bytes * (lengths / split.dataset.lengths))
     scored = lengths > 0
 

@@ -22,7 +22,7 @@ from metastate.data.tokenizer import Tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.eval.loss import LOGITS, read_in_chunks
 from metastate.eval.zero_shot_data import TASKS, Item, check_tasks
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, evaluating
 
 Score = tuple[float, bool]  # sum of log p in nats, and whether every token was the likeliest
 TokenPair = tuple[Sequence[int], Sequence[int]]
@@ -143,9 +143,7 @@ def score_tokens(
     scored = [i for i, (_, continuation) in enumerate(pairs) if continuation]
     lengths = np.array([len(texts[i]) - 1 for i in scored], dtype=np.int64)
     total, done = int(lengths.sum()), 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         chunks = read_in_chunks(model, lengths, lambda i: texts[scored[i]], batch_size, eod_id)
         for batch, start, x, targets, valid in chunks:
             owners = np.array(scored)[batch]
@@ -158,8 +156,6 @@ def score_tokens(
             done += int(valid.sum())
             if progress is not None:
                 progress(done, total)
-    finally:
-        model.train(was_training)
     if not np.isfinite(sums).all():
         raise CheckpointError(
             "the model gives log-likelihoods that are not finite; its weights are broken: use an "

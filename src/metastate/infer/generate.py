@@ -20,7 +20,7 @@ from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.infer.sampling import Sampler, SamplingConfig
 from metastate.infer.stops import StopMatcher
 from metastate.model.decode import Decoder, make_decoder
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.state import ModelState
 
 PREFILL_CHUNK = 256
@@ -370,20 +370,14 @@ def inference(model: LanguageModel) -> Iterator[None]:
 
     A model whose matrices are bfloat16 (model.decode.store_bfloat16) multiplies in bfloat16.
     """
-    was_training, half = model.training, model.head.weight.dtype == torch.bfloat16
-    if was_training:
-        model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast(model.head.weight.device.type, torch.bfloat16)
-            if half
-            else contextlib.nullcontext(),
-        ):
-            yield
-    finally:
-        if was_training:
-            model.train()
+    weight, as_it_is = model.head.weight, contextlib.nullcontext()
+    half = weight.dtype == torch.bfloat16
+    with (
+        evaluating(model) if model.training else as_it_is,
+        torch.no_grad(),
+        torch.autocast(weight.device.type, torch.bfloat16) if half else as_it_is,
+    ):
+        yield
 
 
 def prefill(draft: Draft, chunk: int) -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
 from metastate.data.files import atomic_write, sync_folder, write_json
-from metastate.errors import CheckpointError, ConfigError, TrainingError, is_full
+from metastate.errors import CheckpointError, ConfigError, TrainingError, remedy
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
@@ -190,10 +190,9 @@ def write_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         before = find_checkpoint(out)
         kept = f"{before} is whole" if before else "there was none before"
-        todo = "make room" if is_full(cause) else "mend that"
         raise TrainingError(
             f"the checkpoint of step {trainer.step} could not be written ({cause}); {kept}; "
-            f"{todo}, then go on with --resume"
+            f"{remedy(cause)}, then go on with --resume"
         ) from cause
     return final
 
@@ -275,10 +274,9 @@ def load_checkpoint(
         try:
             _publish(Path(out), trainer)
         except (OSError, TrainingError) as cause:
-            todo = "make room" if is_full(cause) else "mend that"
             raise CheckpointError(
-                f"{out} cannot be written, where `last` is to lead to {folder} ({cause}); {todo}, "
-                "or go on in a copy of that folder"
+                f"{out} cannot be written, where `last` is to lead to {folder} ({cause}); "
+                f"{remedy(cause)}, or go on in a copy of that folder"
             ) from cause
     return trainer, carried
 

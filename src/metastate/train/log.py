@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metastate.data.files import atomic_write
-from metastate.errors import ConfigError, TrainingError, is_full
+from metastate.errors import ConfigError, TrainingError, remedy
 
 
 class RunLog:
@@ -70,10 +70,9 @@ class RunLog:
         try:
             yield
         except OSError as cause:
-            todo = "make room" if is_full(cause) else "mend that"
             raise TrainingError(
                 f"cannot write {self.path}: {cause.strerror}; the last checkpoint is whole, "
-                f"{todo} and go on with --resume"
+                f"{remedy(cause)} and go on with --resume"
             ) from cause
 
 

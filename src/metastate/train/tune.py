@@ -21,7 +21,7 @@ from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
 from metastate.model.io import weights_hash
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile, config_hash
@@ -393,12 +393,11 @@ def read_kept(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 @contextlib.contextmanager
 def _frozen(model: LanguageModel) -> Iterator[None]:
     """Ask no gradients of the weights, and run without training noise, for a while."""
-    training = model.training
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for name, p in model.named_parameters():
             p.requires_grad_(asked[name])
