@@ -117,8 +117,30 @@ def test_equal_documents_stay_on_one_side(tmp_path):
 
 def test_a_split_of_no_part_gets_nothing():
     largest = np.array([0, 2**64 - 1], np.uint64)  # as a part of 2^64 it rounds to 1
-    drawn, domains = np.array([module.BY_HASH] * 2), np.zeros(2, np.int64)
-    assert module._assign(drawn, largest, domains, (0.5, 0.5, 0.0)).tolist() == [0, 1]
+    same = np.zeros(2, np.int64)
+    table = {"hashes": largest, "splits": same + module.BY_HASH, "domains": same}
+    table["text_bytes"] = same + 1
+    assert module._assign(table, (0.5, 0.5, 0.0)).tolist() == [0, 1]
+
+
+def test_a_book_beside_a_note_is_not_held_out(tmp_path):
+    for seed in range(8):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        book, note = random_documents(2, seed)
+        (folder / "book.txt").write_text(book * 100)
+        (folder / "note.txt").write_text(note)
+        splits = run(folder, folder / "out").record["splits"]
+        assert splits["train"]["text_bytes"] == 100 * len(book.encode())
+        assert splits["valid"]["text_bytes"] == len(note.encode())
+
+
+@pytest.mark.parametrize("lengths", [(9, 1), (1, 9)])
+def test_the_longest_text_moves_to_an_empty_train_split(lengths):
+    hashes, same = np.array([2**63, 2**63 + 2**62], np.uint64), np.zeros(2, np.int64)
+    table = {"hashes": hashes, "splits": same + module.BY_HASH, "domains": same}
+    table["text_bytes"] = np.array(lengths)
+    assert module._assign(table, (0.4, 0.6, 0.0)).tolist() == [int(n == 1) for n in lengths]
 
 
 def test_every_larger_domain_is_held_out(tmp_path):

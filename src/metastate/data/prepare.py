@@ -343,7 +343,7 @@ def _merge(
             columns.setdefault("domains", []).append(place[part["domains"]])
     ends = np.cumsum([len(lengths) for lengths in columns["lengths"]])[:-1]
     table = {key: np.concatenate(value) for key, value in columns.items()}
-    splits = _assign(table["splits"], table["hashes"], table["domains"], fractions)
+    splits = _assign(table, fractions)
     record: dict[str, Any] = {}
     dtype = token_dtype(tokenizer.vocab_size)
     for index, name in enumerate(SPLITS):
@@ -406,28 +406,25 @@ def _sizes(table: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, int]:
     }
 
 
-def _assign(
-    given: np.ndarray, hashes: np.ndarray, domains: np.ndarray, fractions: tuple[float, ...]
-) -> np.ndarray:
+def _assign(table: dict[str, np.ndarray], fractions: tuple[float, ...]) -> np.ndarray:
     """Return the split of every document, [documents] index into SPLITS.
 
     Args:
-        given: index into SPLITS, or -1 where the hash decides.
-        hashes: [documents] uint64, uniform.
-        domains: [documents] index of the domain.
+        table: a row a document. `splits`: index into SPLITS, or -1 where the hash decides;
+            `hashes`: uint64, uniform; `domains`: index of the domain; `text_bytes`.
         fractions: of train, valid and test.
     """
-    share = hashes.astype(np.float64) / 2.0**64
+    share = table["hashes"].astype(np.float64) / 2.0**64
     bounds = np.cumsum(fractions)[:-1]
     wanted = [index for index, fraction in enumerate(fractions) if fraction > 0]
     by_hash = np.minimum(np.searchsorted(bounds, share, side="right"), wanted[-1])  # by rounding
-    drawn = given == BY_HASH
-    splits = np.where(drawn, by_hash, given)
-    for domain in np.unique(domains).tolist():
-        rows = drawn & (domains == domain)
+    drawn = table["splits"] == BY_HASH
+    splits = np.where(drawn, by_hash, table["splits"])
+    for domain in np.unique(table["domains"]).tolist():
+        rows = drawn & (table["domains"] == domain)
         if rows.sum() >= MIN_DOMAIN_DOCUMENTS:
-            _fill(splits, rows, drawn, hashes, wanted)
-    _fill(splits, drawn, drawn, hashes, wanted)
+            _fill(splits, rows, drawn, table, wanted)
+    _fill(splits, drawn, drawn, table, wanted)
     return splits
 
 
@@ -435,15 +432,19 @@ def _fill(
     splits: np.ndarray,
     rows: np.ndarray,
     drawn: np.ndarray,
-    hashes: np.ndarray,
+    table: dict[str, np.ndarray],
     wanted: list[int],
 ) -> None:
     """Give every wanted split that has none of `rows` one text of the split that has most.
 
-    Equal texts among `drawn` move together, so that none ever stands on both sides.
+    Equal texts among `drawn` move together, so that none ever stands on both sides. The longest
+    text, which may be nearly all that there is, goes to train if it must move, and else stays.
     """
+    hashes = table["hashes"]
+    longest = hashes[rows][np.argmax(table["text_bytes"][rows])] if rows.any() else None
     for index in wanted[: len(np.unique(hashes[rows]))]:
         texts = [np.unique(hashes[rows & (splits == i)]) for i in range(len(SPLITS))]
         if not len(texts[index]):
             _, most = max((len(found), i) for i, found in enumerate(texts))
-            splits[drawn & (hashes == texts[most][-1])] = index
+            best = texts[most][(texts[most] == longest) == (index == 0)]
+            splits[drawn & (hashes == (best if len(best) else texts[most])[-1])] = index
