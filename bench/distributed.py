@@ -144,8 +144,8 @@ def predict(ranks: int) -> dict[str, float]:
     found = {k: v / GiB for k, v in computed(config, "fsdp", ranks, 1).items()}
     with torch.device("meta"):
         model = LanguageModel(config)
-    block = 4 * sum(p.numel() for p in model.blocks[0].parameters())
-    outer = 4 * sum(p.numel() for p in model.parameters()) - block * config.num_layers
+    block = 4 * max(sum(p.numel() for p in b.parameters()) for b in model.blocks)
+    outer = 4 * sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] != "blocks")
     # Two blocks at a time, one in use and the next, and the outer weights; gradients of both.
     return found | {"gathered": 2 * (2 * block + outer) / GiB}
 
