@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from hashlib import sha256
 from pathlib import Path
@@ -115,10 +114,13 @@ def table(results: list[dict[str, Any]]) -> str:
         for mode in MODES[1:]:
             pairs = zip(own["carried_by_text"], own[f"{mode}_by_text"], strict=True)
             gains = [b - a for a, b in pairs]
-            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan
+            spread = " (one text)"
+            if len(gains) > 1:
+                error = statistics.stdev(gains) / len(gains) ** 0.5
+                spread = f" ± {error:.4f} (standard error over {len(gains)} texts)"
             lines.append(
-                f"| | beyond 16,384, carried better than {mode} by {statistics.mean(gains):.4f} ± "
-                f"{error:.4f} (standard error over {len(gains)} texts) |" + " |" * len(EDGES)
+                f"| | beyond 16,384, carried better than {mode} by {statistics.mean(gains):.4f}"
+                f"{spread} |" + " |" * len(EDGES)
             )
     return "\n".join(lines)
 

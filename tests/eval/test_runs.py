@@ -174,3 +174,13 @@ def test_long_context_keeps_what_it_measured_apart_by_weights_and_text(tmp_path,
     found = {(i, text): ask(i, text) for i in (0, 1) for text in "ab"}
     assert len(calls) == len(set(found.values())) == 4
     assert {(i, text): ask(i, text) for i, text in found} == found and len(calls) == 4
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_long_context_has_a_spread_only_of_several_texts(texts):
+    own = {"checkpoint": "a"}
+    for mode in ("carried", "warm", "windows"):
+        own |= {mode: [1.0] * 7, f"{mode}_state_bytes": [8], f"{mode}_by_text": [1.0] * texts}
+    table = recipe("long_context").table([own])
+    assert ("(one text)" in table) == (texts == 1) and "nan" not in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
