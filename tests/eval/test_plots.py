@@ -50,6 +50,7 @@ def test_loss_curve_holds_every_point(tmp_path, drawn, n):
     assert steps.get_xlabel() == "steps"
     steps.figure.canvas.draw()
     assert steps.get_xlim()[1] == pytest.approx(axes.get_xlim()[1] / 64)
+    assert all(tick == int(tick) for tick in steps.get_xticks())
 
 
 def test_a_resumed_run_draws_each_step_once(tmp_path, drawn):

@@ -391,9 +391,12 @@ def test_lone_surrogates_in_chats(server):
 
 def test_wrong_types_paths_and_methods(server):
     client = server.client
-    error_of(client.post("/v1/completions", content='{"prompt": "a"}'), 400)  # no JSON type
+    untyped = error_of(client.post("/v1/completions", content='{"prompt": "a"}'), 400)
+    assert "Content-Type: application/json" in untyped["message"]
+    typed = error_of(client.post("/v1/completions", json=["a"]), 400)
+    assert "Content-Type" not in typed["message"]
     error_of(client.get("/v1/completions"), 405)
-    error_of(client.get("/v1/nothing"), 404)
+    assert error_of(client.get("/v1/nothing"), 404)["message"].endswith("route GET /v1/nothing")
     error_of(client.get("/page/../server.py"), 404)
     error_of(client.get("/page/%2e%2e/server.py"), 404)
 

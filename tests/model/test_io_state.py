@@ -623,6 +623,12 @@ def test_a_cast_model_takes_states_of_its_new_number_format(tmp_path):
 # Rows.
 
 
+def test_a_state_is_shown_in_a_line(model):
+    _, state = model(torch.zeros(2, 3, dtype=torch.long))
+    size = f"tokens_seen=3, num_bytes={state.num_bytes})"
+    assert repr(state) == f"ModelState({len(state.layers)} layers, batch_size=2, {size}"
+
+
 def test_stacked_states_are_the_batch(model):
     alone = [run(model, None, TOKENS[i : i + 1])[1] for i in (0, 1)]
     both = ModelState.stack(alone)

@@ -28,6 +28,7 @@ def run_compare(args: argparse.Namespace) -> None:
     for warning in uneven(cells):
         log(f"warning: {warning}")
     if args.dry_run:
+        log("Measuring the speed of this machine, a batch of every model ...")
         seconds = estimate(cells)
         for title, each in seconds.items():
             log(f"{title}: about {duration(each)}")
@@ -61,10 +62,11 @@ def plan_text(cells: list[Cell]) -> str:
         if config.ffn_size:
             shape += f", F {config.ffn_size}"
         rates = len(own) - len(main)
+        seeds = "1 seed" if len(main) == 1 else f"{len(main)} seeds"
         more = f", {rates} learning rates" if rates else ""
         lines.append(
             f"{key[0]}, {key[1]}: {own[0].parameters:,} parameters ({shape}), "
-            f"{main[0].tokens:,} tokens, {len(main)} seeds{more}"
+            f"{main[0].tokens:,} tokens, {seeds}{more}"
         )
     return "\n".join(lines)
 

@@ -94,6 +94,7 @@ def loss_curve(
         above = axes.secondary_xaxis("top", functions=(lambda t: t / ratio, lambda s: s * ratio))
         above.set_xlabel("steps")
         above.xaxis.set_major_formatter(_short)
+        above.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_title(_as_text(title or Path(log).resolve().parent.name))
     _write(figure, out)
 

@@ -253,6 +253,9 @@ def metrics_text(openai: OpenAI, traffic: Traffic) -> str:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    if type(error) is HTTPException and error.status_code in (404, 405):  # the router's
+        what = f"there is no route {request.method} {request.url.path[:200]}"
+        return ApiError(error.status_code, what).response()
     return as_api_error(error).response()
 
 
@@ -268,6 +271,8 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     param = place[0] if place and not place[0].isdigit() else None
     if found[0]["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON object").response()
+    if not found[0]["loc"][1:] and "json" not in request.headers.get("content-type", ""):
+        return ApiError(400, "the body needs the header Content-Type: application/json").response()
     if found[0]["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {'.'.join(place)!r}", param=param).response()
     said = "; or ".join(dict.fromkeys(str(e["msg"])[:200] for e in found))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LayerState = RecurrentState | AttentionState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelState:
     """The states of all layers after `tokens_seen` tokens, for a batch of B rows.
 
@@ -41,6 +41,13 @@ class ModelState:
     layers: tuple[LayerState, ...]
     tokens_seen: int = 0
     extra: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return its sizes in a line; the numbers themselves would fill screens."""
+        return (
+            f"ModelState({len(self.layers)} layers, batch_size={self.batch_size}, "
+            f"tokens_seen={self.tokens_seen}, num_bytes={self.num_bytes})"
+        )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ModelState:
         """Return a state whose tensors are `fn` of this one's."""
