@@ -90,9 +90,9 @@ class Parser(argparse.ArgumentParser):
             return
         given = unknown[0].split("=")[0]
         near = difflib.get_close_matches(given, list(self._option_string_actions), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}? See" if near else "; see"
         kind = "option" if given.startswith("-") else "argument"
-        raise ConfigError(f"unknown {kind} {given!r}{hint}; see `{self.prog} --help`")
+        raise ConfigError(f"unknown {kind} {given!r}{hint} `{self.prog} --help`")
 
 
 def add_flags(
