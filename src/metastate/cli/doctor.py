@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-from typing import Any
 
 import torch
 
@@ -31,16 +29,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     with bar("doctor", "checks") as show:
         report = diagnose(devices, progress=show)
     if args.json:
-        print_json(finite(report))
+        print_json(report)
     else:
         print(doctor_table(report))
     return 0 if report["ok"] else 1
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with None for what JSON cannot say: infinite errors."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,8 +17,6 @@ from metastate.errors import ShapeError, StateError
 from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth, normal_
 
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
-
-
 _CLAIM = threading.Lock()  # two threads may go on from one state
 
 
@@ -91,24 +89,6 @@ class AttentionState:
         keys, values = self.visible()
         start = None if self.start is None else fn(self.start)
         return AttentionState(fn(keys), fn(values), start)
-
-    def detach(self) -> AttentionState:
-        """Return the state cut off from the graph that made it; the memory is shared."""
-        return self.map(torch.Tensor.detach)
-
-    def clone(self) -> AttentionState:
-        """Return a copy that shares no memory, its buffers cut to `length`."""
-        return self.map(torch.clone)
-
-    def to(self, device: torch.device | str) -> AttentionState:
-        """Return the state on `device`."""
-        return self.map(lambda t: t.to(device))
-
-    def __getitem__(self, rows: int | slice | Tensor) -> AttentionState:
-        """Return the state of some batch rows; an int keeps a batch of one."""
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
-        return self.map(lambda t: t[rows])
 
     @property
     def num_bytes(self) -> int:

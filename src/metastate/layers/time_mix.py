@@ -63,7 +63,7 @@ class TimeMix(nn.Module):
         D, A, H = config.hidden_size, config.attention_size, config.num_heads
         assert config.head_size is not None and config.head_segments is not None
         N = config.head_size
-        self.num_heads, self.head_size, self.layer = H, N, layer
+        self.num_heads, self.head_size = H, N
         depth = layer / max(config.num_layers - 1, 1)  # 0 -> 1 over the layers
         rest = 1 - layer / config.num_layers  # 1 -> 0
         c = torch.arange(D, device="cpu") / D
