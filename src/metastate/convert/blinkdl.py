@@ -26,7 +26,7 @@ from metastate.config import ModelConfig, unknown_key_message
 from metastate.data.files import atomic_write
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model.io import check_finite, one_dtype
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 # What the pickle of a file of plain tensors may ask for, besides torch's storage types.
 NAMES = {
@@ -82,8 +82,7 @@ def read(
     if not allow_nan:
         check_finite(tensors, path)
     unused = {key: tensors.pop(key) for key in UNUSED if key in tensors}
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = sketch(config)
     model.load_state_dict(from_rwkv(tensors, config.num_layers), assign=True)
     return model, unused
 

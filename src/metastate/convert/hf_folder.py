@@ -29,7 +29,7 @@ from metastate.model.io import (
     one_dtype,
     read_tensors,
 )
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "metastate"
@@ -141,8 +141,7 @@ def from_hf(
             config, found = from_dict(ModelConfig, info["model"], "model"), _unprefixed(weights)
     except (CheckpointError, ConfigError) as cause:
         raise CheckpointError(f"{folder}: {cause}") from None
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = sketch(config)
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
     adopt_record(model, info, folder / "config.json")

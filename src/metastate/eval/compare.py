@@ -31,9 +31,9 @@ from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
 from metastate.eval.runs import check_settings, settings, source
-from metastate.eval.suite import Cell, Suite, plan, sketch
+from metastate.eval.suite import Cell, Suite, plan
 from metastate.model.io import load
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 from metastate.model.loss import lm_loss
 from metastate.train.checkpoint import find_checkpoint, has_run
 from metastate.train.trainer import LOG, train

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metastate.config import (
     ModelConfig,
     TrainConfig,
@@ -25,7 +23,7 @@ from metastate.config import (
 )
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import sketch
 from metastate.model.presets import preset
 
 TOLERANCE = 0.01  # of the non-embedding parameters, under which two counts are called equal
@@ -216,12 +214,6 @@ def _folder(model: str, size: str) -> str:
     """Return how the folders of a model's and size's runs begin."""
     slugs = (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in (model, size))
     return "-".join(slugs)
-
-
-def sketch(config: ModelConfig) -> LanguageModel:
-    """Return the model without memory for its values."""
-    with torch.device("meta"):
-        return LanguageModel(config)
 
 
 def count(config: ModelConfig) -> int:

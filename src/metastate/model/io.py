@@ -21,7 +21,7 @@ from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model import presets
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 FORMAT = "metastate"
 VERSION = 1
@@ -170,8 +170,7 @@ def load(
     file = path / "model.safetensors"
     tensors = read_tensors(file)
     _check_extent(tensors, info["model"], file)
-    with torch.device("meta"):
-        model = LanguageModel(info["model"])
+    model = sketch(info["model"])
     check_tensors(tensors, dict(model.state_dict()), file)
     model.load_state_dict(one_dtype(tensors, dtype, file), assign=True)
     adopt_record(model, info, path / "config.json")

@@ -276,6 +276,12 @@ class LanguageModel(nn.Module):
         return 2 * config.num_layers * config.attention_size * size * batch_size * tokens
 
 
+def sketch(config: ModelConfig) -> LanguageModel:
+    """Return the model of `config` on the meta device, without memory for its values."""
+    with torch.device("meta"):
+        return LanguageModel(config)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and then every module of it back in the mode it had."""
