@@ -26,6 +26,8 @@ from metastate.model.io import (
     adopt_record,
     check_finite,
     check_tensors,
+    check_tokenizer,
+    dense,
     one_dtype,
     read_tensors,
 )
@@ -80,25 +82,21 @@ def to_hf(
         check_finite(model.state_dict(), "the model")
     if tokenizer is None and model.tokenizer_info is not None:
         tokenizer = load_tokenizer(model.tokenizer_info)
-    elif tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
-        )
+    elif tokenizer is not None:
+        check_tokenizer(model, tokenizer)
     info = model.tokenizer_info if tokenizer is None else tokenizer.info()
     if layout == "fla":
         config, tensors = fla.to_fla(model)
         config |= token_ids(info)
     else:
-        tensors = {PREFIX + name: x.detach() for name, x in model.state_dict().items()}
+        tensors = {PREFIX + name: x for name, x in model.state_dict().items()}
         config = {
             "architectures": [CLASSES["AutoModelForCausalLM"]],
             "auto_map": AUTO_MAP,
             "model_type": MODEL_TYPE,
             **config_fields(model, info),
         }
-    tensors = {name: x.contiguous().cpu() for name, x in tensors.items()}
-    content = safetensors.torch.save(tensors, {"format": "pt"})
+    content = safetensors.torch.save(dense(tensors), {"format": "pt"})
     atomic_write(folder / WEIGHTS, content, error=CheckpointError)
     _drop_shards(folder)
     if tokenizer is not None:

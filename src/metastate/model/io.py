@@ -227,6 +227,15 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
     return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
 
 
+def check_tokenizer(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the tokenizer has ids that the model lacks."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
+        )
+
+
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder that holds a checkpoint: `path`, or the last one of the run in `path`."""
     path = Path(path)

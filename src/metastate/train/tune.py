@@ -20,7 +20,7 @@ from metastate.data.files import alone_in, atomic_write
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
-from metastate.model.io import weights_hash
+from metastate.model.io import dense, weights_hash
 from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
@@ -314,8 +314,8 @@ class _Tuning:
 
     def save(self) -> None:
         """Write all that going on needs."""
-        tensors = {f"parameter:{name}": p.detach() for name, p in self.start.named_parameters()}
-        tensors = {k: x.cpu().contiguous() for k, x in (tensors | moments(self.optimizer)).items()}
+        tensors = moments(self.optimizer)
+        tensors |= {f"parameter:{name}": p for name, p in self.start.named_parameters()}
         header = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -325,7 +325,7 @@ class _Tuning:
             "weights": weights_hash(self.model),
             "before": json.dumps(self.before),
         }
-        atomic_write(self.kept, safetensors.torch.save(tensors, header), error=TrainingError)
+        atomic_write(self.kept, safetensors.torch.save(dense(tensors), header), error=TrainingError)
 
     def restore(self) -> None:
         """Go back to where the file that `save` wrote says.
