@@ -355,7 +355,7 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
         if isinstance(old, RecurrentState) and isinstance(new, RecurrentState):
             fields = [
                 b if a is None or b is None else _padded(a, b)  # a new shift acts on nothing yet
-                for a, b in zip(_tensors(old), _tensors(new), strict=True)
+                for a, b in zip(vars(old).values(), vars(new).values(), strict=True)
             ]
             layers.append(RecurrentState(*fields))  # type: ignore[arg-type]
         else:
@@ -363,10 +363,6 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
     out = dataclasses.replace(state, layers=tuple(layers))
     out.check(grown)
     return out
-
-
-def _tensors(layer: RecurrentState) -> list[Tensor | None]:
-    return [getattr(layer, f.name) for f in dataclasses.fields(layer)]
 
 
 def _padded(old: Tensor, new: Tensor) -> Tensor:

@@ -96,14 +96,13 @@ class RecurrentState:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RecurrentState:
         """Return a state whose tensors are `fn` of this one's."""
-        fields = (self.S, self.time_shift, self.M, self.channel_shift)
-        return RecurrentState(*(None if x is None else fn(x) for x in fields))  # type: ignore[arg-type]
+        fields = (None if x is None else fn(x) for x in vars(self).values())
+        return RecurrentState(*fields)  # type: ignore[arg-type]
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors in bytes."""
-        fields = (self.S, self.time_shift, self.M, self.channel_shift)
-        return sum(x.numel() * x.element_size() for x in fields if x is not None)
+        return sum(x.nbytes for x in vars(self).values() if x is not None)
 
 
 def token_shift(
@@ -123,15 +122,6 @@ def token_shift(
     if packing is not None and packing.group is not None:
         last = context.last_before(x[:, -1], last, packing.group)
     return fused.token_mix(x, last, mu, resets, dtype=dtype, fused=fused.can_fuse(x, backend))
-
-
-def run_packed(
-    state: Tensor, fresh: Tensor, packing: Packing | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the initial states [n, H, N, N] of a recurrence and its `cu_seqlens`."""
-    if packing is None:
-        return state, None
-    return packing.initial(state, fresh), packing.cu_seqlens
 
 
 def handed_on(
@@ -166,13 +156,13 @@ def last_of_rows(state: Tensor, packing: Packing | None) -> Tensor:
     return state if packing is None else state[packing.last]
 
 
-def segment_norm(x: Tensor, kind: str, segments: tuple[int, ...], eps: float = 1e-12) -> Tensor:
+def segment_norm(x: Tensor, kind: str, segments: tuple[int, ...]) -> Tensor:
     """Normalise x [..., N] by growth segment: `l2` x/|x|, `rms` x/sqrt(mean x^2), `none` x."""
     if kind == "none":
         return x
     parts = []
     for part in x.split(segments, -1):
-        unit = F.normalize(part, dim=-1, eps=eps)
+        unit = F.normalize(part, dim=-1)
         parts.append(unit if kind == "l2" else unit * part.shape[-1] ** 0.5)
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

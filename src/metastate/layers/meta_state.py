@@ -31,7 +31,6 @@ from metastate.layers.common import (
     low_rank_size,
     normal_,
     parameter,
-    run_packed,
     segment_norm,
     token_shift,
 )
@@ -76,7 +75,7 @@ class MetaState(nn.Module):
         width = D // config.input_slices
         options = self.options = config.meta_state
         self.num_heads, self.head_size, self.segments = H, N, config.head_segments
-        self.slices, self.state_axes = config.input_slices, (H, N)
+        self.slices = config.input_slices
         self.has_meta = options.readout != "encoding"
         sees_slices = (
             self.has_meta or options.encoder_query == "input" or options.encoder == "cross"
@@ -140,7 +139,8 @@ class MetaState(nn.Module):
         if self.slices < self.num_heads:  # grown heads read the slices of old ones
             by_head = by_head[:, :, torch.arange(self.num_heads, device=x.device) % self.slices]
         x_state = by_head if self.projection is None else by_head @ self.projection
-        r = x_state if receptance is None else receptance.view(batch, length, *self.state_axes)
+        heads = (batch, length, self.num_heads, self.head_size)
+        r = x_state if receptance is None else receptance.view(heads)
         asked = r if options.encoder_query == "receptance" else x_state
         e, kl = self.encode(x_state, asked, trajectory)
         q = r if options.query == "receptance" else None
@@ -233,8 +233,7 @@ class MetaState(nn.Module):
             start = None if packing is None or packing.start is None else packing.start.M
             fresh = M.new_zeros(M.shape[1:]) if start is None else start[0]
             M = handed_on(lambda e, before: run(e, before)[1], written, M, fresh, packing)
-            initial, _ = run_packed(M, fresh, packing)
-            y, final = run(written, initial)
+            y, final = run(written, M if packing is None else packing.initial(M, fresh))
             M = last_of_rows(final, packing)
             sources.append(y)
         if options.readout != "meta":

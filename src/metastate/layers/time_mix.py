@@ -27,7 +27,6 @@ from metastate.layers.common import (
     low_rank_size,
     normal_,
     parameter,
-    run_packed,
     token_shift,
 )
 from metastate.ops import fused
@@ -167,15 +166,15 @@ class TimeMix(nn.Module):
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
         start = None if packing is None else packing.start
         fresh = self.initial_state() if start is None else start.S[0]
+        cu_seqlens = None if packing is None else packing.cu_seqlens
 
         def write(v: Tensor, before: Tensor) -> Tensor:
-            cu_seqlens = None if packing is None else packing.cu_seqlens
             return ops.wkv7(
                 r, log_w, k, v, kappa, a, before, cu_seqlens=cu_seqlens, backend=backend
             )[1]
 
         S = handed_on(write, v, S, fresh, packing)
-        initial, cu_seqlens = run_packed(S, fresh, packing)
+        initial = S if packing is None else packing.initial(S, fresh)
         y, trajectory = ops.wkv7_trajectory(
             r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
         )
