@@ -1,4 +1,4 @@
-"""What each command does: glue between the parsed options and the library."""
+"""`metastate prepare`, `info`, `eval` and `generate`: from parsed options to the library."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from metastate.eval.suite import Cell, Suite, plan
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel, sketch
 from metastate.model.loss import lm_loss
-from metastate.train.checkpoint import find_checkpoint, has_run
+from metastate.train.checkpoint import find_checkpoint, has_run, step_of
 from metastate.train.trainer import LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
@@ -368,6 +368,6 @@ def estimate(cells: list[Cell]) -> dict[str, float]:
                 float(loss.detach())
                 speeds[key] = time.monotonic() - begin
         found = find_checkpoint(run.out)
-        done = int(found.name.rpartition("-")[2]) if found is not None else 0
+        done = step_of(found) if found is not None else 0
         out[cell.title] = speeds[key] * run.accumulate * (run.steps - done)
     return out

@@ -227,7 +227,8 @@ class _Run:
                 return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
         elif model is None:
             torch.manual_seed(config.seed)
-            model = LanguageModel(preset(config.preset, **_overrides(config, data)))
+            fields = {"vocab_size": data.vocab_size} | config.model
+            model = LanguageModel(preset(config.preset, **fields))
             model.tokenizer_info = data.record["tokenizer"]
         return model, {}
 
@@ -487,8 +488,3 @@ class _Run:
         copy = self.config.async_checkpoint
         snapshot = Snapshot.of(self.model, self.optimizer, self.at, carried, copy=copy)
         self.writer.write(lambda: write_checkpoint(self.out, snapshot, saver))
-
-
-def _overrides(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
-    """Return the preset's fields to replace; the vocabulary is the data's unless set."""
-    return {"vocab_size": data.vocab_size} | config.model
