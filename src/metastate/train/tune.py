@@ -31,7 +31,6 @@ from metastate.train.optim import (
     learning_rate,
     make_optimizer,
     moments,
-    set_learning_rate,
 )
 from metastate.train.signals import signals
 
@@ -275,8 +274,7 @@ class _Tuning:
                 )
             (out.loss * (count / sum(counts))).backward()
             nats += float(out.nll) * count
-        parameters = self.optimizer.gather()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters, norm = self.optimizer.gather()
         self.loss = nats / sum(counts)
         if not (math.isfinite(self.loss) and math.isfinite(float(norm))):
             raise DivergedError(
@@ -284,10 +282,7 @@ class _Tuning:
                 f"{float(norm):.4g}; what was written before is whole. --resume would make the "
                 "same steps again; start anew with another --out and a lower --lr"
             )
-        nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
-        set_learning_rate(self.optimizer, learning_rate(step, config))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.advance(parameters, norm, config.clip, learning_rate(step, config))
         tokens = self.at.tokens + sum(b.tokens.numel() for b in batches)
         self.at = replace(self.at, step=step + 1, tokens=tokens)
 
