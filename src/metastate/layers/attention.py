@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError, StateError
-from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth, normal_
+from metastate.layers.common import OUTPUT, RANDOM, Growth, normal_
 
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
 _CLAIM = threading.Lock()  # two threads may go on from one state
@@ -203,10 +203,6 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of every parameter."""
-        return {"qkv.weight": MATRIX, "output.weight": MATRIX}
-
     def forward(
         self, x: Tensor, state: AttentionState | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
@@ -276,10 +272,6 @@ class Mlp(nn.Module):
         self.key = nn.Linear(config.hidden_size, size, bias=False)
         self.value = nn.Linear(size, config.hidden_size, bias=False)
         init_gpt(self.key, self.value, config)
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of every parameter."""
-        return {"key.weight": MATRIX, "value.weight": MATRIX}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return gelu(x W_k) W_v for x [..., D]."""

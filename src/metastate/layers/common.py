@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metastate.errors import ShapeError
 from metastate.ops import context, fused
 
-# Optimizer groups. A layer's `optimizer_groups()` names one for each parameter that it owns.
+# Optimizer groups. A layer's GROUPS names one for each parameter that it owns.
 MATRIX = "matrix"  # weight decay, learning rate x 1
 VECTOR = "vector"  # no weight decay, learning rate x 1
 DECAY_BASE = "decay_base"  # no weight decay, learning rate x 2 (w0 of RWKV-7)
@@ -28,6 +28,15 @@ OUTPUT = "output"  # zero, in new blocks too: what reads new channels into the r
 ZERO = "zero"  # zero in old blocks: what adds to an old head's state
 IDENTITY = "identity"  # as KEY; where the parent has no such parameter it had the identity
 KEY = "key"  # zero where an old head gets a new channel: the old state must not be written there
+
+
+def declared_groups(module: nn.Module) -> dict[str, str]:
+    """Return what a module's GROUPS says; torch's own modules have none, so theirs stand here."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return {"weight": MATRIX}
+    if isinstance(module, nn.LayerNorm):
+        return {"weight": VECTOR, "bias": VECTOR}
+    return getattr(module, "GROUPS", {})
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,8 @@ class GroupNorm(nn.Module):
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over one segment of one head.
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {"weight": VECTOR, "bias": VECTOR}
+
     def __init__(
         self, num_heads: int, segments: tuple[int, ...], eps: float = 64e-5, gain: float = 1.0
     ) -> None:
@@ -192,13 +203,11 @@ class GroupNorm(nn.Module):
         parts = [F.layer_norm(p, p.shape[-1:], eps=self.eps) for p in x.split(self.segments, -1)]
         return torch.cat(parts, -1).flatten(2) * self.weight + self.bias
 
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        return {"weight": VECTOR, "bias": VECTOR}
-
 
 class LowRank(nn.Module):
     """Low-rank map f(x A) B (+ bias), A [D, rank], B [rank, out]; `loramlp` of RWKV-7."""
+
+    GROUPS: ClassVar[dict[str, str]] = {"A": VECTOR, "B": VECTOR, "bias": VECTOR}
 
     def __init__(self, size: int, rank: int, out: int, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -211,11 +220,6 @@ class LowRank(nn.Module):
         """Return activation(x A) B, [..., out]; the caller adds the bias."""
         hidden = x @ self.A
         return (hidden if activation is None else activation(hidden)) @ self.B
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        groups = {"A": VECTOR, "B": VECTOR}
-        return groups if self.bias is None else groups | {"bias": VECTOR}
 
 
 # A model is often built on the meta device, for its shapes alone. Arithmetic there, and drawing,

@@ -67,6 +67,11 @@ class MetaState(nn.Module):
         },
     }
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        **{"projection": VECTOR, "mu": VECTOR},
+        **{"compress": MATRIX, "expand": MATRIX},
+    }
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.head_size is not None and config.head_segments is not None
@@ -246,20 +251,3 @@ class MetaState(nn.Module):
         if kind == "none":
             return x
         return F.silu(x) if kind == "silu" else fused.relu_squared(x)
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        groups = {"output.weight": MATRIX}
-        for name, group in (
-            ("projection", VECTOR),
-            ("mu", VECTOR),
-            ("compress", MATRIX),
-            ("expand", MATRIX),
-        ):
-            if getattr(self, name, None) is not None:
-                groups[name] = group
-        for name in ("meta_norm", "encoding_norm", "gate"):
-            module = getattr(self, name)
-            if module is not None:
-                groups |= {f"{name}.{k}": g for k, g in module.optimizer_groups().items()}
-        return groups

@@ -12,7 +12,6 @@ from metastate.config import ModelConfig
 from metastate.layers.common import (
     DECAY_BASE,
     KEY,
-    MATRIX,
     OUTPUT,
     RANDOM,
     VECTOR,
@@ -55,6 +54,11 @@ class TimeMix(nn.Module):
         **dict.fromkeys(("k_k", "k_a", "r_k", "norm.weight", "norm.bias"), ("H N", RANDOM)),
         "token_keys": ("H P N", KEY),
         "token_values": ("H P N", ZERO),
+    }
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("mu", "k_k", "k_a", "r_k", "token_keys", "token_values"), VECTOR),
+        "decay.bias": DECAY_BASE,
     }
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -185,17 +189,3 @@ class TimeMix(nn.Module):
         )
         shift = x[:, -1].clone()  # a view would keep all of x alive in the state
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        groups = dict.fromkeys(("mu", "k_k", "k_a", "r_k"), VECTOR)
-        for name in ("receptance", "key", "value", "output"):
-            groups[f"{name}.weight"] = MATRIX
-        for name in ("decay", "icl_rate", "value_mix", "gate", "norm"):
-            module = getattr(self, name)
-            if module is not None:
-                groups |= {f"{name}.{k}": g for k, g in module.optimizer_groups().items()}
-        groups["decay.bias"] = DECAY_BASE
-        if self.token_keys is not None:
-            groups |= {"token_keys": VECTOR, "token_values": VECTOR}
-        return groups

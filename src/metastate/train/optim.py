@@ -121,8 +121,8 @@ def make_optimizer(
     parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() - groups.keys()):
         raise ConfigError(
-            f"no optimizer group for {', '.join(missing)}; optimizer_groups() of the "
-            "layer that owns a parameter must name its group"
+            f"no optimizer group for {', '.join(missing)}; GROUPS of the layer that owns a "
+            "parameter must name its group"
         )
     if unmatched := sorted(groups.keys() - parameters.keys()):
         raise ConfigError(
