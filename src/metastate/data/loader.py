@@ -171,15 +171,18 @@ class PreparedData:
         """Names of the domains; one name where the text has none."""
         return list(self.record["domains"])
 
+    def has(self, split: str) -> bool:
+        """Return whether the split `split` holds any text."""
+        return bool(self.record["splits"].get(split, {}).get("tokens"))
+
     def split(self, name: str) -> Split:
         """Return the split `name`.
 
         Raises:
             DataError: there is no such split, it is empty, or its files are truncated or broken.
         """
-        known = self.record["splits"]
-        if name not in known or not known[name]["tokens"]:
-            filled = [key for key, value in known.items() if value["tokens"]]
+        if not self.has(name):
+            filled = filter(self.has, self.record["splits"])
             raise DataError(f"{self.path} has no {name!r} split; it has {', '.join(filled)}")
         table_path = self.path / f"{name}.docs.npy"
         try:
@@ -191,10 +194,11 @@ class PreparedData:
         if table.size and not 0 <= table[:, 0].min() <= table[:, 0].max() < len(self.domain_names):
             raise DataError(f"{table_path} names a domain that data.json lacks; prepare again")
         dataset = IndexedDataset(self.path / name, domains=table[:, 0])
-        if dataset.num_tokens != known[name]["tokens"]:
+        told = self.record["splits"][name]["tokens"]
+        if dataset.num_tokens != told:
             raise DataError(
-                f"{dataset.bin_path} has {dataset.num_tokens:,} tokens, data.json says "
-                f"{known[name]['tokens']:,}; prepare again"
+                f"{dataset.bin_path} has {dataset.num_tokens:,} tokens, data.json says {told:,}; "
+                "prepare again"
             )
         return Split(name, dataset, self.domain_names, table[:, 1], self.eod_id, self.vocab_size)
 

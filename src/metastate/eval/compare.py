@@ -196,8 +196,7 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
         raise KeyboardInterrupt
     model = load(cell.folder)
     model.backend = run.backend
-    has_test = bool(data.record["splits"].get("test", {}).get("tokens"))
-    split = "test" if has_test else "valid"
+    split = "test" if data.has("test") else "valid"
     score = made | {"split": split}
     if cell.rate is None:
         score["test_tokens"] = cell.test_tokens

@@ -280,7 +280,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
         ConfigError: a model or size is impossible, or cannot be fitted. DataError: no such data.
     """
     data = PreparedData.open(suite.data)
-    if not data.record["splits"].get("valid", {}).get("tokens"):
+    if not data.has("valid"):
         raise DataError(f"{suite.data} has no valid split, by which the comparison is made")
     cells: list[Cell] = []
     fingerprint = data.fingerprint

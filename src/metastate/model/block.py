@@ -115,7 +115,6 @@ class TransformerBlock(nn.Module):
 
         With `state_only` x is not what the block computes: the feed-forward layer is left out.
         """
-        state = self.init_state(len(x)) if state is None else state
         y, state = self.attention(self.ln1(x), state, resets)
         x = x + y
         return x if state_only else x + self.mlp(self.ln2(x)), state

@@ -126,14 +126,12 @@ class ModelState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, `layers.0.S` and so on, buffers cut to what is in use."""
-        out = {}
-        for i, layer in enumerate(self.layers):
-            whole = layer.map(lambda x: x)
-            for f in dataclasses.fields(whole):
-                value = getattr(whole, f.name)
-                if isinstance(value, Tensor):
-                    out[f"layers.{i}.{f.name}"] = value
-        return out
+        return {
+            f"layers.{i}.{name}": x
+            for i, layer in enumerate(self.layers)
+            for name, x in vars(layer.map(lambda x: x)).items()
+            if isinstance(x, Tensor)
+        }
 
     def save(self, path: str | os.PathLike[str], model: LanguageModel | ModelConfig) -> None:
         """Write the state as safetensors, atomically, with hashes of its `model`.
