@@ -33,10 +33,10 @@ from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
 from metastate.layers.time_mix import TimeMix
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
 from metastate.model.state import ModelState
+from metastate.model.weights import weights_hash
 
 AXES = (
     *("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"),

@@ -20,9 +20,9 @@ import safetensors
 from metastate.data.files import alone_in, sync_folder
 from metastate.errors import ConfigError, MetaStateError, StateError
 from metastate.infer.generate import Continuation
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
-from metastate.model.state import config_hash
+from metastate.model.state_file import config_hash
+from metastate.model.weights import weights_hash
 
 logger = logging.getLogger(__name__)
 

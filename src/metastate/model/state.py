@@ -17,6 +17,7 @@ from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
 from metastate.model.state_file import StateFile, config_hash
+from metastate.model.weights import weights_hash
 from metastate.ops import state_dtype
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class ModelState:
         if isinstance(model, ModelConfig):
             config, weights = model, ""
         else:
-            config, weights = model.config, _weights_hash(model)
+            config, weights = model.config, weights_hash(model)
         StateFile(
             self.tensors(),
             self.tokens_seen,
@@ -180,7 +181,7 @@ class ModelState:
         file = StateFile.read(path)
         if file.config != config_hash(model.config):
             raise StateError(f"{path} was made by a model of another configuration; use that model")
-        if file.weights and not allow_other_weights and file.weights != _weights_hash(model):
+        if file.weights and not allow_other_weights and file.weights != weights_hash(model):
             raise StateError(
                 f"{path} was made with other weights of this configuration (before more training, "
                 "or converted to another number format), to which its numbers need not mean the "
@@ -317,9 +318,3 @@ def _joined(parts: Sequence[LayerState]) -> LayerState:
         own = [getattr(part, name) for part in parts]
         fields[name] = None if all(x is None for x in own) else torch.cat(own)
     return RecurrentState(**fields)  # type: ignore[arg-type]
-
-
-def _weights_hash(model: LanguageModel) -> str:
-    from metastate.model.io import weights_hash  # which imports the model, and that this module
-
-    return weights_hash(model)

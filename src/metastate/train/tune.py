@@ -20,11 +20,12 @@ from metastate.data.files import alone_in, atomic_write
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
-from metastate.model.io import dense, weights_hash
+from metastate.model.io import dense
 from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile, config_hash
+from metastate.model.weights import weights_hash
 from metastate.train.checkpoint import TrainerState, check_same_run, continued
 from metastate.train.optim import (
     adopt_moments,
