@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from metastate.cli.models import arithmetic, load_model
+from metastate.cli.models import arithmetic, load_model, sampling_of
 from metastate.cli.progress import log
 from metastate.data.files import expanded
 from metastate.data.tokenizer import Tokenizer
@@ -282,8 +282,7 @@ def template_of(args: argparse.Namespace) -> Template:
 def run_chat(args: argparse.Namespace) -> None:
     """Read lines until the end of input or /exit; a mistake is a line, and the chat goes on."""
     template = template_of(args)
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    sampling = sampling_of(args)
     limit = check_max_tokens(args.max_tokens)
     model = load_model(args.checkpoint, args)
     tokenizer = tokenizer_of(model, args.checkpoint)

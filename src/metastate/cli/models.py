@@ -1,4 +1,4 @@
-"""Models as the options `--device` and `--dtype` want them."""
+"""Models as the options `--device` and `--dtype` want them, and how these draw tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from metastate.errors import ConfigError
+from metastate.infer.sampling import SamplingConfig
 from metastate.model.decode import store_bfloat16
 from metastate.model.io import check_finite, load
 from metastate.model.lm import LanguageModel
@@ -38,6 +39,12 @@ def load_model(path: str, args: argparse.Namespace, *, decoding: bool = False) -
     if decoding and args.dtype == "bfloat16":
         store_bfloat16(model)
     return model.eval()
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingConfig:
+    """Return how tokens are drawn, as the options of `add_sampling` say."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return SamplingConfig(**{name: getattr(args, name) for name in names})
 
 
 @contextlib.contextmanager

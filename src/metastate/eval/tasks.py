@@ -322,8 +322,8 @@ def train_and_score(
     """Train a fresh model on a problem until it is solved, or to the end, and score it.
 
     Every `valid_every` steps new sequences are tried: a word problem goes on to longer ones where
-    it can, and training stops where less than half of the
-    errors are left that `problem.threshold` allows. The score rests on others again.
+    it can, and training stops where less than half of the errors are left that `problem.threshold`
+    allows. The score rests on others again.
 
     Args:
         problem: makes the sequences.

@@ -38,10 +38,8 @@ from metastate.model.regions import Region, Regions, regions
 from metastate.model.state import ModelState
 from metastate.model.weights import weights_hash
 
-AXES = (
-    *("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"),
-    "attention_slots",
-)
+RECURRENT = ("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size")
+AXES = (*RECURRENT, "attention_slots")
 RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
 Init = Literal["zero", "random", "released"]
 
@@ -72,12 +70,10 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         )
     kind, meta = config.architecture, config.meta_state
     allowed = {
-        "metastate": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
-        "rwkv7": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
-        "transformer": {"num_layers", "ffn_size"},
-        "tokenformer": {"ffn_size", "attention_slots"},
-    }[kind]
-    if refused := sorted(wanted.keys() - allowed):
+        "transformer": ("num_layers", "ffn_size"),
+        "tokenformer": ("ffn_size", "attention_slots"),
+    }.get(kind, RECURRENT)
+    if refused := sorted(wanted.keys() - set(allowed)):
         raise ConfigError(
             f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
             f"{', '.join(sorted(allowed))}"
