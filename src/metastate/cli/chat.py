@@ -14,7 +14,7 @@ from metastate.cli.models import arithmetic, load_model, sampling_of
 from metastate.cli.progress import log
 from metastate.data.files import expanded
 from metastate.data.tokenizer import Tokenizer
-from metastate.errors import ConfigError, MetaStateError, StateError
+from metastate.errors import ConfigError, MetaStateError
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.io import tokenizer_of
@@ -238,8 +238,7 @@ class Chat:
         at = Continuation.load(
             expanded(path), self.model, allow_other_weights=self.allow_other_weights
         )
-        if at.state.batch_size != 1:
-            raise StateError(f"{path} holds {at.state.batch_size} rows; a conversation is one")
+        at.state.check_single(path)
         self.go_to(Place(at, at.state.extra.get(TAIL, "")))
 
     def set(self, rest: str) -> None:

@@ -186,11 +186,7 @@ class Draft:
             self._matcher = StopMatcher(stop)
         else:
             before.state.check(model)
-            if before.state.batch_size != 1:
-                raise StateError(
-                    f"the state holds {before.state.batch_size} rows, a text goes on from one; "
-                    "take a row of it with state[i]"
-                )
+            before.state.check_single()
             self._state = before.state
             self.pending = [*before.pending, *encoded]
             if not self.pending:

@@ -192,9 +192,7 @@ class StateStore:
         try:
             path.write_bytes(content)
             given = Continuation.load(path, self.model)
-            if given.state.batch_size != 1:
-                rows = given.state.batch_size
-                raise StateError(f"the file holds {rows} rows; a stored state has one")
+            given.state.check_single("the file")
             # Whoever goes on from it reads all of it each time.
             recent, shown = given.recent[-LOOKS_BACK:], given.shown[-LOOKS_BACK:]
             return self.add(owner, replace(given, recent=recent, shown=shown))

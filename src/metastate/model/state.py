@@ -104,8 +104,7 @@ class ModelState:
         Raises:
             StateError: it has more rows than one.
         """
-        if self.batch_size != 1:
-            raise StateError(f"the state holds {self.batch_size} rows; take one, as state[0]")
+        self.check_single()
         return self.map(lambda x: x.expand(batch_size, *x.shape[1:]))
 
     @property
@@ -245,6 +244,11 @@ class ModelState:
                     raise StateError(
                         f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
                     )
+
+    def check_single(self, what: str = "the state") -> None:
+        """Raise StateError, by the name `what`, unless this state is of one row."""
+        if self.batch_size != 1:
+            raise StateError(f"{what} holds {self.batch_size} rows; take one, as state[0]")
 
     def _check_cache(self, own: AttentionState, fresh: AttentionState, layer: int) -> None:
         """Raise StateError unless a cache, whose length is free, fits the layer."""
