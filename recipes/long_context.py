@@ -31,8 +31,9 @@ from metastate.config import to_dict
 from metastate.data.files import write_json
 from metastate.errors import ConfigError
 from metastate.eval.loss import token_losses
-from metastate.model.io import load, tokenizer_of, weights_hash
+from metastate.model.io import load, tokenizer_of
 from metastate.model.lm import LanguageModel
+from metastate.model.weights import weights_hash
 
 LENGTH, WINDOW, ROWS = 32768, 512, 4
 MODES = ("carried", "warm", "windows")

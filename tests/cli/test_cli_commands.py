@@ -232,6 +232,8 @@ def test_generate_refuses_bad_options_and_states(checkpoint, tmp_path, refused):
     (tmp_path / "bad.st").write_bytes(b"not a state")
     assert "bad.st" in refused(*argv, "--state-in", tmp_path / "bad.st")
     assert "device" in refused(*argv, "--device", "abacus")
+    assert "device 'cuda:99' cannot be used" in refused(*argv, "--device", "cuda:99")
+    assert "'fp16' (choose from 'float32'" in refused(*argv, "--dtype", "fp16")
 
 
 def test_generate_refuses_what_is_no_text(checkpoint, refused, monkeypatch):

@@ -55,7 +55,14 @@ def test_the_exit_code_of_wrong_training_and_of_wrong_decoding(capsys, monkeypat
     assert "WRONG: decoded logits off by 2e+00" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("given", "said"), [("abacus", "is no device"), ("mps", "has none")])
+@pytest.mark.parametrize(("given", "said"), [("abacus", "cannot be used"), ("meta", "only cpu")])
 def test_a_device_that_is_not_here(capsys, given, said):
     assert main(["doctor", "--device", given]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_one_gpu_is_not_checked_in_the_place_of_another(capsys, monkeypatch):
+    devices = [torch.device("cpu"), torch.device("cuda:0")]
+    monkeypatch.setattr("metastate.cli.doctor.devices_here", lambda: devices)
+    assert main(["doctor", "--device", "cuda:99"]) == 2
+    assert "cuda:99" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from hf_models import CONFIGS, language_model
 from metastate.config import ModelConfig
 from metastate.convert.hf_folder import from_hf, to_hf
 from metastate.errors import CheckpointError, ConfigError
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
+from metastate.model.weights import weights_hash
 from tolerance import TOLERANCE, relative_error
 
 V, D, H, N, L, WIDTH = 30, 128, 2, 64, 3, 72

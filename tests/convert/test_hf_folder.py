@@ -21,8 +21,9 @@ from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenize
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
-from metastate.model.io import load, save, tokenizer_of, weights_hash
+from metastate.model.io import load, save, tokenizer_of
 from metastate.model.lm import LanguageModel
+from metastate.model.weights import weights_hash
 
 ALL = pytest.mark.parametrize("name", CONFIGS)
 

@@ -19,8 +19,8 @@ from transformers import (
 from metastate.config import TrainConfig
 from metastate.convert.hf import MetaStateForCausalLM
 from metastate.convert.hf_folder import from_hf, to_hf
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
+from metastate.model.weights import weights_hash
 from metastate.train.optim import make_optimizer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "huggingface.md"

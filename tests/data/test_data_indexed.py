@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metastate.data.indexed import IndexedDataset, write_dataset, write_index
+from data_files import write_dataset
+from metastate.data.indexed import IndexedDataset, write_index
 from metastate.errors import DataError
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from metastate.errors import ConfigError, DataError
-from metastate.eval.plots import loss_curve, position_curve, read_log, smooth
+from metastate.eval.plots import loss_curve, read_log, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -83,20 +83,6 @@ def test_unusable_logs_are_clear_errors(tmp_path, text):
         read_log(tmp_path / "missing.jsonl")
 
 
-def test_position_curve(tmp_path, drawn):
-    buckets = [
-        {"first": 0, "last": 0, "nats_per_token": 5.0, "tokens": 3},
-        {"first": 3, "last": 6, "nats_per_token": 4.0, "tokens": 9},
-    ]
-    position_curve({"stateful": buckets, "windowed": buckets[:1]}, tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
-    stateful, windowed = drawn[0].lines
-    assert list(stateful.get_ydata()) == [5.0, 4.0] and len(windowed.get_xdata()) == 1
-    assert 4 <= stateful.get_xdata()[1] <= 7
-    with pytest.raises(DataError, match="by_position"):
-        position_curve({"stateful": []}, tmp_path / "p.png")
-
-
 def test_smooth_keeps_a_line_and_its_ends():
     line = [2.0 * i for i in range(101)]
     assert smooth(line, 0.2) == pytest.approx(line)
@@ -149,13 +135,9 @@ def test_smoothing_reads_a_long_log_but_a_few_times():
 def test_any_name_is_shown_as_it_is(name, tmp_path, drawn):
     log = write_log(tmp_path / "log.jsonl", rows(3))
     loss_curve(log, tmp_path / "loss.png", name)
-    bucket = {"first": 0, "last": 0, "nats_per_token": 5.0, "tokens": 3}
-    position_curve({name: [bucket], "other": [bucket]}, tmp_path / "p.png", name)
-    assert len(drawn[1].get_legend().get_texts()) == 2
-    shown = [axes.title for axes in drawn] + drawn[1].get_legend().get_texts()[:1]
-    for text in shown:
-        drawable, formula = text._preprocess_math(text.get_text())
-        assert (drawable.strip(), formula) == (name, False)
+    title = drawn[0].title
+    drawable, formula = title._preprocess_math(title.get_text())
+    assert (drawable.strip(), formula) == (name, False)
 
 
 def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):

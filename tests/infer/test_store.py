@@ -70,6 +70,15 @@ def test_states_of_other_weights_are_left_out_and_take_no_room(tmp_path, caplog,
     store.close()
 
 
+def test_a_model_in_16_bits_takes_its_own_states_back(tmp_path):
+    model = make().bfloat16()
+    store = StateStore(tmp_path, model)
+    kept = store.add("open", Continuation(model.init_state(1)))
+    again = store.add_file("open", store.content("open", kept.id))
+    store.close()
+    assert again.tokens_seen == 0 and again.id != kept.id
+
+
 def test_long_notes_of_an_upload_are_cut(tmp_path):
     model = make()
     many = {"history": (1,) * 9000, "recent": (2,) * 9000, "shown": "x" * 9000}

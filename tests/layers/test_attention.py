@@ -133,9 +133,9 @@ def test_old_state_and_forks_stay_as_they_were(layer, x):
     with torch.no_grad():
         _, old = run(layer, x, [6, 1])  # the append left spare capacity behind
         assert old.keys.shape[2] > old.length
-        before = old.clone()
+        before = old.map(torch.clone)
         y_a, fork_a = layer(x[:, 7:8], old)
-        kept = fork_a.clone()
+        kept = fork_a.map(torch.clone)
         y_b, fork_b = layer(-x[:, 7:8], old)
         assert fork_a.keys.data_ptr() == old.keys.data_ptr() != fork_b.keys.data_ptr()
         assert not torch.equal(y_a, y_b)
@@ -186,14 +186,12 @@ def test_state_of_inference_mode_can_be_continued(layer, x):
 def test_map_rows_detach(layer, x):
     with torch.no_grad():
         _, state = run(layer, x, [6, 1])
-        row = state[1]
+        row = state.map(lambda t: t[1:])
         assert row.keys.shape == (1, 3, 7, 8)
         y, _ = layer(x[1:, 7:], row)
         torch.testing.assert_close(y, oracle(layer, x)[1:, 7:], rtol=0, atol=1e-12)
-        assert state[-1].keys.shape[0] == 1
-        assert state[torch.tensor([1, 0, 1])].keys.shape[0] == 3
     _, state = layer(x)
-    assert state.keys.requires_grad and not state.detach().keys.requires_grad
+    assert state.keys.requires_grad and not state.map(torch.Tensor.detach).keys.requires_grad
 
 
 def test_rotary_depends_on_distance_alone():
@@ -236,5 +234,3 @@ def test_mlp_and_groups():
     x = torch.randn(2, 5, 24)
     expected = F.gelu(x @ mlp.key.weight.T) @ mlp.value.weight.T
     torch.testing.assert_close(mlp(x), expected)
-    for layer in (mlp, Attention(config)):
-        assert layer.optimizer_groups().keys() == dict(layer.named_parameters()).keys()

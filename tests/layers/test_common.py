@@ -11,7 +11,6 @@ from metastate.layers.common import (
     last_of_rows,
     linear,
     low_rank_size,
-    run_packed,
     segment_norm,
     token_shift,
 )
@@ -33,17 +32,14 @@ def test_offsets_of_documents():
 
 def test_a_row_keeps_its_state_until_a_document_starts():
     state, fresh = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([7.0])
-    initial, cu_seqlens = run_packed(state, fresh, packing())
-    assert initial.flatten().tolist() == [7, 7, 2, 3, 7]
-    assert cu_seqlens is not None
+    assert packing().initial(state, fresh).flatten().tolist() == [7, 7, 2, 3, 7]
     assert last_of_rows(torch.arange(5), packing()).tolist() == [1, 2, 4]
-    assert run_packed(state, fresh, None) == (state, None)
 
 
 def test_gradients_reach_the_carried_and_the_fresh_state():
     state = torch.ones(3, 1, requires_grad=True)
     fresh = torch.ones(1, requires_grad=True)
-    run_packed(state, fresh, packing())[0].sum().backward()
+    packing().initial(state, fresh).sum().backward()
     assert state.grad.flatten().tolist() == [0, 1, 1]  # row 0 starts a document
     assert fresh.grad.item() == 3
 

@@ -19,10 +19,11 @@ from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.train import checkpoint
 from metastate.train.checkpoint import (
+    Snapshot,
     TrainerState,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
+    write_checkpoint,
 )
 from metastate.train.optim import make_optimizer
 
@@ -47,6 +48,10 @@ def step(model, optimizer):
 
 def at(step, **fields):
     return TrainerState(step=step, tokens=step * 10, config=CONFIG, data="abc", **fields)
+
+
+def save_checkpoint(out, *args):
+    return write_checkpoint(out, Snapshot.of(*args))
 
 
 def same(a, b):

@@ -39,6 +39,7 @@ from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
 from metastate.train import checkpoint, distributed, log, trainer
 from metastate.train.checkpoint import find_checkpoint, read_trainer, saved_config
+from metastate.train.optim import set_learning_rate
 from metastate.train.signals import signals
 from metastate.train.trainer import WALL_CLOCK, train
 from tolerance import TOLERANCE, relative_error
@@ -486,7 +487,7 @@ def test_the_first_steps_are_those_of_a_plain_loop(config, few_words):
         logits, _ = model(batch.tokens, resets=batch.resets)
         F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        trainer.set_learning_rate(optimizer, asked.lr)
+        set_learning_rate(optimizer, asked.lr)
         optimizer.step()
         optimizer.zero_grad()
     train(asked)

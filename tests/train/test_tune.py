@@ -21,10 +21,10 @@ from metastate.errors import (
 )
 from metastate.eval.loss import evaluate, held_out
 from metastate.growth import grow
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.state import ModelState
+from metastate.model.weights import weights_hash
 from metastate.train import tune as tune_module
 from metastate.train.tune import Start, tune
 from tolerance import TOLERANCE, relative_error

@@ -1,4 +1,4 @@
-"""What each command takes: its help text and its options; nothing here needs torch."""
+"""What commands take, help texts and options, with arguments_use.py; nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -101,6 +101,20 @@ def add_other_weights(parser: Parser) -> None:
         action="store_true",
         help="take a state that other weights of the same configuration made",
     )
+
+
+def add_sampling(parser: Parser, *, max_tokens: int, temperature: float, top_p: float) -> None:
+    """Add how many tokens are drawn, and how, with these defaults."""
+    for flag, kind, default, what in (
+        ("--max-tokens", int, max_tokens, "tokens to write at most"),
+        ("--temperature", float, temperature, "1 draws as learned, 0 always takes the most likely"),
+        ("--top-k", int, 0, "draw from the N most likely; 0 is all"),
+        ("--top-p", float, top_p, "draw from the most likely that together reach this probability"),
+        ("--repetition-penalty", float, 1.0, "above 1 makes recent tokens less likely"),
+    ):
+        metavar, help = "N" if kind is int else "X", f"{what} (default: {default:g})"
+        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=help)
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the same text again")
 
 
 def add_demo(parser: Parser) -> None:
@@ -221,34 +235,7 @@ def add_generate(parser: Parser) -> None:
     """Add the options of `metastate generate`."""
     add_model(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="1 draws as learned, lower is safer, 0 always takes the most likely (default: 1)",
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="N", help="draw from the N most likely; 0 is all"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="draw from the most likely that together reach this probability (default: 1)",
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1 makes tokens of the last stretch less likely (default: 1)",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="draw the same text again")
+    add_sampling(parser, max_tokens=256, temperature=1.0, top_p=1.0)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )

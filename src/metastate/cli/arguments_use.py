@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metastate.cli.arguments import add_model, add_other_weights
+from metastate.cli.arguments import add_model, add_other_weights, add_sampling
 from metastate.cli.options import Parser, add_flags, add_json
 
 UPGRADE = """\
@@ -158,17 +158,7 @@ def add_chat(parser: Parser) -> None:
     )
     parser.add_argument("--state-in", metavar="FILE", help="go on from a state file")
     add_other_weights(parser)
-    for flag, kind, default, what in (
-        ("--max-tokens", int, 512, "tokens of a reply at most"),
-        ("--temperature", float, 0.8, "1 draws as learned, 0 always takes the most likely"),
-        ("--top-k", int, 0, "draw from the N most likely; 0 is all"),
-        ("--top-p", float, 0.95, "draw from the most likely that reach this probability"),
-        ("--repetition-penalty", float, 1.0, "above 1 makes recent tokens less likely"),
-    ):
-        metavar = "N" if kind is int else "X"
-        help = f"{what} (default: {default})"
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=help)
-    parser.add_argument("--seed", type=int, metavar="N", help="draw the same replies again")
+    add_sampling(parser, max_tokens=512, temperature=0.8, top_p=0.95)
     add_flags(parser, "device", "dtype")
 
 

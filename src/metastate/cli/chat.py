@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from metastate.cli.models import arithmetic, load_model
+from metastate.cli.models import arithmetic, load_model, sampling_of
 from metastate.cli.progress import log
 from metastate.data.files import expanded
 from metastate.data.tokenizer import Tokenizer
-from metastate.errors import ConfigError, MetaStateError, StateError
+from metastate.errors import ConfigError, MetaStateError
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.io import tokenizer_of
@@ -238,8 +238,7 @@ class Chat:
         at = Continuation.load(
             expanded(path), self.model, allow_other_weights=self.allow_other_weights
         )
-        if at.state.batch_size != 1:
-            raise StateError(f"{path} holds {at.state.batch_size} rows; a conversation is one")
+        at.state.check_single(path)
         self.go_to(Place(at, at.state.extra.get(TAIL, "")))
 
     def set(self, rest: str) -> None:
@@ -282,8 +281,7 @@ def template_of(args: argparse.Namespace) -> Template:
 def run_chat(args: argparse.Namespace) -> None:
     """Read lines until the end of input or /exit; a mistake is a line, and the chat goes on."""
     template = template_of(args)
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    sampling = sampling_of(args)
     limit = check_max_tokens(args.max_tokens)
     model = load_model(args.checkpoint, args)
     tokenizer = tokenizer_of(model, args.checkpoint)

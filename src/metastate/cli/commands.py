@@ -1,4 +1,4 @@
-"""What each command does: glue between the parsed options and the library."""
+"""`metastate prepare`, `info`, `eval` and `generate`: from parsed options to the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metastate.cli.models import arithmetic, load_model
+from metastate.cli.models import arithmetic, load_model, sampling_of
 from metastate.cli.progress import bar, log, print_json
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
@@ -15,7 +15,6 @@ from metastate.errors import ConfigError
 from metastate.eval.describe import describe, describe_table, not_finite_lines
 from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate
-from metastate.infer.sampling import SamplingConfig
 from metastate.model import presets
 from metastate.model.io import checkpoint_folder, load, not_finite, tokenizer_of
 from metastate.model.state import ModelState
@@ -143,13 +142,7 @@ def eval_table(results: list[EvalResult]) -> str:
 
 def run_generate(args: argparse.Namespace) -> None:
     """`metastate generate`: stream a continuation to standard output."""
-    sampling = SamplingConfig(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
+    sampling = sampling_of(args)
     model = load_model(args.checkpoint, args, decoding=True)
     tokenizer = tokenizer_of(model, args.checkpoint)
     state = None

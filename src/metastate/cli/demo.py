@@ -27,7 +27,7 @@ from metastate.model.io import load
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.train.checkpoint import has_run
-from metastate.train.trainer import train
+from metastate.train.trainer import LOG, train
 
 # Chosen by trying, for two cores and five minutes.
 SETTINGS = TrainConfig(
@@ -84,7 +84,7 @@ def run_demo(args: argparse.Namespace) -> int:
     state_bytes = text.continuation.state.num_bytes
     log(
         f"6. All that the model remembers of a text, however long, is a state of {state_bytes:,} "
-        f"bytes.\n   checkpoint {run / 'best'}\n   log {run / 'log.jsonl'}\n"
+        f"bytes.\n   checkpoint {run / 'best'}\n   log {run / LOG}\n"
         f"   loss curve {run / CURVE}\n"
         f"Try: metastate generate {run / 'best'} --prompt 'import '"
     )
@@ -96,7 +96,7 @@ def run_demo(args: argparse.Namespace) -> int:
                 "steps": result.step,
                 "tokens": result.tokens,
                 "checkpoint": str(run / "best"),
-                "log": str(run / "log.jsonl"),
+                "log": str(run / LOG),
                 "curve": str(run / CURVE),
                 "sample": "".join(pieces),
                 "state_bytes": state_bytes,

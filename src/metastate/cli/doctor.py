@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import math
-from typing import Any
-
-import torch
 
 from metastate.cli.progress import bar, print_json
 from metastate.errors import ConfigError
 from metastate.eval.doctor import devices_here, diagnose, doctor_table
+from metastate.train.distributed import device_of
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Check and report; 1 where a backend that `auto` chooses is wrong."""
     devices = devices_here()
     if args.device:
-        try:
-            wanted = torch.device(args.device)
-        except RuntimeError as error:
-            raise ConfigError(f"--device {args.device!r} is no device; there are: cpu, cuda") from (
-                error
-            )
+        wanted = device_of(args.device)
         devices = [d for d in devices if d.type == wanted.type]
-        if wanted.index is not None and wanted.index < torch.cuda.device_count():
-            devices = [wanted]
         if not devices:
-            raise ConfigError(f"--device {args.device}: this machine (or its torch) has none")
+            raise ConfigError(f"--device {args.device}: only cpu and cuda have backends to check")
+        devices = devices if wanted.index is None else [wanted]
     with bar("doctor", "checks") as show:
         report = diagnose(devices, progress=show)
     if args.json:
-        print_json(finite(report))
+        print_json(report)
     else:
         print(doctor_table(report))
     return 0 if report["ok"] else 1
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with None for what JSON cannot say: infinite errors."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -113,9 +113,7 @@ def sample_tokens(model: LanguageModel, folder: Path, data: str | None) -> tuple
     if data:
         prepared = PreparedData.open(data)
         prepared.check_vocab(model.config.vocab_size, model.tokenizer_info)
-        splits = prepared.record["splits"]
-        filled = (n for n in ("valid", "test") if splits.get(n, {}).get("tokens"))
-        name = next(filled, "train")
+        name = next(filter(prepared.has, ("valid", "test")), "train")
         for document in prepared.split(name).documents():
             if len(document.tokens) > 1:
                 ids = torch.from_numpy(document.tokens[:SAMPLE_TOKENS].astype("int64"))

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from metastate.config import TrainConfig, merge
 from metastate.errors import ConfigError
@@ -117,6 +117,7 @@ def add_flags(
         else:
             settings["type"] = hints[name] if hints[name] in (int, float) else str
             settings["metavar"] = {int: "N", float: "X"}.get(hints[name], name.upper())
+            settings["choices"] = get_args(hints[name]) or None
         parser.add_argument(flag_of(name), **settings)
 
 

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metastate.cli.progress import bar, log, print_json
 from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
 from metastate.data.files import alone_in, atomic_write, write_json
@@ -20,6 +18,7 @@ from metastate.eval.plots import task_figure
 from metastate.eval.report import markdown as table
 from metastate.eval.tasks import Problem, Recall, WordProblem, task_model, train_and_score
 from metastate.model.presets import ARCHITECTURES
+from metastate.train.distributed import device_of
 from metastate.train.memory import keep_freed_memory
 
 Cell = dict[str, Any]
@@ -90,10 +89,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     if args.seed < 0:
         raise ConfigError(f"--seed is {args.seed}; 0 or more")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} cannot be used: {error}") from None
+    device_of(args.device)
     if args.warmup is None:
         args.warmup = min(100, args.steps // 10)
 

@@ -88,7 +88,7 @@ def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
 def validation(config: TrainConfig) -> Callable[..., dict[str, Any]] | None:
     """Return what scores the model on the valid split, or None where there is no such split."""
     data = PreparedData.open(config.data)
-    if not data.record["splits"].get("valid", {}).get("tokens"):
+    if not data.has("valid"):
         if is_first():
             log(f"{config.data} has no valid split: training goes on without validation")
         return None

@@ -26,7 +26,7 @@ from metastate.config import ModelConfig, unknown_key_message
 from metastate.data.files import atomic_write
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model.io import check_finite, one_dtype
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 # What the pickle of a file of plain tensors may ask for, besides torch's storage types.
 NAMES = {
@@ -82,8 +82,7 @@ def read(
     if not allow_nan:
         check_finite(tensors, path)
     unused = {key: tensors.pop(key) for key in UNUSED if key in tensors}
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = sketch(config)
     model.load_state_dict(from_rwkv(tensors, config.num_layers), assign=True)
     return model, unused
 
@@ -120,13 +119,12 @@ def from_rwkv(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tenso
     """Return the state dict of our rwkv7 from RWKV-7's own, without `UNUSED`."""
     out = {ours: tensors[theirs] for theirs, ours in _outer().items()}
     for i in range(num_layers):
-        theirs, ours = f"blocks.{i}.", f"blocks.{i}."
-        out[f"{ours}time_mix.mu"] = torch.stack(
-            [tensors[f"{theirs}att.{name}"].flatten() for name in MIXES]
-        )
+        block = f"blocks.{i}."
+        mixes = [tensors[f"{block}att.{name}"].flatten() for name in MIXES]
+        out[f"{block}time_mix.mu"] = torch.stack(mixes)
         for key, name in _inner(i):
-            x = tensors[theirs + key]
-            out[ours + name] = x.flatten() if key in VECTORS else x
+            x = tensors[block + key]
+            out[block + name] = x.flatten() if key in VECTORS else x
     return out
 
 
@@ -151,12 +149,12 @@ def to_rwkv(model: LanguageModel) -> dict[str, Tensor]:
     own = {name: p.detach() for name, p in model.named_parameters()}
     out = {theirs: own[ours] for theirs, ours in _outer().items()}
     for i in range(config.num_layers):
-        theirs, ours = f"blocks.{i}.", f"blocks.{i}."
-        mu = own[f"{ours}time_mix.mu"]
-        out |= {f"{theirs}att.{name}": row[None, None] for name, row in zip(MIXES, mu, strict=True)}
+        block = f"blocks.{i}."
+        mu = own[f"{block}time_mix.mu"]
+        out |= {f"{block}att.{name}": row[None, None] for name, row in zip(MIXES, mu, strict=True)}
         for key, name in _inner(i):
-            x = own[ours + name]
-            out[theirs + key] = x[None, None] if key in VECTORS else x
+            x = own[block + name]
+            out[block + key] = x[None, None] if key in VECTORS else x
     return out
 
 

@@ -66,11 +66,10 @@ def from_fla(
     Raises:
         CheckpointError: a key is missing or unknown, or the config asks for another function.
     """
-    found = {name: info.get(name, ours) for name, ours in FUNCTION.items()}
     for name, ours in FUNCTION.items():
-        if found[name] != ours:
+        if (found := info.get(name, ours)) != ours:
             raise CheckpointError(
-                f"the config says {name} {found[name]!r}; only {ours!r} is RWKV-7 as this program "
+                f"the config says {name} {found!r}; only {ours!r} is RWKV-7 as this program "
                 "computes it"
             )
     rest = dict(tensors)

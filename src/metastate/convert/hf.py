@@ -19,7 +19,6 @@ from metastate.convert.hf_folder import MODEL_TYPE, config_fields, from_hf, to_h
 from metastate.convert.hf_types import MetaStateCache, MetaStateConfig
 from metastate.convert.hf_world import MetaStateWorldTokenizer
 from metastate.errors import CheckpointError, ConfigError, ShapeError, StateError
-from metastate.layers.common import RecurrentState
 from metastate.model.io import adopt_record, check_finite
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, linear_cross_entropy
@@ -314,14 +313,9 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
             at = own.nonzero().flatten()
             outputs.append([x.new_zeros(1, len(own), size).index_copy(1, at, x) for x in found])
         hidden = [torch.cat(rows) for rows in zip(*outputs, strict=True)]
-        layers = []
-        for own_layers in zip(*(row.layers for row in states), strict=True):
-            fields = zip(*(vars(layer).values() for layer in own_layers), strict=True)
-            joined = (None if f[0] is None else torch.cat(f) for f in fields)
-            layers.append(RecurrentState(*joined))  # type: ignore[arg-type]
         seen = (0 if state is None else state.tokens_seen) + tokens.shape[1]
         kl = torch.stack(terms).sum() / mask.sum() if terms else None
-        return hidden, ModelState(tuple(layers), seen), kl
+        return hidden, ModelState(ModelState.stack(states).layers, seen), kl
 
     def _run(
         self, tokens: Tensor, state: ModelState | None, resets: Tensor | None, every: bool

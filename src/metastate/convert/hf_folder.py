@@ -26,10 +26,12 @@ from metastate.model.io import (
     adopt_record,
     check_finite,
     check_tensors,
+    check_tokenizer,
+    dense,
     one_dtype,
     read_tensors,
 )
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "metastate"
@@ -80,25 +82,21 @@ def to_hf(
         check_finite(model.state_dict(), "the model")
     if tokenizer is None and model.tokenizer_info is not None:
         tokenizer = load_tokenizer(model.tokenizer_info)
-    elif tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
-        )
+    elif tokenizer is not None:
+        check_tokenizer(model, tokenizer)
     info = model.tokenizer_info if tokenizer is None else tokenizer.info()
     if layout == "fla":
         config, tensors = fla.to_fla(model)
         config |= token_ids(info)
     else:
-        tensors = {PREFIX + name: x.detach() for name, x in model.state_dict().items()}
+        tensors = {PREFIX + name: x for name, x in model.state_dict().items()}
         config = {
             "architectures": [CLASSES["AutoModelForCausalLM"]],
             "auto_map": AUTO_MAP,
             "model_type": MODEL_TYPE,
             **config_fields(model, info),
         }
-    tensors = {name: x.contiguous().cpu() for name, x in tensors.items()}
-    content = safetensors.torch.save(tensors, {"format": "pt"})
+    content = safetensors.torch.save(dense(tensors), {"format": "pt"})
     atomic_write(folder / WEIGHTS, content, error=CheckpointError)
     _drop_shards(folder)
     if tokenizer is not None:
@@ -141,8 +139,7 @@ def from_hf(
             config, found = from_dict(ModelConfig, info["model"], "model"), _unprefixed(weights)
     except (CheckpointError, ConfigError) as cause:
         raise CheckpointError(f"{folder}: {cause}") from None
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = sketch(config)
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
     adopt_record(model, info, folder / "config.json")

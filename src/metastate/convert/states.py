@@ -35,8 +35,7 @@ def to_rwkv(state: ModelState) -> list[Tensor]:
 
     Source: rwkv 0.8 (PyPI), rwkv/model.py, RWKV_x070.generate_zero_state.
     """
-    if state.batch_size != 1:
-        raise StateError(f"the state holds {state.batch_size} rows; give one, as state[0]")
+    state.check_single()
     out: list[Tensor] = []
     for i, layer in enumerate(state.layers):
         own, channel_shift = _rwkv7_layer(layer, i)

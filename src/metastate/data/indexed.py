@@ -70,25 +70,6 @@ def write_index(
     atomic_write(paths(prefix)[1], content, error=DataError)
 
 
-def write_dataset(
-    prefix: str | os.PathLike[str], documents: Sequence[np.ndarray], vocab_size: int
-) -> None:
-    """Write documents that fit in memory to PREFIX.bin and PREFIX.idx.
-
-    Args:
-        prefix: path without suffix.
-        documents: token ids, [length] each, in [0, vocab_size).
-        vocab_size: decides the dtype, see `token_dtype`.
-
-    Raises:
-        DataError: a file cannot be written.
-    """
-    dtype = token_dtype(vocab_size)
-    content = b"".join(np.asarray(document).astype(dtype).tobytes() for document in documents)
-    atomic_write(paths(prefix)[0], content, error=DataError)
-    write_index(prefix, [len(document) for document in documents], dtype)
-
-
 class IndexedDataset:
     """Documents of PREFIX.bin/.idx, memory-mapped: `ds[i]` is document i, `len(ds)` their number.
 

@@ -83,21 +83,6 @@ class Split:
         """Tokens, ends of documents included."""
         return self.dataset.num_tokens
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token: bits per byte = nats per token / ln 2 / this."""
-        return int(self.text_bytes.sum()) / max(1, self.num_tokens)
-
-    @cached_property
-    def bytes_per_token_by_domain(self) -> dict[str, float]:
-        """`bytes_per_token` of every domain that the split has."""
-        count = len(self.domain_names)
-        domains = self.dataset.domains
-        text = np.bincount(domains, self.text_bytes, count)
-        tokens = np.bincount(domains, self.dataset.lengths, count)
-        pairs = zip(self.domain_names, text, tokens, strict=True)
-        return {name: float(b / t) for name, b, t in pairs if t}
-
     def checked(self, tokens: np.ndarray) -> np.ndarray:
         """Return `tokens` as int64.
 
@@ -112,24 +97,11 @@ class Split:
             )
         return tokens
 
-    def documents(self, limit_tokens: int | None = None) -> Iterator[Document]:
-        """Yield the documents, whole and in order.
-
-        With `limit_tokens` they come in a fixed shuffled order, whatever their domains; the last
-        one is cut there and its text_bytes are in proportion.
-        """
-        order = np.arange(len(self.dataset))
-        if limit_tokens is not None:
-            order = permute(order, len(order), key=0)
-        left = self.num_tokens if limit_tokens is None else limit_tokens
-        for i in order.tolist():
-            if left <= 0:
-                return
-            tokens = self.checked(self.dataset[i][:left])
-            left -= len(tokens)
-            share = len(tokens) / max(1, int(self.dataset.lengths[i]))
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents, whole and in order."""
+        for i in range(len(self.dataset)):
             domain = self.domain_names[int(self.dataset.domains[i])]
-            yield Document(domain, tokens, round(int(self.text_bytes[i]) * share))
+            yield Document(domain, self.checked(self.dataset[i]), int(self.text_bytes[i]))
 
 
 class PreparedData:
@@ -199,15 +171,18 @@ class PreparedData:
         """Names of the domains; one name where the text has none."""
         return list(self.record["domains"])
 
+    def has(self, split: str) -> bool:
+        """Return whether the split `split` holds any text."""
+        return bool(self.record["splits"].get(split, {}).get("tokens"))
+
     def split(self, name: str) -> Split:
         """Return the split `name`.
 
         Raises:
             DataError: there is no such split, it is empty, or its files are truncated or broken.
         """
-        known = self.record["splits"]
-        if name not in known or not known[name]["tokens"]:
-            filled = [key for key, value in known.items() if value["tokens"]]
+        if not self.has(name):
+            filled = filter(self.has, self.record["splits"])
             raise DataError(f"{self.path} has no {name!r} split; it has {', '.join(filled)}")
         table_path = self.path / f"{name}.docs.npy"
         try:
@@ -219,10 +194,11 @@ class PreparedData:
         if table.size and not 0 <= table[:, 0].min() <= table[:, 0].max() < len(self.domain_names):
             raise DataError(f"{table_path} names a domain that data.json lacks; prepare again")
         dataset = IndexedDataset(self.path / name, domains=table[:, 0])
-        if dataset.num_tokens != known[name]["tokens"]:
+        told = self.record["splits"][name]["tokens"]
+        if dataset.num_tokens != told:
             raise DataError(
-                f"{dataset.bin_path} has {dataset.num_tokens:,} tokens, data.json says "
-                f"{known[name]['tokens']:,}; prepare again"
+                f"{dataset.bin_path} has {dataset.num_tokens:,} tokens, data.json says {told:,}; "
+                "prepare again"
             )
         return Split(name, dataset, self.domain_names, table[:, 1], self.eod_id, self.vocab_size)
 
@@ -295,11 +271,6 @@ class BatchSource:
                 f"{streams * context + 1:,}; lower --context"
                 f"{' or --batch-size' if carry_state else ''}, or prepare more text"
             )
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every token is read once."""
-        return self.num_windows / (1 if self.carry_state else self.batch_size)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Return the rows of `rank` of batch `step`; all ranks together always have the same rows.

@@ -1,1 +1,1 @@
-"""Evaluation: held-out loss, plots, model descriptions."""
+"""Evaluation: held-out loss, tasks, comparisons with figures and page, checks of the backends."""

@@ -31,11 +31,11 @@ from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
 from metastate.eval.runs import check_settings, settings, source
-from metastate.eval.suite import Cell, Suite, plan, sketch
+from metastate.eval.suite import Cell, Suite, plan
 from metastate.model.io import load
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 from metastate.model.loss import lm_loss
-from metastate.train.checkpoint import find_checkpoint, has_run
+from metastate.train.checkpoint import find_checkpoint, has_run, step_of
 from metastate.train.trainer import LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
@@ -196,8 +196,7 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
         raise KeyboardInterrupt
     model = load(cell.folder)
     model.backend = run.backend
-    has_test = bool(data.record["splits"].get("test", {}).get("tokens"))
-    split = "test" if has_test else "valid"
+    split = "test" if data.has("test") else "valid"
     score = made | {"split": split}
     if cell.rate is None:
         score["test_tokens"] = cell.test_tokens
@@ -368,6 +367,6 @@ def estimate(cells: list[Cell]) -> dict[str, float]:
                 float(loss.detach())
                 speeds[key] = time.monotonic() - begin
         found = find_checkpoint(run.out)
-        done = int(found.name.rpartition("-")[2]) if found is not None else 0
+        done = step_of(found) if found is not None else 0
         out[cell.title] = speeds[key] * run.accumulate * (run.steps - done)
     return out

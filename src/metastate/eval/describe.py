@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from metastate.config import ModelConfig, to_dict
 from metastate.model.io import not_finite
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 CONTEXTS = (1024, 8192, 65536)
 
@@ -28,9 +26,7 @@ def describe(model: LanguageModel | ModelConfig, context: int = 1024) -> dict[st
         Transformer of the same width, depth and dtype, not_finite {tensor: number of values that
         are NaN or infinite}, config, lineage, tokenizer.
     """
-    if isinstance(model, ModelConfig):
-        with torch.device("meta"):
-            model = LanguageModel(model)
+    model = sketch(model) if isinstance(model, ModelConfig) else model
     config = model.config
     forward, backward = model.flops_per_token(context)
     element = model.embedding.weight.element_size()

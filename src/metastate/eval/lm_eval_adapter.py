@@ -21,10 +21,10 @@ import torch
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import ConfigError, DataError
-from metastate.eval.zero_shot import Score, check_tokenizer, score_tokens
+from metastate.eval.zero_shot import Score, score_tokens
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
-from metastate.model.io import check_finite, load, tokenizer_of
+from metastate.model.io import check_finite, check_tokenizer, load, tokenizer_of
 from metastate.model.lm import LanguageModel
 
 try:

@@ -16,21 +16,21 @@ from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel, evaluating
+from metastate.model.loss import LOGITS
 from metastate.model.state import ModelState
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
 CUT = 1024  # with `limit_tokens`, tokens that any document may give
-LOGITS = 2**25  # logits held at once: 128 MiB in float32
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """A running sum of losses."""
+    """The sum of the losses of some tokens, nats, and how much text they are."""
 
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
+    nats: float
+    tokens: int
+    bytes: int
+    documents: int
 
     def to_json(self) -> dict[str, Any]:
         """Return means; `bits_per_byte` is None where the bytes of the text are not known."""

@@ -1,4 +1,4 @@
-"""Figures: loss over training, loss by position. matplotlib without a display."""
+"""Figures: a run's loss, comparisons, made-up tasks. matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -107,37 +107,6 @@ def _series(rows: list[dict[str, Any]], kind: str, key: str) -> list[tuple[int, 
         if row.get("kind") == kind and isinstance(row.get(key), int | float)
     }
     return [points[step] for step in sorted(points) if math.isfinite(points[step][2])]
-
-
-def position_curve(
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
-    out: str | os.PathLike[str],
-    title: str = "loss by position",
-) -> None:
-    """Draw mean loss by the number of tokens seen before, a line a result, as a PNG.
-
-    Args:
-        results: name -> `EvalResult.positions`.
-        out: path of the PNG.
-        title: of the figure.
-
-    Raises:
-        DataError: no result has positions. ConfigError: matplotlib is missing.
-    """
-    if not any(results.values()):
-        raise DataError("there are no losses by position; evaluate with by_position=True")
-    figure, axes = _figure()
-    for name, buckets in results.items():
-        centre = [math.sqrt((b["first"] + 1) * (b["last"] + 1)) for b in buckets]
-        losses = [b["nats_per_token"] for b in buckets]
-        axes.plot(centre, losses, "o-", lw=1.6, ms=3.5, label=_as_text(name))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("tokens seen before")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_title(_as_text(title))
-    axes.legend(frameon=False)
-    _write(figure, out)
 
 
 AXIS = {

@@ -301,9 +301,8 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
     tables += [
         (f"Domains, {size} (nats a token)", domain_table(results, size))
         for size in results["suite"]["sizes"]
-        if any(_of(results, size, m) and len(_of(results, size, m)[0]["domains"]) > 1
-               for m in results["suite"]["models"])
-    ]  # fmt: skip
+        if len(domain_table(results, size)) > 2
+    ]
     notes = [MEANING, budget(results), *remarks(results)]
     text = [f"### {title}\n\n{markdown(t)}" if title else markdown(t) for title, t in tables]
     paths = [out / "table.md"]

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metastate.config import (
     ModelConfig,
     TrainConfig,
@@ -25,7 +23,7 @@ from metastate.config import (
 )
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import sketch
 from metastate.model.presets import preset
 
 TOLERANCE = 0.01  # of the non-embedding parameters, under which two counts are called equal
@@ -218,12 +216,6 @@ def _folder(model: str, size: str) -> str:
     return "-".join(slugs)
 
 
-def sketch(config: ModelConfig) -> LanguageModel:
-    """Return the model without memory for its values."""
-    with torch.device("meta"):
-        return LanguageModel(config)
-
-
 def count(config: ModelConfig) -> int:
     """Return the parameters of a model without embedding and head."""
     return sketch(config).count_parameters()["non_embedding"]
@@ -288,7 +280,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
         ConfigError: a model or size is impossible, or cannot be fitted. DataError: no such data.
     """
     data = PreparedData.open(suite.data)
-    if not data.record["splits"].get("valid", {}).get("tokens"):
+    if not data.has("valid"):
         raise DataError(f"{suite.data} has no valid split, by which the comparison is made")
     cells: list[Cell] = []
     fingerprint = data.fingerprint

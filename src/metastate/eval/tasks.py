@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metastate.config import MetaStateConfig, ModelConfig, TrainConfig
 from metastate.errors import ConfigError
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.presets import ARCHITECTURES
-from metastate.train.optim import learning_rate, make_optimizer, set_learning_rate
+from metastate.train.optim import learning_rate, make_optimizer
 
 GROUPS = ("S5", "A5", "A4xZ5", "Z60")
 LEVELS = ("64x4", "128x8", "256x16", "512x64", "1024x128", "2048x256")
@@ -322,8 +322,8 @@ def train_and_score(
     """Train a fresh model on a problem until it is solved, or to the end, and score it.
 
     Every `valid_every` steps new sequences are tried: a word problem goes on to longer ones where
-    it can, and training stops where less than half of the
-    errors are left that `problem.threshold` allows. The score rests on others again.
+    it can, and training stops where less than half of the errors are left that `problem.threshold`
+    allows. The score rests on others again.
 
     Args:
         problem: makes the sequences.
@@ -349,15 +349,11 @@ def train_and_score(
         tokens, labels = (part.to(train.device) for part in batch)
         out = lm_loss(network, tokens, labels, z_loss=train.z_loss)
         out.loss.backward()
-        parameters = optimizer.gather()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters, norm = optimizer.gather()
         diverged = not (math.isfinite(float(out.loss.detach())) and math.isfinite(float(norm)))
         if diverged:
             break
-        nn.utils.clip_grads_with_norm_(parameters, train.clip, norm)
-        set_learning_rate(optimizer, learning_rate(step, train))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.advance(parameters, norm, train.clip, learning_rate(step, train))
         step, loss = step + 1, float(out.nll)
         accuracy = 0.0
         if step % train.valid_every == 0:

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import CheckpointError, ConfigError
-from metastate.eval.loss import LOGITS, read_in_chunks
+from metastate.eval.loss import read_in_chunks
 from metastate.eval.zero_shot_data import TASKS, Item, check_tasks
+from metastate.model.io import check_tokenizer
 from metastate.model.lm import LanguageModel, evaluating
+from metastate.model.loss import LOGITS
 
 Score = tuple[float, bool]  # sum of log p in nats, and whether every token was the likeliest
 TokenPair = tuple[Sequence[int], Sequence[int]]
@@ -110,15 +112,6 @@ def loglikelihoods(
     check_tokenizer(model, tokenizer)
     encoded = encode_pairs(tokenizer, pairs)
     return score_tokens(model, encoded, tokenizer.eod_id, batch_size=batch_size, progress=progress)
-
-
-def check_tokenizer(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError where the tokenizer has ids that the model lacks."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
-        )
 
 
 @torch.no_grad()

@@ -33,15 +33,13 @@ from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
 from metastate.layers.time_mix import TimeMix
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
 from metastate.model.state import ModelState
+from metastate.model.weights import weights_hash
 
-AXES = (
-    *("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"),
-    "attention_slots",
-)
+RECURRENT = ("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size")
+AXES = (*RECURRENT, "attention_slots")
 RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
 Init = Literal["zero", "random", "released"]
 
@@ -72,12 +70,10 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         )
     kind, meta = config.architecture, config.meta_state
     allowed = {
-        "metastate": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
-        "rwkv7": {"head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size"},
-        "transformer": {"num_layers", "ffn_size"},
-        "tokenformer": {"ffn_size", "attention_slots"},
-    }[kind]
-    if refused := sorted(wanted.keys() - allowed):
+        "transformer": ("num_layers", "ffn_size"),
+        "tokenformer": ("ffn_size", "attention_slots"),
+    }.get(kind, RECURRENT)
+    if refused := sorted(wanted.keys() - set(allowed)):
         raise ConfigError(
             f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
             f"{', '.join(sorted(allowed))}"
@@ -355,7 +351,7 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
         if isinstance(old, RecurrentState) and isinstance(new, RecurrentState):
             fields = [
                 b if a is None or b is None else _padded(a, b)  # a new shift acts on nothing yet
-                for a, b in zip(_tensors(old), _tensors(new), strict=True)
+                for a, b in zip(vars(old).values(), vars(new).values(), strict=True)
             ]
             layers.append(RecurrentState(*fields))  # type: ignore[arg-type]
         else:
@@ -363,10 +359,6 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
     out = dataclasses.replace(state, layers=tuple(layers))
     out.check(grown)
     return out
-
-
-def _tensors(layer: RecurrentState) -> list[Tensor | None]:
-    return [getattr(layer, f.name) for f in dataclasses.fields(layer)]
 
 
 def _padded(old: Tensor, new: Tensor) -> Tensor:

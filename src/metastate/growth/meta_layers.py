@@ -20,7 +20,7 @@ from metastate.errors import ConfigError
 from metastate.growth.expand import drawing, inherit
 from metastate.layers.meta_state import MetaState
 from metastate.model.block import RecurrentBlock
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 
 def upgraded_config(
@@ -95,8 +95,7 @@ def upgrade(
     Source: arXiv:2504.08247, eqs 5 and 6, for the block; the upgrade is ours.
     """
     config = upgraded_config(model.config, layers, replace=replace, meta_state=meta_state)
-    with torch.device("meta"):
-        upgraded = LanguageModel(config)
+    upgraded = sketch(config)
     needed = upgraded.state_dict().keys()
     own = {k: v.detach().clone() for k, v in model.state_dict().items() if k in needed}
     upgraded.load_state_dict(own, strict=False, assign=True)

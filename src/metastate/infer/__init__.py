@@ -1,1 +1,1 @@
-"""Generation: sampling and streaming."""
+"""Running a model: generation, an engine for many requests, the server, what a state holds."""

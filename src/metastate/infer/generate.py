@@ -20,6 +20,7 @@ from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.infer.sampling import Sampler, SamplingConfig
 from metastate.infer.stops import StopMatcher
 from metastate.model.decode import Decoder, make_decoder
+from metastate.model.io import check_tokenizer
 from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.state import ModelState
 
@@ -164,12 +165,8 @@ class Draft:
     ) -> None:
         if max_tokens < 0:
             raise ConfigError(f"max_tokens is {max_tokens}; it must be 0 or more")
+        check_tokenizer(model, tokenizer)
         size = model.config.vocab_size
-        if tokenizer.vocab_size > size:
-            raise ConfigError(
-                f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
-                f"{size}; use the tokenizer that the model was trained with"
-            )
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.tokens: list[int] = []
         self.offsets: list[int] = []
@@ -189,11 +186,7 @@ class Draft:
             self._matcher = StopMatcher(stop)
         else:
             before.state.check(model)
-            if before.state.batch_size != 1:
-                raise StateError(
-                    f"the state holds {before.state.batch_size} rows, a text goes on from one; "
-                    "take a row of it with state[i]"
-                )
+            before.state.check_single()
             self._state = before.state
             self.pending = [*before.pending, *encoded]
             if not self.pending:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 
 from metastate.data.files import alone_in, sync_folder
 from metastate.errors import ConfigError, MetaStateError, StateError
 from metastate.infer.generate import Continuation
-from metastate.model.io import weights_hash
 from metastate.model.lm import LanguageModel
-from metastate.model.state import config_hash
+from metastate.model.state_file import config_hash
+from metastate.model.weights import weights_hash
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +192,7 @@ class StateStore:
         try:
             path.write_bytes(content)
             given = Continuation.load(path, self.model)
-            self._check(given)
+            given.state.check_single("the file")
             # Whoever goes on from it reads all of it each time.
             recent, shown = given.recent[-LOOKS_BACK:], given.shown[-LOOKS_BACK:]
             return self.add(owner, replace(given, recent=recent, shown=shown))
@@ -266,20 +265,6 @@ class StateStore:
         except (StateError, OSError) as cause:
             self.info(owner, id)  # deleted meanwhile: that is the better answer
             raise StoreBrokenError(f"the server cannot read {id}; see its log") from cause
-
-    def _check(self, continuation: Continuation) -> None:
-        state = continuation.state
-        if state.batch_size != 1:
-            raise StateError(f"the file holds {state.batch_size} rows; a stored state has one")
-        fresh = self.model.init_state(1).tensors()
-        for name, x in state.tensors().items():
-            needed = fresh[name].dtype if name in fresh else x.dtype
-            if x.dtype != needed:
-                raise StateError(f"the file's {name} is {x.dtype}; {needed} needed")
-            if not torch.isfinite(x).all():
-                raise StateError(f"the file's {name} holds NaN or infinity")
-            if name.endswith(".start") and not 0 <= int(x) <= state.tokens_seen:
-                raise StateError(f"the file's {name} is {int(x)}, outside what was read")
 
 
 def _drop_half_files(folder: Path) -> None:

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from metastate.config import ModelConfig
 from metastate.errors import ShapeError, StateError
-from metastate.layers.common import MATRIX, OUTPUT, RANDOM, Growth, normal_
+from metastate.layers.common import OUTPUT, RANDOM, Growth, normal_
 
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
-
-
 _CLAIM = threading.Lock()  # two threads may go on from one state
 
 
@@ -91,24 +89,6 @@ class AttentionState:
         keys, values = self.visible()
         start = None if self.start is None else fn(self.start)
         return AttentionState(fn(keys), fn(values), start)
-
-    def detach(self) -> AttentionState:
-        """Return the state cut off from the graph that made it; the memory is shared."""
-        return self.map(torch.Tensor.detach)
-
-    def clone(self) -> AttentionState:
-        """Return a copy that shares no memory, its buffers cut to `length`."""
-        return self.map(torch.clone)
-
-    def to(self, device: torch.device | str) -> AttentionState:
-        """Return the state on `device`."""
-        return self.map(lambda t: t.to(device))
-
-    def __getitem__(self, rows: int | slice | Tensor) -> AttentionState:
-        """Return the state of some batch rows; an int keeps a batch of one."""
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
-        return self.map(lambda t: t[rows])
 
     @property
     def num_bytes(self) -> int:
@@ -223,10 +203,6 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of every parameter."""
-        return {"qkv.weight": MATRIX, "output.weight": MATRIX}
-
     def forward(
         self, x: Tensor, state: AttentionState | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
@@ -296,10 +272,6 @@ class Mlp(nn.Module):
         self.key = nn.Linear(config.hidden_size, size, bias=False)
         self.value = nn.Linear(size, config.hidden_size, bias=False)
         init_gpt(self.key, self.value, config)
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of every parameter."""
-        return {"key.weight": MATRIX, "value.weight": MATRIX}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return gelu(x W_k) W_v for x [..., D]."""

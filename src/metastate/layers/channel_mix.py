@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from metastate.config import ModelConfig
 from metastate.layers.common import (
-    MATRIX,
     OUTPUT,
     RANDOM,
     VECTOR,
@@ -33,6 +32,8 @@ class ChannelMix(nn.Module):
         "value.weight": ("D F", OUTPUT),
     }
 
+    GROUPS: ClassVar[dict[str, str]] = {"mu": VECTOR}
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D = config.hidden_size
@@ -50,7 +51,3 @@ class ChannelMix(nn.Module):
         hidden = self.key(token_shift(x, shift, mu, packing, backend, dtype)[0])
         y = self.value(fused.relu_squared(hidden, fused=fused.can_fuse(hidden, backend)))
         return y, x[:, -1].clone()
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        return {"mu": VECTOR, "key.weight": MATRIX, "value.weight": MATRIX}

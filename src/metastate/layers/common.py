@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metastate.errors import ShapeError
 from metastate.ops import context, fused
 
-# Optimizer groups. A layer's `optimizer_groups()` names one for each parameter that it owns.
+# Optimizer groups. A layer's GROUPS names one for each parameter that it owns.
 MATRIX = "matrix"  # weight decay, learning rate x 1
 VECTOR = "vector"  # no weight decay, learning rate x 1
 DECAY_BASE = "decay_base"  # no weight decay, learning rate x 2 (w0 of RWKV-7)
@@ -28,6 +28,15 @@ OUTPUT = "output"  # zero, in new blocks too: what reads new channels into the r
 ZERO = "zero"  # zero in old blocks: what adds to an old head's state
 IDENTITY = "identity"  # as KEY; where the parent has no such parameter it had the identity
 KEY = "key"  # zero where an old head gets a new channel: the old state must not be written there
+
+
+def declared_groups(module: nn.Module) -> dict[str, str]:
+    """Return what a module's GROUPS says; torch's own modules have none, so theirs stand here."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return {"weight": MATRIX}
+    if isinstance(module, nn.LayerNorm):
+        return {"weight": VECTOR, "bias": VECTOR}
+    return getattr(module, "GROUPS", {})
 
 
 @dataclass(frozen=True)
@@ -96,14 +105,13 @@ class RecurrentState:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RecurrentState:
         """Return a state whose tensors are `fn` of this one's."""
-        fields = (self.S, self.time_shift, self.M, self.channel_shift)
-        return RecurrentState(*(None if x is None else fn(x) for x in fields))  # type: ignore[arg-type]
+        fields = (None if x is None else fn(x) for x in vars(self).values())
+        return RecurrentState(*fields)  # type: ignore[arg-type]
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors in bytes."""
-        fields = (self.S, self.time_shift, self.M, self.channel_shift)
-        return sum(x.numel() * x.element_size() for x in fields if x is not None)
+        return sum(x.nbytes for x in vars(self).values() if x is not None)
 
 
 def token_shift(
@@ -123,15 +131,6 @@ def token_shift(
     if packing is not None and packing.group is not None:
         last = context.last_before(x[:, -1], last, packing.group)
     return fused.token_mix(x, last, mu, resets, dtype=dtype, fused=fused.can_fuse(x, backend))
-
-
-def run_packed(
-    state: Tensor, fresh: Tensor, packing: Packing | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the initial states [n, H, N, N] of a recurrence and its `cu_seqlens`."""
-    if packing is None:
-        return state, None
-    return packing.initial(state, fresh), packing.cu_seqlens
 
 
 def handed_on(
@@ -166,13 +165,13 @@ def last_of_rows(state: Tensor, packing: Packing | None) -> Tensor:
     return state if packing is None else state[packing.last]
 
 
-def segment_norm(x: Tensor, kind: str, segments: tuple[int, ...], eps: float = 1e-12) -> Tensor:
+def segment_norm(x: Tensor, kind: str, segments: tuple[int, ...]) -> Tensor:
     """Normalise x [..., N] by growth segment: `l2` x/|x|, `rms` x/sqrt(mean x^2), `none` x."""
     if kind == "none":
         return x
     parts = []
     for part in x.split(segments, -1):
-        unit = F.normalize(part, dim=-1, eps=eps)
+        unit = F.normalize(part, dim=-1)
         parts.append(unit if kind == "l2" else unit * part.shape[-1] ** 0.5)
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -182,6 +181,8 @@ class GroupNorm(nn.Module):
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over one segment of one head.
     """
+
+    GROUPS: ClassVar[dict[str, str]] = {"weight": VECTOR, "bias": VECTOR}
 
     def __init__(
         self, num_heads: int, segments: tuple[int, ...], eps: float = 64e-5, gain: float = 1.0
@@ -202,13 +203,11 @@ class GroupNorm(nn.Module):
         parts = [F.layer_norm(p, p.shape[-1:], eps=self.eps) for p in x.split(self.segments, -1)]
         return torch.cat(parts, -1).flatten(2) * self.weight + self.bias
 
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        return {"weight": VECTOR, "bias": VECTOR}
-
 
 class LowRank(nn.Module):
     """Low-rank map f(x A) B (+ bias), A [D, rank], B [rank, out]; `loramlp` of RWKV-7."""
+
+    GROUPS: ClassVar[dict[str, str]] = {"A": VECTOR, "B": VECTOR, "bias": VECTOR}
 
     def __init__(self, size: int, rank: int, out: int, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -221,11 +220,6 @@ class LowRank(nn.Module):
         """Return activation(x A) B, [..., out]; the caller adds the bias."""
         hidden = x @ self.A
         return (hidden if activation is None else activation(hidden)) @ self.B
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        groups = {"A": VECTOR, "B": VECTOR}
-        return groups if self.bias is None else groups | {"bias": VECTOR}
 
 
 # A model is often built on the meta device, for its shapes alone. Arithmetic there, and drawing,

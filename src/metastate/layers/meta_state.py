@@ -31,7 +31,6 @@ from metastate.layers.common import (
     low_rank_size,
     normal_,
     parameter,
-    run_packed,
     segment_norm,
     token_shift,
 )
@@ -68,6 +67,11 @@ class MetaState(nn.Module):
         },
     }
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        **{"projection": VECTOR, "mu": VECTOR},
+        **{"compress": MATRIX, "expand": MATRIX},
+    }
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.head_size is not None and config.head_segments is not None
@@ -76,7 +80,7 @@ class MetaState(nn.Module):
         width = D // config.input_slices
         options = self.options = config.meta_state
         self.num_heads, self.head_size, self.segments = H, N, config.head_segments
-        self.slices, self.state_axes = config.input_slices, (H, N)
+        self.slices = config.input_slices
         self.has_meta = options.readout != "encoding"
         sees_slices = (
             self.has_meta or options.encoder_query == "input" or options.encoder == "cross"
@@ -140,7 +144,8 @@ class MetaState(nn.Module):
         if self.slices < self.num_heads:  # grown heads read the slices of old ones
             by_head = by_head[:, :, torch.arange(self.num_heads, device=x.device) % self.slices]
         x_state = by_head if self.projection is None else by_head @ self.projection
-        r = x_state if receptance is None else receptance.view(batch, length, *self.state_axes)
+        heads = (batch, length, self.num_heads, self.head_size)
+        r = x_state if receptance is None else receptance.view(heads)
         asked = r if options.encoder_query == "receptance" else x_state
         e, kl = self.encode(x_state, asked, trajectory)
         q = r if options.query == "receptance" else None
@@ -233,8 +238,7 @@ class MetaState(nn.Module):
             start = None if packing is None or packing.start is None else packing.start.M
             fresh = M.new_zeros(M.shape[1:]) if start is None else start[0]
             M = handed_on(lambda e, before: run(e, before)[1], written, M, fresh, packing)
-            initial, _ = run_packed(M, fresh, packing)
-            y, final = run(written, initial)
+            y, final = run(written, M if packing is None else packing.initial(M, fresh))
             M = last_of_rows(final, packing)
             sources.append(y)
         if options.readout != "meta":
@@ -247,20 +251,3 @@ class MetaState(nn.Module):
         if kind == "none":
             return x
         return F.silu(x) if kind == "silu" else fused.relu_squared(x)
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        groups = {"output.weight": MATRIX}
-        for name, group in (
-            ("projection", VECTOR),
-            ("mu", VECTOR),
-            ("compress", MATRIX),
-            ("expand", MATRIX),
-        ):
-            if getattr(self, name, None) is not None:
-                groups[name] = group
-        for name in ("meta_norm", "encoding_norm", "gate"):
-            module = getattr(self, name)
-            if module is not None:
-                groups |= {f"{name}.{k}": g for k, g in module.optimizer_groups().items()}
-        return groups

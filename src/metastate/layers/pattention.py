@@ -26,6 +26,7 @@ class Pattention(nn.Module):
     """
 
     GROWS: ClassVar[dict[str, Growth]] = {"keys": ("F D", ZERO), "values": ("F D", RANDOM)}
+    GROUPS: ClassVar[dict[str, str]] = {"keys": MATRIX, "values": MATRIX}
 
     def __init__(self, size_in: int, slots: int, size_out: int, first: int, gain: float) -> None:
         super().__init__()
@@ -36,10 +37,6 @@ class Pattention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., D_out] for x [..., D_in]."""
         return F.gelu(F.normalize(x @ self.keys.T, dim=-1) * self.scale) @ self.values
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        return {"keys": MATRIX, "values": MATRIX}
 
 
 class AttentionSlots(Pattention):
@@ -75,14 +72,6 @@ class PattentionAttention(Attention):
             for layer in (self.query, self.key, self.value)
         )
         return q, k, v
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of every parameter."""
-        return {
-            f"{name}.{key}": group
-            for name, layer in self.named_children()
-            for key, group in layer.optimizer_groups().items()  # type: ignore[operator]
-        }
 
 
 def feed_forward(config: ModelConfig) -> Pattention:

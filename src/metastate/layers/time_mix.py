@@ -12,7 +12,6 @@ from metastate.config import ModelConfig
 from metastate.layers.common import (
     DECAY_BASE,
     KEY,
-    MATRIX,
     OUTPUT,
     RANDOM,
     VECTOR,
@@ -27,7 +26,6 @@ from metastate.layers.common import (
     low_rank_size,
     normal_,
     parameter,
-    run_packed,
     token_shift,
 )
 from metastate.ops import fused
@@ -58,12 +56,17 @@ class TimeMix(nn.Module):
         "token_values": ("H P N", ZERO),
     }
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("mu", "k_k", "k_a", "r_k", "token_keys", "token_values"), VECTOR),
+        "decay.bias": DECAY_BASE,
+    }
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D, A, H = config.hidden_size, config.attention_size, config.num_heads
         assert config.head_size is not None and config.head_segments is not None
         N = config.head_size
-        self.num_heads, self.head_size, self.layer = H, N, layer
+        self.num_heads, self.head_size = H, N
         depth = layer / max(config.num_layers - 1, 1)  # 0 -> 1 over the layers
         rest = 1 - layer / config.num_layers  # 1 -> 0
         c = torch.arange(D, device="cpu") / D
@@ -167,15 +170,15 @@ class TimeMix(nn.Module):
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
         start = None if packing is None else packing.start
         fresh = self.initial_state() if start is None else start.S[0]
+        cu_seqlens = None if packing is None else packing.cu_seqlens
 
         def write(v: Tensor, before: Tensor) -> Tensor:
-            cu_seqlens = None if packing is None else packing.cu_seqlens
             return ops.wkv7(
                 r, log_w, k, v, kappa, a, before, cu_seqlens=cu_seqlens, backend=backend
             )[1]
 
         S = handed_on(write, v, S, fresh, packing)
-        initial, cu_seqlens = run_packed(S, fresh, packing)
+        initial = S if packing is None else packing.initial(S, fresh)
         y, trajectory = ops.wkv7_trajectory(
             r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
         )
@@ -186,17 +189,3 @@ class TimeMix(nn.Module):
         )
         shift = x[:, -1].clone()  # a view would keep all of x alive in the state
         return out, last_of_rows(trajectory.state, packing), shift, v_first, trajectory
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        groups = dict.fromkeys(("mu", "k_k", "k_a", "r_k"), VECTOR)
-        for name in ("receptance", "key", "value", "output"):
-            groups[f"{name}.weight"] = MATRIX
-        for name in ("decay", "icl_rate", "value_mix", "gate", "norm"):
-            module = getattr(self, name)
-            if module is not None:
-                groups |= {f"{name}.{k}": g for k, g in module.optimizer_groups().items()}
-        groups["decay.bias"] = DECAY_BASE
-        if self.token_keys is not None:
-            groups |= {"token_keys": VECTOR, "token_values": VECTOR}
-        return groups

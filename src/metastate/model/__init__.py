@@ -1,1 +1,1 @@
-"""The language model: blocks, states, presets, checkpoints, loss."""
+"""The language model: blocks, states, decoding, presets, checkpoints, loss."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from metastate.config import ModelConfig
 from metastate.layers.attention import Attention, AttentionState, Mlp
 from metastate.layers.channel_mix import ChannelMix
-from metastate.layers.common import VECTOR, Packing, RecurrentState
+from metastate.layers.common import Packing, RecurrentState
 from metastate.layers.meta_state import MetaState
 from metastate.layers.pattention import PattentionAttention, feed_forward
 from metastate.layers.time_mix import TimeMix
@@ -85,10 +85,6 @@ class RecurrentBlock(nn.Module):
             x = x + y
         return x, RecurrentState(S, time_shift, M, shift), v_first, kl
 
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        return block_groups(self)
-
 
 class TransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward layer; a TokenFormer's norms have no parameters."""
@@ -119,24 +115,6 @@ class TransformerBlock(nn.Module):
 
         With `state_only` x is not what the block computes: the feed-forward layer is left out.
         """
-        state = self.init_state(len(x)) if state is None else state
         y, state = self.attention(self.ln1(x), state, resets)
         x = x + y
         return x if state_only else x + self.mlp(self.ln2(x)), state
-
-    def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter."""
-        return block_groups(self)
-
-
-def block_groups(module: nn.Module) -> dict[str, str]:
-    """Collect the groups of a module's children; a layer norm's weight and bias take no decay."""
-    groups: dict[str, str] = {}
-    for name, child in module.named_children():
-        if isinstance(child, nn.LayerNorm):
-            if not child.elementwise_affine:
-                continue
-            groups |= {f"{name}.weight": VECTOR, f"{name}.bias": VECTOR}
-        else:
-            groups |= {f"{name}.{k}": g for k, g in child.optimizer_groups().items()}  # type: ignore[operator]
-    return groups

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from metastate import ops
-from metastate.errors import StateError
 from metastate.layers.channel_mix import ChannelMix
 from metastate.layers.common import MATRIX, GroupNorm, LowRank
 from metastate.layers.meta_state import MetaState
@@ -61,13 +60,9 @@ class Decoder:
         Raises:
             StateError: it is of another model, or of several rows.
         """
-        self._check(state)
-        self.states[row] = state
-
-    def _check(self, state: ModelState) -> None:
         state.check(self.model)
-        if state.batch_size != 1:
-            raise StateError(f"the state holds {state.batch_size} rows; take one, as state[0]")
+        state.check_single()
+        self.states[row] = state
 
     def get(self, row: int) -> ModelState:
         """Return the state of `row`; later steps do not change it."""
@@ -107,7 +102,8 @@ class BatchDecoder(Decoder):
     @torch.no_grad()
     def put(self, row: int, state: ModelState) -> None:
         """See Decoder.put."""
-        self._check(state)
+        state.check(self.model)
+        state.check_single()
         self.tokens_seen[row] = state.tokens_seen
         for own, given in zip(self.state.layers, state.layers, strict=True):
             for name, x in vars(own).items():

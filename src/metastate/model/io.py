@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import safetensors
 import safetensors.torch
@@ -21,7 +19,7 @@ from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model import presets
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 FORMAT = "metastate"
 VERSION = 1
@@ -29,11 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a mode
 # What config.json may say of a tokenizer, besides other keys.
 TOKENIZER = {"kind": str, "name": str, "sha256": str, "path": str, "vocab_size": int, "eod_id": int}
 LINK = re.compile(rb"checkpoints/step-\d+")  # what a file in place of a run's link holds
-# The weights hash of each model, and what its weights looked like then.
-_HASHES: WeakKeyDictionary[LanguageModel, tuple[list[Any], str]] = WeakKeyDictionary()
-WORDS = 2**16  # of a tensor that `_mark` weighs at once; what a core's cache holds
 CHEAP = 2**16  # values of a model that is built in no time
-ODD = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio
 
 
 class Stored(dict[str, torch.Tensor]):
@@ -83,67 +77,6 @@ def write_record(record: dict[str, Any], folder: Path) -> None:
     write_json(folder / "config.json", record, error=CheckpointError)
 
 
-def weights_hash(model: LanguageModel) -> str:
-    """Return the SHA-256 of a model's weights, names and shapes included, in hexadecimal.
-
-    A model that `load` made has the hash of the weights in its file as long as its own are these,
-    in whatever number format: what was made in float32 fits the same checkpoint in bfloat16. Which
-    it is, is seen by comparing them, so that no change of the weights goes by.
-
-    Kept for each model and made again when the weights have changed. Fused optimizers and `.data`
-    do not raise a tensor's version counter, so a checksum is compared too: a third of the time of
-    the hash on a CPU that has instructions for it.
-    """
-    tensors = {name: x.detach() for name, x in sorted(model.state_dict().items())}
-    marks = [(name, x.dtype, *_mark(x)) for name, x in tensors.items()]
-    known = _HASHES.get(model)
-    if known is None or known[0] != marks:
-        if model.stored is not None and _is_cast(model.stored, tensors):
-            tensors = {name: model.stored[name] for name in tensors}
-        digest = hashlib.sha256()
-        for name, x in tensors.items():
-            digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
-            digest.update(x.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        known = _HASHES[model] = marks, digest.hexdigest()
-    return known[1]
-
-
-def _is_cast(stored: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
-    """Say whether each of a model's tensors is the stored one, but for device and dtype."""
-    return stored.keys() == own.keys() and all(
-        stored[name].shape == x.shape and torch.equal(_raw(stored[name].to(x)), _raw(x))
-        for name, x in own.items()
-    )
-
-
-def _raw(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bytes, [num_bytes] uint8."""
-    return x.contiguous().view(-1).view(torch.uint8)
-
-
-def _mark(x: torch.Tensor) -> tuple[Any, ...]:
-    """Return the version of a tensor and a checksum of its bits that sees their order.
-
-    sum_i m_i x_i mod 2^64 over words x_i of eight bytes; m_i odd, so that no single change is lost,
-    and different everywhere: those of one run of words, times a power of ODD for the run.
-    """
-    raw = _raw(x)
-    if raw.storage_offset() % 8:
-        raw = raw.clone()  # a view of eight bytes must begin at a multiple of eight
-    whole = len(raw) // 8 * 8
-    words = raw[:whole].view(torch.int64)
-    weights = torch.arange(min(len(words), WORDS), device=x.device) * ODD
-    weights = (weights ^ (weights >> 29)) | 1
-    buffer, sums = torch.empty_like(weights), []  # fresh memory would cost more than the rest
-    for run in words.split(WORDS):
-        n = len(run)
-        sums.append(torch.mul(run, weights[:n], out=buffer[:n]).sum())
-    total = 0
-    for found in torch.stack(sums).tolist() if sums else ():
-        total = (total * ODD + found) % 2**64
-    return 0 if x.is_inference() else x._version, total, *raw[whole:].tolist()
-
-
 def load(
     path_or_preset: str | os.PathLike[str],
     *,
@@ -170,8 +103,7 @@ def load(
     file = path / "model.safetensors"
     tensors = read_tensors(file)
     _check_extent(tensors, info["model"], file)
-    with torch.device("meta"):
-        model = LanguageModel(info["model"])
+    model = sketch(info["model"])
     check_tensors(tensors, dict(model.state_dict()), file)
     model.load_state_dict(one_dtype(tensors, dtype, file), assign=True)
     adopt_record(model, info, path / "config.json")
@@ -226,6 +158,15 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
         )
     folder = _followed(Path(path).absolute()).resolve()
     return load_tokenizer(model.tokenizer_info, [folder, *folder.parents[:2]])
+
+
+def check_tokenizer(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the tokenizer has ids that the model lacks."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
+        )
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
-from metastate.layers.common import MATRIX, Growth, Packing, linear, normal_
-from metastate.model.block import RecurrentBlock, TransformerBlock, block_groups
+from metastate.layers.common import Growth, Packing, declared_groups, linear, normal_
+from metastate.model.block import RecurrentBlock, TransformerBlock
 from metastate.model.state import ModelState
 
 
@@ -203,12 +203,15 @@ class LanguageModel(nn.Module):
                 )
 
     def optimizer_groups(self) -> dict[str, str]:
-        """Return the optimizer group of each parameter: MATRIX, VECTOR or DECAY_BASE."""
-        groups = {"embedding.weight": MATRIX, "head.weight": MATRIX}
-        for i, block in enumerate(self.blocks):
-            groups |= {f"blocks.{i}.{k}": g for k, g in block.optimizer_groups().items()}  # type: ignore[operator]
-        norms = nn.ModuleDict({n: m for n, m in self.named_children() if n in ("ln0", "ln_out")})
-        return groups | block_groups(norms)
+        """Return the optimizer group of each parameter: MATRIX, VECTOR or DECAY_BASE.
+
+        What a layer says of a parameter counts before what the layers say that it is made of.
+        """
+        groups: dict[str, str] = {}
+        for path, module in self.named_modules():
+            for name, group in declared_groups(module).items():
+                groups.setdefault(f"{path}.{name}", group)
+        return {name: groups[name] for name, _ in self.named_parameters() if name in groups}
 
     def growth_axes(self) -> dict[str, Growth]:
         """Return the axes that growth lengthens and the rule of new entries, by parameter."""
@@ -274,6 +277,12 @@ class LanguageModel(nn.Module):
             return sum(b.init_state(batch_size).num_bytes for b in self.blocks)  # type: ignore[operator]
         config, size = self.config, self.embedding.weight.element_size()
         return 2 * config.num_layers * config.attention_size * size * batch_size * tokens
+
+
+def sketch(config: ModelConfig) -> LanguageModel:
+    """Return the model of `config` on the meta device, without memory for its values."""
+    with torch.device("meta"):
+        return LanguageModel(config)
 
 
 @contextmanager

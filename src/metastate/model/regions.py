@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from metastate.config import ModelConfig
 from metastate.layers.common import IDENTITY
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, sketch
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
     Returns:
         Regions by parameter name. Without growth between the two, everything is old.
     """
-    with torch.device("meta"):
-        before = dict(LanguageModel(parent).named_parameters())
+    before = dict(sketch(parent).named_parameters())
     sizes, old_sizes = axis_sizes(model.config), axis_sizes(parent)
     axes, out = model.growth_axes(), {}
     for name, p in model.named_parameters():

@@ -17,6 +17,7 @@ from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
 from metastate.model.state_file import StateFile, config_hash
+from metastate.model.weights import weights_hash
 from metastate.ops import state_dtype
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ class ModelState:
         Raises:
             StateError: it has more rows than one.
         """
-        if self.batch_size != 1:
-            raise StateError(f"the state holds {self.batch_size} rows; take one, as state[0]")
+        self.check_single()
         return self.map(lambda x: x.expand(batch_size, *x.shape[1:]))
 
     @property
@@ -133,14 +133,12 @@ class ModelState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, `layers.0.S` and so on, buffers cut to what is in use."""
-        out = {}
-        for i, layer in enumerate(self.layers):
-            whole = layer.map(lambda x: x)
-            for f in dataclasses.fields(whole):
-                value = getattr(whole, f.name)
-                if isinstance(value, Tensor):
-                    out[f"layers.{i}.{f.name}"] = value
-        return out
+        return {
+            f"layers.{i}.{name}": x
+            for i, layer in enumerate(self.layers)
+            for name, x in vars(layer.map(lambda x: x)).items()
+            if isinstance(x, Tensor)
+        }
 
     def save(self, path: str | os.PathLike[str], model: LanguageModel | ModelConfig) -> None:
         """Write the state as safetensors, atomically, with hashes of its `model`.
@@ -154,7 +152,7 @@ class ModelState:
         if isinstance(model, ModelConfig):
             config, weights = model, ""
         else:
-            config, weights = model.config, _weights_hash(model)
+            config, weights = model.config, weights_hash(model)
         StateFile(
             self.tensors(),
             self.tokens_seen,
@@ -189,7 +187,7 @@ class ModelState:
         file = StateFile.read(path)
         if file.config != config_hash(model.config):
             raise StateError(f"{path} was made by a model of another configuration; use that model")
-        if file.weights and not allow_other_weights and file.weights != _weights_hash(model):
+        if file.weights and not allow_other_weights and file.weights != weights_hash(model):
             raise StateError(
                 f"{path} was made with other weights of this configuration (before more training, "
                 "or converted to another number format), to which its numbers need not mean the "
@@ -253,6 +251,11 @@ class ModelState:
                     raise StateError(
                         f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
                     )
+
+    def check_single(self, what: str = "the state") -> None:
+        """Raise StateError, by the name `what`, unless this state is of one row."""
+        if self.batch_size != 1:
+            raise StateError(f"{what} holds {self.batch_size} rows; take one, as state[0]")
 
     def _check_cache(self, own: AttentionState, fresh: AttentionState, layer: int) -> None:
         """Raise StateError unless a cache, whose length is free, fits the layer."""
@@ -326,9 +329,3 @@ def _joined(parts: Sequence[LayerState]) -> LayerState:
         own = [getattr(part, name) for part in parts]
         fields[name] = None if all(x is None for x in own) else torch.cat(own)
     return RecurrentState(**fields)  # type: ignore[arg-type]
-
-
-def _weights_hash(model: LanguageModel) -> str:
-    from metastate.model.io import weights_hash  # which imports the model, and that this module
-
-    return weights_hash(model)

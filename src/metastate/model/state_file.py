@@ -21,6 +21,7 @@ from torch import Tensor
 from metastate.config import ModelConfig, to_dict
 from metastate.data.files import atomic_write
 from metastate.errors import StateError
+from metastate.model.weights import digest_of
 
 FORMAT = "metastate-state"
 VERSION = 2  # 1 had neither weights nor digest
@@ -164,8 +165,4 @@ def config_hash(config: ModelConfig) -> str:
 
 def _digest(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of a header and tensors, so that no changed bit goes unseen."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
-        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()
+    return digest_of(tensors, json.dumps(header, sort_keys=True).encode())

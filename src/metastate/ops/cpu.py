@@ -303,7 +303,7 @@ wkv7_read.register_autograd(_read_gradients, setup_context=_save_read)
 class CpuTrajectory(Trajectory):
     """u of every token and the state at every C-th one.
 
-    `run` repeats the pass for a second differentiated reader: the links serve one only.
+    `read` repeats the pass for a second differentiated reader: the links serve one only.
     """
 
     inputs: tuple[Tensor, ...]  # r, log_w, k, v, kappa, a, state, cu_seqlens
@@ -312,10 +312,7 @@ class CpuTrajectory(Trajectory):
 
     def _read(self, x: Tensor, by: str) -> Tensor:
         if self.kept is None:
-            row = x[:, 0].to(self.state.dtype)
-            read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
-            with torch.autocast("cpu", enabled=False):  # a state is never rounded
-                return torch.einsum(read, self.state, row).unsqueeze(1).to(x.dtype)
+            return self._read_last(x, by)
         _, _, k, v, kappa, a, _, cu_seqlens = self.inputs
         kept = self.kept
         if torch.is_grad_enabled():

@@ -220,14 +220,18 @@ def _sums(*shape: int) -> Tensor:
     return torch.zeros(torch.get_num_threads(), *shape)
 
 
-def _spread(kernel: Any, num_rows: int, *args: Any, sums: Tensor | None = None) -> None:
+def _spread(kernel: str, num_rows: int, *args: Any, numbered: bool = False) -> None:
+    """Run a kernel of ops/fused_kernels.py on all rows, cut into a piece a thread.
+
+    It gets `args`, with `numbered` the number of its piece, and where that starts and stops.
+    """
+    from metastate.ops import fused_kernels  # which needs Numba
+
     pieces = min(torch.get_num_threads(), max(1, num_rows // 64))
     cuts = [num_rows * i // pieces for i in range(pieces + 1)]
-    calls = []
-    for i in range(pieces):
-        accumulator = () if sums is None else (i,)
-        calls.append((*args, *accumulator, cuts[i], cuts[i + 1]))
-    run_pieces(kernel, calls, pieces)
+    number = [(i,) if numbered else () for i in range(pieces)]
+    calls = [(*args, *number[i], cuts[i], cuts[i + 1]) for i in range(pieces)]
+    run_pieces(getattr(fused_kernels, kernel), calls, pieces)
 
 
 class _TokenMix(torch.autograd.Function):
@@ -235,24 +239,20 @@ class _TokenMix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, last: Tensor, mu: Tensor, keep: Tensor, dtype: torch.dtype
     ) -> Any:
-        from metastate.ops import fused_kernels as kernels
-
         ctx.save_for_backward(x, last, mu, keep)
         out = _like(x, len(mu), dtype)
         args = (_rows(x), _vector(last), keep.flatten().numpy(), _vector(mu))
-        _spread(kernels.token_mix_forward, keep.numel(), *args, tuple(map(_values, out)))
+        _spread("token_mix_forward", keep.numel(), *args, tuple(map(_values, out)))
         return tuple(out)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        from metastate.ops import fused_kernels as kernels
-
         x, last, mu, keep = ctx.saved_tensors
         dx, dlast, sums = _like(x, 1)[0], torch.zeros(last.shape), _sums(*mu.shape)
         args = (_rows(x), _vector(last), keep.flatten().numpy(), _vector(mu))
         out = (tuple(map(_rows, grads)), _rows(dx), dlast.numpy(), sums.numpy())
-        _spread(kernels.token_mix_backward, keep.numel(), *args, *out, sums=sums)
+        _spread("token_mix_backward", keep.numel(), *args, *out, numbered=True)
         return dx.to(x.dtype), dlast.to(last.dtype), sums.sum(0).to(mu.dtype), None, None
 
 
@@ -271,15 +271,13 @@ class _WkvInputs(torch.autograd.Function):
         k_a: Tensor,
         *mixed: Tensor,
     ) -> Any:
-        from metastate.ops import fused_kernels as kernels
-
         m, v_first, v0 = mixed or (k.new_empty(0, 1, 1), k.new_empty(0, 1, 1), w0)
         out = _like(k, 5 if mixed else 4)
         value = out[4] if mixed else torch.empty(0, 1, 1)
         args = [_values(t) for t in (k, v, d, c, m, v_first)]
         args += [_vector(t) for t in (w0, a0, v0, k_k, k_a)]
         results = [_rows(t) for t in (*out[:4], value)]
-        _spread(kernels.wkv_inputs_forward, k.shape[0] * k.shape[1], *args, *results, head_size)
+        _spread("wkv_inputs_forward", k.shape[0] * k.shape[1], *args, *results, head_size)
         ctx.save_for_backward(k, v, m, v_first, v0, k_k, k_a, *out[:3])
         ctx.head_size, ctx.mixed = head_size, bool(mixed)
         ctx.dtypes = [t.dtype for t in (k, v, d, c, w0, a0, k_k, k_a, *mixed)]
@@ -288,8 +286,6 @@ class _WkvInputs(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        from metastate.ops import fused_kernels as kernels
-
         saved = ctx.saved_tensors
         k, mixed = saved[0], ctx.mixed
         dvalue = grads[4] if mixed else torch.empty(0, 1, 1)
@@ -301,7 +297,7 @@ class _WkvInputs(torch.autograd.Function):
         args += [_rows(t) for t in (*grads[:4], dvalue)]
         args += [_rows(t) for t in (dk, dv, dd, dc, dm, dv_first)]
         rows = k.shape[0] * k.shape[1]
-        _spread(kernels.wkv_inputs_backward, rows, *args, sums.numpy(), ctx.head_size, sums=sums)
+        _spread("wkv_inputs_backward", rows, *args, sums.numpy(), ctx.head_size, numbered=True)
         dw0, da0, dv0, dk_k, dk_a = sums.sum(0)
         found = [dk, dv if mixed else None, dd, dc, dw0, da0, dk_k, dk_a]
         found += [dm, dv_first, dv0] if mixed else []
@@ -314,28 +310,24 @@ class _WkvOutput(torch.autograd.Function):
     def forward(
         ctx: Any, head_size: int, eps: float, dtype: torch.dtype, *tensors: Tensor
     ) -> Tensor:
-        from metastate.ops import fused_kernels as kernels
-
         ctx.save_for_backward(*tensors)
         ctx.head_size, ctx.eps = head_size, np.float32(eps)
         y = tensors[0]
         out = _like(y, 1, dtype)[0]
         args = [_values(t) if t.dim() == 3 else _vector(t) for t in tensors]
         rows = y.shape[0] * y.shape[1]
-        _spread(kernels.wkv_output_forward, rows, *args, ctx.eps, _values(out), head_size)
+        _spread("wkv_output_forward", rows, *args, ctx.eps, _values(out), head_size)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        from metastate.ops import fused_kernels as kernels
-
         tensors = ctx.saved_tensors
         y = tensors[0]
         out, sums = _like(y, 5), _sums(3, y.shape[-1])
         args = [_rows(t) if t.dim() == 3 else _vector(t) for t in tensors]
         args += [ctx.eps, _rows(grad), *map(_rows, out), sums.numpy(), ctx.head_size]
-        _spread(kernels.wkv_output_backward, y.shape[0] * y.shape[1], *args, sums=sums)
+        _spread("wkv_output_backward", y.shape[0] * y.shape[1], *args, numbered=True)
         found = zip((*out, *sums.sum(0)), tensors, strict=True)
         return None, None, None, *(t.to(like.dtype) for t, like in found)
 
@@ -343,29 +335,25 @@ class _WkvOutput(torch.autograd.Function):
 class _NormProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head_size: int, eps: float, *tensors: Tensor) -> Tensor:
-        from metastate.ops import fused_kernels as kernels
-
         weights, biases, x, *ys = tensors
         ctx.save_for_backward(*tensors)
         ctx.head_size, ctx.eps = head_size, np.float32(eps)
         out = _like(x, 1)[0]
         args = (tuple(map(_rows, ys)), _vector(weights), _vector(biases), _rows(x), ctx.eps)
         rows = x.shape[0] * x.shape[1]
-        _spread(kernels.norm_sum_forward, rows, *args, _rows(out), head_size)
+        _spread("norm_sum_forward", rows, *args, _rows(out), head_size)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        from metastate.ops import fused_kernels as kernels
-
         weights, biases, x, *ys = ctx.saved_tensors
         dx, *dys = _like(x, 1 + len(ys))
         sums = _sums(2, *weights.shape)
         args = (tuple(map(_rows, ys)), _vector(weights), _vector(biases), _rows(x), ctx.eps)
         out = (_rows(grad), tuple(map(_rows, dys)), _rows(dx), sums.numpy(), ctx.head_size)
         rows = x.shape[0] * x.shape[1]
-        _spread(kernels.norm_sum_backward, rows, *args, *out, sums=sums)
+        _spread("norm_sum_backward", rows, *args, *out, numbered=True)
         dweights, dbiases = sums.sum(0)
         found = [(dweights, weights), (dbiases, biases), (dx, x), *zip(dys, ys, strict=True)]
         return None, None, *(t.to(like.dtype) for t, like in found)
@@ -374,44 +362,36 @@ class _NormProduct(torch.autograd.Function):
 class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        from metastate.ops import fused_kernels as kernels
-
         out = _like(x, 1)[0]
         rows, size = x.shape[0] * x.shape[1], x.shape[-1]
-        _spread(kernels.unit_forward, rows, _rows(x.flatten(2)), _rows(out.flatten(2)), size)
+        _spread("unit_forward", rows, _rows(x.flatten(2)), _rows(out.flatten(2)), size)
         ctx.save_for_backward(x, out)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from metastate.ops import fused_kernels as kernels
-
         x, y = ctx.saved_tensors
         dx = _like(x, 1)[0]
         args = [_rows(t.flatten(2)) for t in (x, y, grad, dx)]
-        _spread(kernels.unit_backward, x.shape[0] * x.shape[1], *args, x.shape[-1])
+        _spread("unit_backward", x.shape[0] * x.shape[1], *args, x.shape[-1])
         return dx.to(x.dtype)
 
 
 class _ReluSquared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        from metastate.ops import fused_kernels as kernels
-
         ctx.save_for_backward(x)
         out = _like(x, 1, x.dtype)[0]
         rows = x.shape[0] * x.shape[1]
-        _spread(kernels.relu_squared_forward, rows, _values(x), _values(out))
+        _spread("relu_squared_forward", rows, _values(x), _values(out))
         return out.to(x.dtype)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from metastate.ops import fused_kernels as kernels
-
         (x,) = ctx.saved_tensors
         dx = _like(x, 1, x.dtype)[0]
         args = [_values(t) for t in (x, grad, dx)]
-        _spread(kernels.relu_squared_backward, x.shape[0] * x.shape[1], *args)
+        _spread("relu_squared_backward", x.shape[0] * x.shape[1], *args)
         return dx.to(x.dtype)

@@ -70,7 +70,8 @@ class Trajectory:
         log_w, kappa, a: the transition G_t = diag(w_t) - kappa_t^T (a_t * kappa_t), [B, T, H, N].
         cu_seqlens: [n + 1] int64 offsets of the sequences in the flattened B * T tokens, or None.
 
-    A backend's subclass gives `_read` and `_recur`, which get what was checked here.
+    A backend's subclass gives `_read` and `_recur`, which get what was checked here; for a single
+    token, after which the last state is all there is, `_read_last` will do.
     """
 
     state: Tensor
@@ -115,6 +116,12 @@ class Trajectory:
         check_tensors({"the trajectory": self.log_w, "r": r, "k": k, "v": v})
         check_state(state, tuple(self.state.shape), r.device)
         return self._recur(r, k, v, state.to(state_dtype(state.dtype)))
+
+    @without_autocast
+    def _read_last(self, x: Tensor, by: str) -> Tensor:
+        equation = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
+        row = x[:, 0].to(self.state.dtype)
+        return torch.einsum(equation, self.state, row).unsqueeze(1).to(x.dtype)
 
     def _read(self, x: Tensor, by: str) -> Tensor:
         raise NotImplementedError

@@ -396,10 +396,7 @@ class TritonTrajectory(Trajectory):
 
     def _read(self, x: Tensor, by: str) -> Tensor:
         if self.kept is None:
-            row = x[:, 0].to(self.state.dtype)
-            read = "nhvk,nhk->nhv" if by == "key" else "nhvk,nhv->nhk"
-            with torch.autocast(x.device.type, enabled=False):  # a state is never rounded
-                return torch.einsum(read, self.state, row).unsqueeze(1).to(x.dtype)
+            return self._read_last(x, by)
         _, *given, _, offsets, inverse = self.inputs
         kept = self.kept
         if torch.is_grad_enabled():

@@ -1,1 +1,1 @@
-"""Training: optimizer, checkpoints that survive any kill, the loop."""
+"""Training: optimizer, checkpoints that survive any kill, the loop; tuning of a first state."""

@@ -131,17 +131,6 @@ class Snapshot:
         return cls(trainer, weights, own, io.record(model), carried, model.config)
 
 
-def save_checkpoint(
-    out: str | os.PathLike[str],
-    model: LanguageModel,
-    optimizer: GroupedAdamW,
-    trainer: TrainerState,
-    carried: ModelState | None = None,
-) -> Path:
-    """Take a Snapshot and write it; arguments as `Snapshot.of`, the rest as `write_checkpoint`."""
-    return write_checkpoint(out, Snapshot.of(model, optimizer, trainer, carried))
-
-
 def write_checkpoint(
     out: str | os.PathLike[str], snapshot: Snapshot, group: dist.ProcessGroup | None = None
 ) -> Path:

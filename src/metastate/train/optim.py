@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metastate.config import ModelConfig, TrainConfig, from_dict
 from metastate.errors import ConfigError
 from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
-from metastate.train.distributed import placed
+from metastate.train.distributed import placed, whole
 
 # group -> (factor of the learning rate, whether weight decay applies)
 RULES = {MATRIX: (1.0, True), VECTOR: (1.0, False), DECAY_BASE: (2.0, False)}
@@ -68,8 +68,8 @@ class GroupedAdamW(torch.optim.AdamW):
         self.sources = dict(model.named_parameters())
         super().__init__(groups, **settings)
 
-    def gather(self) -> list[Tensor]:
-        """Give each region its part of the gradient; return all that has a gradient."""
+    def gather(self) -> tuple[list[Tensor], Tensor]:
+        """Give regions their parts of the gradient; return all that has one, and the whole norm."""
         for group in self.param_groups:
             for p, name, region in zip(
                 group["params"], group["names"], group["regions"], strict=True
@@ -77,7 +77,15 @@ class GroupedAdamW(torch.optim.AdamW):
                 if region is not None:
                     grad = self.sources[name.partition("[")[0]].grad
                     p.grad = None if grad is None else region.of(grad)
-        return [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        found = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return found, whole(nn.utils.get_total_norm([p.grad for p in found]))
+
+    def advance(self, parameters: list[Tensor], norm: Tensor, clip: float, lr: float) -> None:
+        """Make a step with what `gather` found, cut to the norm `clip`; drop the gradients."""
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        set_learning_rate(self, lr)
+        self.step()
+        self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the regions and of the parameters they belong to."""
@@ -113,8 +121,8 @@ def make_optimizer(
     parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() - groups.keys()):
         raise ConfigError(
-            f"no optimizer group for {', '.join(missing)}; optimizer_groups() of the "
-            "layer that owns a parameter must name its group"
+            f"no optimizer group for {', '.join(missing)}; GROUPS of the layer that owns a "
+            "parameter must name its group"
         )
     if unmatched := sorted(groups.keys() - parameters.keys()):
         raise ConfigError(
@@ -132,7 +140,7 @@ def make_optimizer(
                 members.setdefault(key, []).append((piece, view, region))
     settings = []
     for group, (factor, decays) in RULES.items():
-        for (name, scale, whole), own in members.items():
+        for (name, scale, is_whole), own in members.items():
             if name == group:
                 names, params, boxes = (list(column) for column in zip(*own, strict=True))
                 settings.append(
@@ -143,7 +151,7 @@ def make_optimizer(
                         "regions": boxes,
                         "scale": factor * scale,
                         "weight_decay": config.weight_decay if decays else 0.0,
-                        "fused": whole,  # the fused form takes no strided views
+                        "fused": is_whole,  # the fused form takes no strided views
                         "foreach": False,
                     }
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metastate import __version__
 from metastate.config import GrowthStep, TrainConfig, to_dict
@@ -48,7 +48,6 @@ from metastate.train.optim import (
     learning_rate,
     make_optimizer,
     moments,
-    set_learning_rate,
     whole_moments,
 )
 from metastate.train.signals import signals
@@ -227,7 +226,8 @@ class _Run:
                 return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
         elif model is None:
             torch.manual_seed(config.seed)
-            model = LanguageModel(preset(config.preset, **_overrides(config, data)))
+            fields = {"vocab_size": data.vocab_size} | config.model
+            model = LanguageModel(preset(config.preset, **fields))
             model.tokenizer_info = data.record["tokenizer"]
         return model, {}
 
@@ -333,17 +333,12 @@ class _Run:
                 # are summed over batches and averaged over processes.
                 nats += self.accumulate(batch, count * team.size / total) * count
         nats = sum(own for [own] in team.everyone(nats))
-        parameters = self.optimizer.gather()
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(grads))
+        parameters, norm = self.optimizer.gather()
         figures = {"nll": nats / total, "grad_norm": float(norm)}
         if not all(math.isfinite(x) for x in figures.values()):
             self.refuse(figures)
-        nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         figures["lr"] = learning_rate(step, config)
-        set_learning_rate(self.optimizer, figures["lr"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.advance(parameters, norm, config.clip, figures["lr"])
         self.model.step += 1
         self.at = replace(
             self.at,
@@ -487,8 +482,3 @@ class _Run:
         copy = self.config.async_checkpoint
         snapshot = Snapshot.of(self.model, self.optimizer, self.at, carried, copy=copy)
         self.writer.write(lambda: write_checkpoint(self.out, snapshot, saver))
-
-
-def _overrides(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
-    """Return the preset's fields to replace; the vocabulary is the data's unless set."""
-    return {"vocab_size": data.vocab_size} | config.model

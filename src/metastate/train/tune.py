@@ -20,18 +20,18 @@ from metastate.data.files import alone_in, atomic_write
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
-from metastate.model.io import weights_hash
+from metastate.model.io import dense
 from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile, config_hash
+from metastate.model.weights import weights_hash
 from metastate.train.checkpoint import TrainerState, check_same_run, continued
 from metastate.train.optim import (
     adopt_moments,
     learning_rate,
     make_optimizer,
     moments,
-    set_learning_rate,
 )
 from metastate.train.signals import signals
 
@@ -275,8 +275,7 @@ class _Tuning:
                 )
             (out.loss * (count / sum(counts))).backward()
             nats += float(out.nll) * count
-        parameters = self.optimizer.gather()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters, norm = self.optimizer.gather()
         self.loss = nats / sum(counts)
         if not (math.isfinite(self.loss) and math.isfinite(float(norm))):
             raise DivergedError(
@@ -284,10 +283,7 @@ class _Tuning:
                 f"{float(norm):.4g}; what was written before is whole. --resume would make the "
                 "same steps again; start anew with another --out and a lower --lr"
             )
-        nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
-        set_learning_rate(self.optimizer, learning_rate(step, config))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.advance(parameters, norm, config.clip, learning_rate(step, config))
         tokens = self.at.tokens + sum(b.tokens.numel() for b in batches)
         self.at = replace(self.at, step=step + 1, tokens=tokens)
 
@@ -314,8 +310,8 @@ class _Tuning:
 
     def save(self) -> None:
         """Write all that going on needs."""
-        tensors = {f"parameter:{name}": p.detach() for name, p in self.start.named_parameters()}
-        tensors = {k: x.cpu().contiguous() for k, x in (tensors | moments(self.optimizer)).items()}
+        tensors = moments(self.optimizer)
+        tensors |= {f"parameter:{name}": p for name, p in self.start.named_parameters()}
         header = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -325,7 +321,7 @@ class _Tuning:
             "weights": weights_hash(self.model),
             "before": json.dumps(self.before),
         }
-        atomic_write(self.kept, safetensors.torch.save(tensors, header), error=TrainingError)
+        atomic_write(self.kept, safetensors.torch.save(dense(tensors), header), error=TrainingError)
 
     def restore(self) -> None:
         """Go back to where the file that `save` wrote says.
