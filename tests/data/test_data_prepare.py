@@ -116,9 +116,26 @@ def test_equal_documents_stay_on_one_side(tmp_path):
 
 
 def test_a_split_of_no_part_gets_nothing():
-    largest = np.array([0, 2**64 - 1], np.uint64)  # as a part of 2^64 it rounds to 1
-    drawn, domains = np.array([module.BY_HASH] * 2), np.zeros(2, np.int64)
-    assert module._assign(drawn, largest, domains, (0.5, 0.5, 0.0)).tolist() == [0, 1]
+    largest = np.array([0, 2**63, 2**64 - 1], np.uint64)  # as a part of 2^64 it rounds to 1
+    drawn, domains = np.array([module.BY_HASH] * 3), np.zeros(3, np.int64)
+    assert module._assign(drawn, largest, domains, (0.5, 0.5, 0.0)).tolist() == [0, 1, 1]
+
+
+def test_equal_documents_of_several_domains_stay_on_one_side():
+    hashes = np.array([*range(20), *range(1, 20)], np.uint64)  # all train, were it for the hash
+    domains = np.array([0] * 20 + [1] * 19)  # the second is too small to get its own
+    splits = module._assign(np.full(39, module.BY_HASH), hashes, domains, (0.98, 0.01, 0.01))
+    assert set(splits[:20]) == {0, 1, 2}
+    assert splits[20:].tolist() == splits[1:20].tolist()
+
+
+def test_domains_keep_their_documents_over_several_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 1)  # a block a document
+    for name in ("train", "valid"):
+        write_lines(tmp_path / f"{name}.jsonl", ["ab", "c"], "law")
+        write_lines(tmp_path / f"{name}.jsonl", ["d"], "code")
+    split = run(tmp_path, tmp_path / "out").split("train")
+    assert [split.domain_names[i] for i in split.dataset.domains] == ["law", "law", "code"]
 
 
 def test_every_larger_domain_is_held_out(tmp_path):
