@@ -60,6 +60,27 @@ def test_an_interrupt_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot open a folder")
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path, monkeypatch
+):
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        order.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(old, new):
+        order.append("renamed")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    atomic_write(tmp_path / "model", b"new")
+    file, folder = (path.stat().st_ino for path in (tmp_path / "model", tmp_path))
+    assert order == [file, "renamed", folder]
+
+
 def test_what_a_killed_process_left_is_overwritten(tmp_path):
     (tmp_path / ".model.tmp").write_bytes(b"half of an older write")
     atomic_write(tmp_path / "model", b"new")

@@ -30,6 +30,12 @@ def test_documents_come_back(tmp_path_factory, documents, large):
     assert found.lengths.tolist() == [len(d) for d in documents]
 
 
+def test_the_largest_token_of_two_bytes_and_the_first_of_four(tmp_path):
+    for vocab_size in (65_536, 65_537):
+        write_dataset(tmp_path / "a", [np.array([vocab_size - 1])], vocab_size)
+        assert IndexedDataset(tmp_path / "a")[0].tolist() == [vocab_size - 1]
+
+
 def test_the_bytes_are_megatron_s(prefix):
     expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3)
     expected += struct.pack("<2i", 3, 2) + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2)

@@ -82,6 +82,16 @@ def test_an_epoch_reads_every_window_once(tmp_path):
     assert first_tokens[0].tolist() != first_tokens[1].tolist()
 
 
+def test_what_no_whole_window_holds_is_read_in_other_epochs(tmp_path):
+    split, documents = make_split(tmp_path, [30, 41, 11, 22])
+    source = BatchSource(split, 25, 4, seed=5)  # an epoch a step
+    assert source.num_windows * 4 < split.num_tokens - 1
+    targets = [source.batch(s).targets for s in range(16)]
+    flat = np.concatenate(documents).tolist()
+    assert set(torch.cat(targets).flatten().tolist()) == set(flat[1:])
+    assert max(int((t == 0).sum()) for t in targets) == 4  # the very last token is an end, too
+
+
 def test_targets_are_the_next_tokens_and_resets_the_document_starts(tmp_path):
     split, documents = make_split(tmp_path, [3, 5, 2, 6, 1, 4])
     flat = np.concatenate(documents).tolist()
@@ -226,3 +236,6 @@ def test_check_vocab(tmp_path):
         data.check_vocab(256)
     with pytest.raises(DataError, match="trained with 'neox'"):
         data.check_vocab(65_536, {"kind": "json", "name": "neox", "sha256": "1"})
+    data.record["tokenizer"] |= {"sha256": "1"}  # of one kind, but with other tokens
+    with pytest.raises(DataError, match="trained with 'neox'"):
+        data.check_vocab(65_536, {"kind": "bytes", "name": "neox", "sha256": "2"})

@@ -115,12 +115,16 @@ def test_equal_documents_stay_on_one_side(tmp_path):
     assert all(split["documents"] for split in data.record["splits"].values())
 
 
+def drawn(hashes, **columns):
+    """Return the table of documents of one domain and one length that their hashes assign."""
+    same = np.zeros(len(hashes), np.int64)
+    table = {"splits": same + module.BY_HASH, "domains": same, "text_bytes": same + 1}
+    return table | {"hashes": hashes} | columns
+
+
 def test_a_split_of_no_part_gets_nothing():
-    largest = np.array([0, 2**64 - 1], np.uint64)  # as a part of 2^64 it rounds to 1
-    same = np.zeros(2, np.int64)
-    table = {"hashes": largest, "splits": same + module.BY_HASH, "domains": same}
-    table["text_bytes"] = same + 1
-    assert module._assign(table, (0.5, 0.5, 0.0)).tolist() == [0, 1]
+    largest = np.array([0, 2**63, 2**64 - 1], np.uint64)  # as a part of 2^64 it rounds to 1
+    assert module._assign(drawn(largest), (0.5, 0.5, 0.0)).tolist() == [0, 1, 1]
 
 
 def test_a_book_beside_a_note_is_not_held_out(tmp_path):
@@ -137,10 +141,25 @@ def test_a_book_beside_a_note_is_not_held_out(tmp_path):
 
 @pytest.mark.parametrize("lengths", [(9, 1), (1, 9)])
 def test_the_longest_text_moves_to_an_empty_train_split(lengths):
-    hashes, same = np.array([2**63, 2**63 + 2**62], np.uint64), np.zeros(2, np.int64)
-    table = {"hashes": hashes, "splits": same + module.BY_HASH, "domains": same}
-    table["text_bytes"] = np.array(lengths)
+    table = drawn(np.array([2**63, 2**63 + 2**62], np.uint64), text_bytes=np.array(lengths))
     assert module._assign(table, (0.4, 0.6, 0.0)).tolist() == [int(n == 1) for n in lengths]
+
+
+def test_equal_documents_of_several_domains_stay_on_one_side():
+    hashes = np.array([*range(20), *range(1, 20)], np.uint64)  # all train, were it for the hash
+    domains = np.array([0] * 20 + [1] * 19)  # the second is too small to get its own
+    splits = module._assign(drawn(hashes, domains=domains), (0.98, 0.01, 0.01))
+    assert set(splits[:20]) == {0, 1, 2}
+    assert splits[20:].tolist() == splits[1:20].tolist()
+
+
+def test_domains_keep_their_documents_over_several_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 1)  # a block a document
+    for name in ("train", "valid"):
+        write_lines(tmp_path / f"{name}.jsonl", ["ab", "c"], "law")
+        write_lines(tmp_path / f"{name}.jsonl", ["d"], "code")
+    split = run(tmp_path, tmp_path / "out").split("train")
+    assert [split.domain_names[i] for i in split.dataset.domains] == ["law", "law", "code"]
 
 
 def test_every_larger_domain_is_held_out(tmp_path):

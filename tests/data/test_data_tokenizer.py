@@ -76,7 +76,9 @@ def test_a_stream_gives_whole_characters_only(world, json_tokenizer):
         pieces = stream(tokenizer, tokenizer.encode("naïve 🦜 状態 end"))
         assert "".join(pieces) == "naïve 🦜 状態 end"
         assert not any("\ufffd" in piece for piece in pieces)
-    assert stream(ByteTokenizer(), b"\xc3") == ["", "\ufffd"]
+    decoder = StreamDecoder(ByteTokenizer())
+    assert (decoder.push(0xC3), decoder.finish()) == ("", "\ufffd")
+    assert (decoder.push(97), decoder.finish()) == ("a", "")  # it began anew
 
 
 def test_text_cannot_fake_the_end_of_a_document(world, json_tokenizer):
@@ -94,6 +96,23 @@ def with_plain_end() -> bytes:
     (added,) = record["added_tokens"]
     record["added_tokens"] = [added | {"special": False, "lstrip": True}]
     return json.dumps(record).encode()
+
+
+def test_a_file_that_cuts_or_fills_texts_does_neither_here(json_tokenizer):
+    library = pytest.importorskip("tokenizers").Tokenizer.from_buffer(tiny_json())
+    library.enable_truncation(3)
+    library.enable_padding(length=5)
+    tokenizer = JsonTokenizer(library.to_str().encode(), "x")
+    for text in ("a", "the state is read, the matrix is read"):
+        assert tokenizer.encode(text) == json_tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(("largest", "vocab_size"), [(126, 128), (127, 128), (128, 256)])
+def test_every_id_is_below_the_padded_vocabulary(largest, vocab_size):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "a": largest}, unk_token="<unk>")
+    content = tokenizers.Tokenizer(model).to_str().encode()
+    assert JsonTokenizer(content, "x").vocab_size == vocab_size
 
 
 def test_no_text_spells_the_end_even_where_it_is_an_ordinary_token():

@@ -174,6 +174,14 @@ def test_settings_out_of_range(model, split, settings, message):
         evaluate(model, split, **settings)
 
 
+def test_losses_of_a_bfloat16_model_are_not_rounded(model):
+    model.bfloat16()
+    x, targets = torch.randn(7, 16).bfloat16(), torch.arange(7)
+    found = loss.token_losses(model, x, targets)
+    expected = F.cross_entropy(model.head(x).float(), targets, reduction="none")
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_another_vocabulary_is_refused(model, split):
     split.vocab_size = 51
     with pytest.raises(DataError, match="51"):

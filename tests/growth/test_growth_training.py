@@ -209,6 +209,12 @@ def test_frozen_entries_stay_when_the_run_is_resumed(config, tmp_path):
     assert torch.equal(b.embedding.weight, grown.embedding.weight)
 
 
+def test_of_the_counts_of_steps_of_one_parameter_the_largest_stays():
+    grown, name = grow(fresh(), head_size=7), "blocks.0.time_mix.key.weight"
+    found = {f"step:{name}[old]": torch.tensor(9.0), f"step:{name}[N]": torch.tensor(4.0)}
+    assert whole_moments(found, grown) == {f"step:{name}": torch.tensor(9.0)}
+
+
 def test_what_was_grown_twice_without_training_is_all_new(config, tmp_path):
     model, _ = grown_checkpoint(config, tmp_path, **ALL)
     twice = grow(grow(model, head_size=6), num_heads=3)

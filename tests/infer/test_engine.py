@@ -373,6 +373,18 @@ def test_one_prompt_of_many_texts_is_read_once(architecture, continued):
     assert not any(job.statistics.prefill_tokens for job in jobs[1:])
 
 
+def test_one_prompt_behind_two_states_is_read_behind_each(model):
+    states = [alone(model, text, max_tokens=0).drain().continuation for text in ("ab", "cb")]
+    assert states[0].pending == states[1].pending == (98,)
+    engine = Engine(model, TOKENIZER, max_slots=1, prefill_chunk=CHUNK)
+    settings = {"sampling": GREEDY, "max_tokens": 2}
+    jobs = [engine.submit("a prompt", state=state, **settings) for state in states]
+    run(engine)
+    for job, state in zip(jobs, states, strict=True):
+        single = alone(model, "a prompt", state=state, **settings).drain()
+        assert job.tokens == single.tokens and same_state(job.continuation, single.continuation)
+
+
 def test_result_gives_up_and_the_request_goes_on(model, engine):
     job = engine.submit("ab", sampling=GREEDY, max_tokens=3)
     started = time.monotonic()

@@ -146,6 +146,13 @@ def test_a_stop_string_begun_in_the_first_run_stops_the_second(model, script):
     assert "".join(second) == "" and second.finish_reason == "stop"
 
 
+def test_a_prompt_between_two_runs_ends_what_may_become_a_stop_string(model, script):
+    script("abcd")
+    first = greedy(model, max_tokens=2, stop=["abc"]).drain()
+    second = greedy(model, "x", state=first.continuation, max_tokens=2, stop=["abc"])
+    assert "".join(second) == "cd" and second.finish_reason == "length"
+
+
 @pytest.mark.parametrize("pieces", [["abcab", "cabd", "x"], list("abcabcabdx"), ["abcabcabdx"]])
 def test_stop_matcher_finds_a_match_behind_a_false_start(pieces):
     matcher, out, stopped = StopMatcher(["abcabd"]), "", False
@@ -218,6 +225,7 @@ def test_prompt_and_text_are_what_one_text_would_be(words, monkeypatch, cut):
     assert "".join(pieces) == " world! again"
     ids = iter([3])
     assert "".join(generate(model, words, max_tokens=1)) == "world"  # it begins the text
+    assert num_real_tokens(words) == 6  # and 122 of padding
 
 
 def test_a_prompt_that_ends_inside_a_character_is_not_completed(model, script):
@@ -233,6 +241,9 @@ def test_a_penalty_counts_what_was_read_before_it_was_asked_for(model):
     before = greedy(model, "aabb", max_tokens=0).drain().continuation
     rest = generate(model, TOKENIZER, state=before, sampling=penalty, max_tokens=9).drain()
     assert rest.tokens == whole.tokens
+    assert before.recent == tuple(b"aabb")
+    for run in (whole, rest):
+        assert run.continuation.recent == (*b"aabb", *run.tokens)
 
 
 SAMPLED = SamplingConfig(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,10 +88,15 @@ def test_a_generator_that_would_read_behind_its_block(model, tmp_path, left, pla
 
 def test_whole_notes_come_back(model, tmp_path):
     sampling = SamplingConfig(seed=0)
-    run = generate(model, ByteTokenizer(), "ab", max_tokens=3, sampling=sampling).drain()
-    run.continuation.save(tmp_path / "s", model)
+    run = generate(model, ByteTokenizer(), "ab", max_tokens=3, sampling=sampling, stop=["x" * 9])
+    run.drain()
+    state = replace(run.continuation.state, extra={"note": "kept"})
+    replace(run.continuation, state=state).save(tmp_path / "s", model)
     again = Continuation.load(tmp_path / "s", model)
-    assert again.pending == run.continuation.pending and again.history == run.continuation.history
+    assert again.state.extra["note"] == "kept"
+    for name in ("pending", "history", "shown", "recent"):
+        assert getattr(again, name) == getattr(run.continuation, name), name
+        assert getattr(again, name), name
     notes = json.loads(again.state.extra["generation"])
     assert torch.equal(again.generator, run.continuation.generator) and notes["seed"] == run.seed
 

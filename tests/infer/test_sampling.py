@@ -31,6 +31,9 @@ def test_top_k():
     assert set(draw(temperature=10.0, top_k=2)) == {1, 3}
     assert set(draw(temperature=10.0, top_k=50)) == {0, 1, 2, 3, 4}
     assert len(set(draw(top_k=3, logits=torch.zeros(6)))) == 3
+    for k in range(1, 6):
+        probabilities = Sampler(SamplingConfig(top_k=k), 5).probabilities(LOGITS)
+        assert probabilities.count_nonzero() == k
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
@@ -39,6 +42,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert set(draw(top_p=float(p[1]) - 0.01)) == {1}
     assert set(draw(1000, top_p=float(p[1]) + 0.01)) == {1, 3}
     assert set(draw(4000, top_p=both + 0.01)) == {1, 3, 4}
+    for p, kept in ((0.25, 1), (0.5, 2), (0.75, 3)):  # exactly reached, it is enough
+        even = Sampler(SamplingConfig(top_p=p), 4).probabilities(torch.zeros(4))
+        assert even.count_nonzero() == kept
     sampler = Sampler(SamplingConfig(top_p=0.5), 5)
     assert float(sampler.probabilities(LOGITS).sum()) == pytest.approx(1)
 
@@ -52,6 +58,9 @@ def test_repetition_penalty_pushes_both_signs_down():
     torch.testing.assert_close(sampler.probabilities(LOGITS), logits.softmax(0))
     assert draw(3, temperature=0, repetition_penalty=4.0) == [1, 3, 4]
     assert LOGITS[1] == 3.0  # the caller's tensor is untouched
+    sampler.observe([5, 2])  # padding, which a prompt given as ids may hold
+    logits[1] *= 4
+    torch.testing.assert_close(sampler.probabilities(LOGITS), logits.softmax(0))
 
 
 def test_window_zero_means_every_token():

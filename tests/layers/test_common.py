@@ -68,6 +68,7 @@ def test_norms_act_on_each_segment_alone(segments):
             torch.testing.assert_close(
                 part.norm(dim=-1), torch.full((2, 3, 2), scale(size)).double()
             )
+        torch.testing.assert_close(segment_norm(1e-9 * x, kind, segments), y)
     assert segment_norm(x, "none", segments) is x
     norm = GroupNorm(2, segments).double()
     torch.nn.init.normal_(norm.weight)

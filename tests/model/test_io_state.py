@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -640,6 +641,8 @@ def test_stacked_states_are_the_batch(model):
             assert torch.equal(x, alone[i].tensors()[name]), name
             assert x.data_ptr() != both.tensors()[name].data_ptr()
     assert ModelState.stack([both, both[0]]).batch_size == 3
+    later = replace(alone[1], tokens_seen=20)
+    assert ModelState.stack([alone[0], later]).tokens_seen == 20
 
 
 def test_stacking_keeps_document_starts():

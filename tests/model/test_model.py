@@ -347,11 +347,10 @@ def test_optimizer_groups_cover_exactly_all_parameters(name):
     bases = {key for key, group in groups.items() if group == DECAY_BASE}
     assert bases == {key for key in named if key.endswith("time_mix.decay.bias")}
     assert bool(bases) == model.recurrent
+    matrices = {"weight", "compress", "expand", "keys", "values"}  # what else has axes: no decay
     for key, p in named.items():
-        if p.dim() == 1:
-            assert groups[key] != MATRIX, key  # no weight decay on a vector
-        if p.dim() == 2 and key.endswith(".weight"):
-            assert groups[key] == MATRIX, key
+        is_matrix = p.dim() > 1 and key.rpartition(".")[2] in matrices
+        assert (groups[key] == MATRIX) == is_matrix, key
 
 
 # A user's mistakes.

@@ -100,15 +100,16 @@ def test_a_missing_unmatched_or_unknown_group_is_refused(monkeypatch, change, me
 
 def test_one_step_is_adamw_with_the_groups_decay():
     lm = model()
-    config = TrainConfig(lr=0.1, weight_decay=0.5, eps=1e-8)
+    config = TrainConfig(lr=0.1, weight_decay=0.5, eps=1e-3, beta1=0.8, beta2=0.9)
     optimizer = make_optimizer(lm, config)
     set_learning_rate(optimizer, 0.1)
     before = {n: p.detach().clone() for n, p in lm.named_parameters()}
     for p in lm.parameters():
-        p.grad = torch.ones_like(p)
+        p.grad = torch.full_like(p, config.eps)
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
     optimizer.step()
-    # The first Adam step of a constant gradient is lr itself.
+    # The first Adam step of a gradient g is lr g / (g + eps).
     scale = {MATRIX: (0.1, 0.05), VECTOR: (0.1, 0.0), DECAY_BASE: (0.2, 0.0)}
     for name, p in lm.named_parameters():
         lr, decay = scale[lm.optimizer_groups()[name]]
-        assert torch.allclose(p, before[name] * (1 - decay) - lr, atol=1e-6), name
+        assert torch.allclose(p, before[name] * (1 - decay) - lr / 2, atol=1e-6), name

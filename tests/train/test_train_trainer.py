@@ -475,6 +475,7 @@ def test_accumulation_equals_a_big_batch(config):
 def test_the_first_steps_are_those_of_a_plain_loop(config, few_words):
     """The trainer against a loop that shares neither its loss nor its accumulation."""
     asked = config(dtype="float64", steps=3, z_loss=0.0, clip=0.5, warmup=0, schedule="constant")
+    asked, losses = dataclasses.replace(asked, log_every=2), []
     torch.manual_seed(asked.seed)
     model = metastate.model.lm.LanguageModel(
         metastate.model.presets.preset(asked.preset, vocab_size=256, **MODEL)
@@ -485,7 +486,9 @@ def test_the_first_steps_are_those_of_a_plain_loop(config, few_words):
     for i in range(3):
         batch = source.batch(i)
         logits, _ = model(batch.tokens, resets=batch.resets)
-        F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss.backward()
+        losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         set_learning_rate(optimizer, asked.lr)
         optimizer.step()
@@ -494,6 +497,8 @@ def test_the_first_steps_are_those_of_a_plain_loop(config, few_words):
     found = read_tensors(Path(asked.out, "last", "model.safetensors"))
     for name, x in model.state_dict().items():
         assert torch.allclose(found[name], x, rtol=1e-6, atol=1e-9), name
+    logged = [line["loss"] for line in read_log(asked.out)]  # means since the line before
+    assert logged == pytest.approx([(losses[0] + losses[1]) / 2, losses[2]])
 
 
 def test_carried_state_is_used_and_matters(config, monkeypatch):
