@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metastate.config import from_dict
+from metastate.config import TrainConfig, from_dict
 from metastate.data.files import alone_in
 from metastate.data.loader import PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
@@ -88,13 +88,21 @@ def test_the_plan_fits_by_the_preset_s_ratio_unless_the_suite_gives_a_width(few_
     assert b.config.num_layers == 4 and b.config.ffn_size == pytest.approx(768, rel=0.03)
 
 
-def test_the_recipe_s_shapes_are_equal_and_those_that_its_own_fit_would_choose(few_words, tmp_path):
-    text = (Path(__file__).parents[2] / "recipes" / "compare.yaml").read_text()
-    suite = from_dict(Suite, yaml.safe_load(text) | {"data": str(few_words)})
-    cells = [c for c in plan(suite, tmp_path) if c.rate is None]
-    for c in cells:
+def recipe(name, data):
+    text = (Path(__file__).parents[2] / "recipes" / name).read_text()
+    return from_dict(Suite, yaml.safe_load(text) | {"data": str(data)})
+
+
+@pytest.mark.parametrize("name", ["compare.yaml", "depth.yaml"])
+def test_the_recipes_shapes_are_equal(name, few_words, tmp_path):
+    suite = recipe(name, few_words)
+    for c in plan(suite, tmp_path):
         target = suite.sizes[c.size].parameters
         assert abs(c.parameters - target) <= 0.01 * target, c.title
+
+
+def test_the_recipe_s_shapes_are_those_that_its_own_fit_would_choose(few_words, tmp_path):
+    cells = [c for c in plan(recipe("compare.yaml", few_words), tmp_path) if c.rate is None]
     own = {c.model: c.config for c in cells if c.size == "tiny"}
     for c in cells:
         if c.size == "2m" and c.config.ffn_size:
@@ -163,6 +171,10 @@ def test_the_best_rate_of_the_sweep_is_carried_by_the_stated_rule(finished):
         assert chosen_rate(suite, cells, wide) == pytest.approx(best * (16 / 32) ** 0.5)
         used = [r["lr"] for r in results["rows"] if r["model"] == model]
         assert used == pytest.approx([best, best * 0.5**0.5])
+    default = TrainConfig()
+    for cell in cells:  # the end of the schedule goes with its start
+        run = json.loads((cell.folder / "run.json").read_text())["train"]
+        assert run["min_lr"] / run["lr"] == pytest.approx(default.min_lr / default.lr)
 
 
 def test_a_finished_cell_is_not_run_again_and_a_larger_suite_keeps_it(finished, monkeypatch):

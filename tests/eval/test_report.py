@@ -121,17 +121,34 @@ def test_a_name_with_a_bar_stays_in_its_column():
     assert line == r"| small | a\|b |"
 
 
-@pytest.mark.parametrize("key", FIGURES)
-@pytest.mark.parametrize("name", ["$a_{b$", "_hidden"])
-def test_a_model_of_any_name_is_drawn_and_in_the_legend(results, key, name, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Catch the figures that are drawn."""
     found, plain = [], plots._bytes
     monkeypatch.setattr(plots, "_bytes", lambda fig, kind: found.append(fig) or plain(fig, kind))
+    return found
+
+
+def test_points_are_means_with_the_spread_of_a_sample(results, drawn):
+    comparison_figure(results, "parameters", {}, "a title")
+    bars = {b.get_label(): b.lines[2][0].get_segments() for b in drawn[0].axes[0].containers}
+    (x, low), (_, high) = bars["new <1>"][0]  # of 1.8 and 2.0
+    assert x == 1000 and (low, high) == pytest.approx((1.9 - 0.02**0.5, 1.9 + 0.02**0.5))
+    (_, low), (_, high) = bars["new <1>"][1]  # one seed
+    assert low == high == 1.5
+    (_, low), (_, high) = bars["old"][0]  # of 2.0 and 2.5
+    assert (low, high) == pytest.approx((2.25 - 0.125**0.5, 2.25 + 0.125**0.5))
+
+
+@pytest.mark.parametrize("key", FIGURES)
+@pytest.mark.parametrize("name", ["$a_{b$", "_hidden"])
+def test_a_model_of_any_name_is_drawn_and_in_the_legend(results, key, name, drawn):
     results["suite"] |= {"models": {name: {}, "old": {}}, "sizes": {"small": {}, name: {}}}
     for r in results["rows"]:
         r["model"] = name if r["model"].startswith("new") else r["model"]
         r["size"] = name if r["size"] == "large" else r["size"]
     assert comparison_figure(results, key, {}, name)
-    shown = [text.get_text() for text in found[0].axes[0].get_legend().get_texts()]
+    shown = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert shown.count(plots._as_text(name)) == (1 if key == "parameters" else 2)
 
 

@@ -163,6 +163,17 @@ def test_what_has_no_state_is_refused(config):
 # Tuning.
 
 
+def test_the_weight_of_z_loss_is_the_setting_s(config, monkeypatch):
+    weights, plain = [], lm_loss
+    monkeypatch.setattr(
+        tune_module,
+        "lm_loss",
+        lambda *args, **kwargs: weights.append(kwargs["z_loss"]) or plain(*args, **kwargs),
+    )
+    tune(made(), settings(config, steps=2, z_loss=0.25))
+    assert set(weights) == {0.25}
+
+
 @pytest.mark.parametrize("what", ["tokens", "state"])
 def test_it_helps_and_leaves_the_model_as_it_was(config, what, tmp_path):
     model = made()
