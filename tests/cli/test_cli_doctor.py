@@ -55,7 +55,10 @@ def test_the_exit_code_of_wrong_training_and_of_wrong_decoding(capsys, monkeypat
     assert "WRONG: decoded logits off by 2e+00" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("given", "said"), [("abacus", "cannot be used"), ("meta", "only cpu")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("abacus", "cannot be used"), ("hpu", "cannot be used"), ("meta", "only cpu")],
+)
 def test_a_device_that_is_not_here(capsys, given, said):
     assert main(["doctor", "--device", given]) == 2
     assert said in capsys.readouterr().err

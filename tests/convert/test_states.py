@@ -147,7 +147,7 @@ def test_other_states_are_refused(model):
         for convert in (from_rwkv, from_fla):
             with pytest.raises(StateError, match=f"a {config.architecture}; this layout"):
                 convert([], config)
-    with pytest.raises(StateError, match="holds 2 rows; take one"):
+    with pytest.raises(StateError, match="holds 2 rows; one is needed"):
         to_rwkv(run(model, TOKENS.repeat(2, 1))[1])
 
 

@@ -139,10 +139,13 @@ def test_a_book_beside_a_note_is_not_held_out(tmp_path):
         assert splits["valid"]["text_bytes"] == len(note.encode())
 
 
-@pytest.mark.parametrize("lengths", [(9, 1), (1, 9)])
-def test_the_longest_text_moves_to_an_empty_train_split(lengths):
-    table = drawn(np.array([2**63, 2**63 + 2**62], np.uint64), text_bytes=np.array(lengths))
-    assert module._assign(table, (0.4, 0.6, 0.0)).tolist() == [int(n == 1) for n in lengths]
+@pytest.mark.parametrize("shares", [(0.5, 0.1), (0.985, 0.5), (0.995, 0.5), (0.985, 0.995)])
+def test_of_few_texts_the_longest_is_trained_on(shares):
+    hashes = np.array([int(share * 2**64) for share in shares], np.uint64)
+    for lengths in ([9, 1], [1, 9]):
+        table = drawn(hashes, text_bytes=np.array(lengths))
+        splits = module._assign(table, (0.98, 0.01, 0.01))
+        assert splits.tolist() == [int(n == 1) for n in lengths]
 
 
 def test_equal_documents_of_several_domains_stay_on_one_side():

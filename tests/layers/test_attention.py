@@ -224,7 +224,7 @@ def test_float32_and_autocast(layer, x):
     assert (z.float() - y).norm() < 0.02 * y.norm()
 
 
-def test_mlp_and_groups():
+def test_the_feed_forward_layer():
     config = ModelConfig(
         architecture="transformer", vocab_size=32, hidden_size=24, num_layers=2, num_heads=3
     )

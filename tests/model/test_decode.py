@@ -257,7 +257,7 @@ def test_no_graph_grows_and_no_other_state_is_taken(kind):
     decoder.put(0, model.init_state(1).map(lambda x: x.requires_grad_()))
     assert not decoder.step([1, 2]).requires_grad
     assert not any(x.requires_grad for x in decoder.get(1).tensors().values())
-    with pytest.raises(StateError, match=r"holds 2 rows; take one, as state\[0\]"):
+    with pytest.raises(StateError, match=r"holds 2 rows; one is needed, as state\[0\]"):
         decoder.put(0, model.init_state(2))
     before = decoder.get(0).clone()
     with pytest.raises(StateError, match="3 layers, the model 4|4 layers, the model 3"):

@@ -680,7 +680,7 @@ def test_one_row_expands(model):
     for i in (0, 1):
         torch.testing.assert_close(run(model, state, TOKENS[i : i + 1])[0][0], logits[i])
     assert end.batch_size == 2
-    with pytest.raises(StateError, match="holds 2 rows; take one"):
+    with pytest.raises(StateError, match="holds 2 rows; one is needed"):
         rows.expand(2)
 
 

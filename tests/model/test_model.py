@@ -353,6 +353,15 @@ def test_optimizer_groups_cover_exactly_all_parameters(name):
         assert (groups[key] == MATRIX) == is_matrix, key
 
 
+def test_every_declared_optimizer_group_names_a_parameter():
+    declared, named = set(), set()
+    for module in (module for name in MODELS for module in made(name).modules()):
+        own = getattr(module, "GROUPS", {})
+        declared |= {(type(module), key) for key in own}
+        named |= {(type(module), key) for key, _ in module.named_parameters() if key in own}
+    assert declared == named
+
+
 # A user's mistakes.
 
 

@@ -424,8 +424,16 @@ def _assign(table: dict[str, np.ndarray], fractions: tuple[float, ...]) -> np.nd
         rows = drawn & (table["domains"] == domain)
         if rows.sum() >= MIN_DOMAIN_DOCUMENTS:
             _fill(splits, rows, drawn, table, wanted)
+    # Of few texts one may be nearly all that there is: it is for training.
+    if 0 in wanted and 0 < len(np.unique(table["hashes"][drawn])) < MIN_DOMAIN_DOCUMENTS:
+        splits[drawn & (table["hashes"] == _longest(table, drawn))] = 0
     _fill(splits, drawn, drawn, table, wanted)
     return splits
+
+
+def _longest(table: dict[str, np.ndarray], rows: np.ndarray) -> int:
+    """Return the hash of the longest text among `rows`."""
+    return table["hashes"][rows][np.argmax(table["text_bytes"][rows])]
 
 
 def _fill(
@@ -438,13 +446,12 @@ def _fill(
     """Give every wanted split that has none of `rows` one text of the split that has most.
 
     Equal texts among `drawn` move together, so that none ever stands on both sides. The longest
-    text, which may be nearly all that there is, goes to train if it must move, and else stays.
+    text stays where it is.
     """
     hashes = table["hashes"]
-    longest = hashes[rows][np.argmax(table["text_bytes"][rows])] if rows.any() else None
     for index in wanted[: len(np.unique(hashes[rows]))]:
         texts = [np.unique(hashes[rows & (splits == i)]) for i in range(len(SPLITS))]
         if not len(texts[index]):
             _, most = max((len(found), i) for i, found in enumerate(texts))
-            best = texts[most][(texts[most] == longest) == (index == 0)]
-            splits[drawn & (hashes == (best if len(best) else texts[most])[-1])] = index
+            others = texts[most][texts[most] != _longest(table, rows)]
+            splits[drawn & (hashes == (others if len(others) else texts[most])[-1])] = index

@@ -271,7 +271,7 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     param = place[0] if place and not place[0].isdigit() else None
     if found[0]["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON object").response()
-    if not found[0]["loc"][1:] and "json" not in request.headers.get("content-type", ""):
+    if not found[0]["loc"][1:] and "json" not in request.headers.get("content-type", "").lower():
         return ApiError(400, "the body needs the header Content-Type: application/json").response()
     if found[0]["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {'.'.join(place)!r}", param=param).response()

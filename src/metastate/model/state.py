@@ -255,7 +255,7 @@ class ModelState:
     def check_single(self, what: str = "the state") -> None:
         """Raise StateError, by the name `what`, unless this state is of one row."""
         if self.batch_size != 1:
-            raise StateError(f"{what} holds {self.batch_size} rows; take one, as state[0]")
+            raise StateError(f"{what} holds {self.batch_size} rows; one is needed, as state[0]")
 
     def _check_cache(self, own: AttentionState, fresh: AttentionState, layer: int) -> None:
         """Raise StateError unless a cache, whose length is free, fits the layer."""

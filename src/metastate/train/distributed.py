@@ -350,7 +350,7 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as cause:
+    except (RuntimeError, AssertionError, ImportError) as cause:  # no such backend in this torch
         reason = str(cause).split("\n")[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}") from None
     return device

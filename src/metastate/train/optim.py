@@ -124,10 +124,6 @@ def make_optimizer(
             f"no optimizer group for {', '.join(missing)}; GROUPS of the layer that owns a "
             "parameter must name its group"
         )
-    if unmatched := sorted(groups.keys() - parameters.keys()):
-        raise ConfigError(
-            f"optimizer_groups() names {', '.join(unmatched)}, but the model has no such parameter"
-        )
     if unknown := sorted(set(groups.values()) - RULES.keys()):
         raise ConfigError(f"unknown optimizer group {unknown[0]!r}; known: {', '.join(RULES)}")
     members: dict[tuple[str, float, bool], list[tuple[str, Tensor, Region | None]]] = {}
