@@ -431,7 +431,7 @@ def _assign(table: dict[str, np.ndarray], fractions: tuple[float, ...]) -> np.nd
     return splits
 
 
-def _longest(table: dict[str, np.ndarray], rows: np.ndarray) -> int:
+def _longest(table: dict[str, np.ndarray], rows: np.ndarray) -> np.uint64:
     """Return the hash of the longest text among `rows`."""
     return table["hashes"][rows][np.argmax(table["text_bytes"][rows])]
 
@@ -446,7 +446,7 @@ def _fill(
     """Give every wanted split that has none of `rows` one text of the split that has most.
 
     Equal texts among `drawn` move together, so that none ever stands on both sides. The longest
-    text stays where it is.
+    text stays where its split has another.
     """
     hashes = table["hashes"]
     for index in wanted[: len(np.unique(hashes[rows]))]:
