@@ -10,8 +10,10 @@ from metastate.config import TrainConfig
 from metastate.errors import ConfigError
 from metastate.eval import plots
 from metastate.eval.tasks import (
+    ANSWERS,
     GROUPS,
     LEVELS,
+    PROBE,
     Recall,
     WordProblem,
     group_table,
@@ -223,6 +225,20 @@ def test_training_learns_and_stops_early():
     found = train_and_score(problem, task_model("rwkv7", 2, 16, 1, 8), train)
     assert found["passed"] and found["accuracy"] > 0.99 and found["steps"] < 400
     assert found["by_length"] is None
+
+
+def test_a_lucky_look_does_not_stop_the_training():
+    looks = []
+
+    class Lucky(Recall):
+        def score(self, model, answers, seed, far):
+            looks.append((answers, seed))
+            return (1.0 if answers == PROBE else 0.99), None  # better is wanted, and there is time
+
+    train = TrainConfig(steps=4, batch_size=2, warmup=0, valid_every=2)
+    found = train_and_score(Lucky(8, 2, 8), task_model("rwkv7", 1, 8, 1, 8), train)
+    assert found["steps"] == 4 and [a for a, _ in looks] == [PROBE, ANSWERS] * 2 + [ANSWERS]
+    assert len({seed for _, seed in looks}) == 5  # each on sequences of its own
 
 
 def test_training_that_diverges_is_said_to(monkeypatch):
