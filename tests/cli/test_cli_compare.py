@@ -68,6 +68,19 @@ def test_a_dry_run_says_where_the_machine_is_busy(
     )
 
 
+def test_interrupted_it_says_that_the_same_command_goes_on(
+    suite, tmp_path, data, monkeypatch, capsys
+):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metastate.cli.comparing.compare", interrupted)
+    out = tmp_path / "out"
+    assert main([str(a) for a in ["compare", suite, "--data", data, "--out", out]]) == 130
+    said = capsys.readouterr().err
+    assert said.endswith(f"work so far is in {out}; the same command goes on\ninterrupted\n")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from metastate.cli.options import read_yaml
-from metastate.cli.progress import bar, log, print_json
+from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.config import from_dict
 from metastate.data.files import in_turn
 from metastate.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ def run_compare(args: argparse.Namespace) -> None:
     if args.report_only:
         results = collect(suite, cells, out)
     else:
-        with bar("compare", "GFLOP") as show:
+        with told_if_interrupted(f"the work so far is in {out}"), bar("compare", "GFLOP") as show:
             results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
     for remark in remarks(results):
         log(f"warning: {remark}")
