@@ -53,6 +53,34 @@ def test_unequal_counts_are_said_before_the_run(suite, tmp_path, data, capsys):
     assert said.index("1 seed\n") < said.index("Measuring") < said.index("together about")
 
 
+@pytest.mark.parametrize(("own", "warns"), [(900.0, True), (3600.0, False)])
+def test_a_dry_run_says_where_the_machine_is_busy(
+    own, warns, suite, tmp_path, data, monkeypatch, capsys
+):
+    monkeypatch.setattr("metastate.cli.comparing.estimate", lambda cells: {"a": (3600.0, own)})
+    argv = ["compare", suite, "--data", data, "--out", tmp_path / "out", "--dry-run", "--json"]
+    assert main([str(a) for a in argv]) == 0
+    out, said = capsys.readouterr()
+    assert json.loads(out)["quiet_seconds"] == {"a": own}
+    assert "together about 60 min" in said
+    assert ("processors for 75% of the time of measuring; were it quiet, about 15 min" in said) == (
+        warns
+    )
+
+
+def test_interrupted_it_says_that_the_same_command_goes_on(
+    suite, tmp_path, data, monkeypatch, capsys
+):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metastate.cli.comparing.compare", interrupted)
+    out = tmp_path / "out"
+    assert main([str(a) for a in ["compare", suite, "--data", data, "--out", out]]) == 130
+    said = capsys.readouterr().err
+    assert said.endswith(f"work so far is in {out}; the same command goes on\ninterrupted\n")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

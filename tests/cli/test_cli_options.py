@@ -59,6 +59,25 @@ def test_mistakes_name_what_was_meant(argv, words, refused):
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["tasks", "recall", "--learnrate", "1"], "--lr"),
+        (["train", "--learning-rate=1"], "--lr"),
+        (["train", "--warmup-steps", "9"], "--warmup"),
+        (["generate", "x", "--temp", "1"], "--temperature"),
+        (["tasks", "recall", "--hidden-size", "64"], None),  # as near to --batch-size as to --width
+        (["train", "--gpu"], None),
+        (["eval", "x", "--learning-rate", "1"], None),  # it has none
+        (["train", "--valid", "9"], None),  # several begin so
+        (["info", "a", "help"], None),  # no flag was meant
+    ],
+)
+def test_a_hint_is_near_or_none(argv, meant, refused):
+    message = refused(*argv)
+    assert f"did you mean {meant}?" in message if meant else "did you mean" not in message
+
+
 def test_settings_are_laid_over_each_other(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 5\nlr: 6e-4\nmodel:\n  num_layers: 3\n  meta_state: {read: value}\n")

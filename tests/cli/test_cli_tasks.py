@@ -47,7 +47,7 @@ def test_recall_end_to_end(tmp_path, run, trained):
     assert len(rows) == 3  # the summary, and of the rates the better one for each level
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     best = max(cell["accuracy"] for cell in cells[:2])
-    assert f"more than 1 ({best:.1%})" in rows[0]
+    assert f"none up to 1 ({best:.1%})" in rows[0]
 
 
 def test_interrupted_it_goes_on_where_it_was(tmp_path, run, capsys, monkeypatch):
@@ -62,7 +62,9 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path, run, capsys, monkeypatch)
 
     monkeypatch.setattr(tasks, "train_and_score", interrupted)
     assert main([str(a) for a in argv]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"finished cells are in {tmp_path / 'results.json'}, a running one starts over" in said
+    assert "the same command goes on\ninterrupted\n" in said
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert [cell["architecture"] for cell in cells] == ["rwkv7"]
     run(*argv)

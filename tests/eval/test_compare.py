@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval import compare as harness
 from metastate.eval.compare import chosen_rate, collect, compare, curve, estimate
 from metastate.eval.suite import Suite, count, fit_parameters, plan, uneven
+from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
 from metastate.train.trainer import train
 
@@ -436,8 +438,25 @@ def test_points_between_lines_of_the_log_have_their_own_seconds(copied):
 def test_the_estimate_covers_what_is_left(finished, few_words, tmp_path):
     suite, out, _ = finished
     assert estimate(plan(suite, out)) == {}
-    seconds = estimate(plan(suite_of(few_words), tmp_path))
-    assert len(seconds) == 4 and min(seconds.values()) > 0
+    found = estimate(plan(suite_of(few_words), tmp_path))
+    assert len(found) == 4 and all(0 < own <= seconds * 1.01 for seconds, own in found.values())
+
+
+def test_the_estimate_is_of_the_fastest_batch_and_knows_what_others_took(
+    few_words, tmp_path, monkeypatch
+):
+    naps = iter([1.0, 1.0, 0.2, 1.0])  # as where other programs have the processor
+
+    def slow(*args, **settings):
+        time.sleep(next(naps))
+        return lm_loss(*args, **settings)
+
+    monkeypatch.setattr("metastate.eval.compare.lm_loss", slow)
+    cells = [c for c in plan(suite_of(few_words), tmp_path) if c.rate is None][:1]
+    ((seconds, own),) = estimate(cells).values()
+    steps = cells[0].train.steps
+    assert 0.2 * steps < seconds < 0.9 * steps and own < seconds - 0.15 * steps
+    assert next(naps, None) is None
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def results():
             "models": {"new <1>": {}, "old": {}},
             "sizes": {"small": {}, "large": {}, "huge": {}},
             "baseline": "old",
+            "lr": {"values": [0.001, 0.01]},
         },
         "environment": {"torch": "x"},
         "cells": 8,
@@ -114,6 +115,30 @@ def test_cells_of_several_sources_or_texts_are_said(results, tmp_path):
     for name in ("table.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert said in text and "different pieces of the test text" in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "side"),
+    [
+        ([1.0, 2.0, 3.0], "0.001, is the smallest"),
+        ([3.0, 2.0, 1.0], "0.004, is the largest"),
+        ([2.0, 1.0, 3.0], None),
+        ([2.0, 1.0, None], None),  # beyond it the run diverged
+        ([1.0, 2.0], None),  # of two the best is always the last
+    ],
+)
+def test_a_sweep_that_ends_where_it_does_best_is_named(results, losses, side):
+    model, *_ = results["suite"]["models"]
+    rates = [1e-3, 2e-3, 4e-3][: len(losses)]
+    results["suite"]["lr"]["values"] = rates
+    results["sweep"] = [
+        {"model": model, "lr": lr, "loss": loss} for lr, loss in zip(rates, losses, strict=True)
+    ]
+    said = [text for text in remarks(results) if "of the sweep" in text]
+    assert len(said) == (side is not None)
+    assert side is None or f"{model}: the best learning rate, {side} of the sweep" in said[0]
+    results["sweep"].pop(0)  # not finished yet
+    assert not any("of the sweep" in text for text in remarks(results))
 
 
 def test_a_name_with_a_bar_stays_in_its_column():

@@ -296,9 +296,19 @@ def test_figure_of_recall(tmp_path, drawn):
         cell("64x4", "rwkv7", 2, 1.0, None),
         cell("64x4", "transformer", 2, 0.9, None),
         cell("128x8", "transformer", 2, 0.8, None),
+        cell("64x4", "transformer", 1, 1.0, None),
     ]
     plots.task_figure(cells, tmp_path / "a.png")
     (axes,) = drawn[0].axes
     assert [t.get_text() for t in axes.get_xticklabels()] == ["64x4", "128x8"]
-    assert list(axes.lines[1].get_xdata()) == [0, 1]
-    assert list(axes.lines[1].get_ydata()) == pytest.approx([90, 80])
+    heights = {bars.get_label(): list(bars.datavalues) for bars in axes.containers}
+    assert heights == {
+        "rwkv7, 2 layers": [100],
+        "transformer, 1 layer": [100],
+        "transformer, 2 layers": pytest.approx([90, 80]),
+    }
+    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(spans))  # none hides another
+    assert [round(x) for x, _ in spans] == [0, 0, 0, 1]
+    assert axes.patches[1].get_hatch() != axes.patches[2].get_hatch()
+    assert sorted(t.get_text() for t in axes.texts) == ["100.0", "100.0", "80.0", "90.0"]

@@ -79,7 +79,9 @@ state-tracking: read elements of a finite group, say their product so far after 
 the fewest layers with more than 90 % accuracy at the longest length learned. recall: read pairs of
 key and value, say the value when the key comes again; passed above 99 %. The default steps take
 minutes and show how far S3 is learned; to solve it, and S5, A5, A4xZ5 and Z60 all the more, raise
---steps.
+--steps. A model that stays at one right answer in PAIRS names some value of the sequence, a stage
+before recall: that says how it was trained (--steps, --batch-size, --lr, the vocabulary), not what
+its architecture can do.
 
 Each cell (problem, architecture, depth, learning rate) is written to OUT/results.json when it is
 finished, so Ctrl-C loses one cell at most and the same command goes on. More layers, and further

@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 
 from metastate.cli.options import read_yaml
-from metastate.cli.progress import bar, log, print_json
+from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.config import from_dict
 from metastate.data.files import in_turn
 from metastate.errors import ConfigError, DataError
 from metastate.eval.compare import collect, compare, estimate
 from metastate.eval.report import main_table, markdown, remarks, write_report
 from metastate.eval.suite import Cell, Suite, plan, uneven
+
+BUSY = 0.8  # share of the time with a processor, under which the machine is called busy
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -28,18 +30,25 @@ def run_compare(args: argparse.Namespace) -> None:
     for warning in uneven(cells):
         log(f"warning: {warning}")
     if args.dry_run:
-        log("Measuring the speed of this machine, a batch of every model ...")
-        seconds = estimate(cells)
-        for title, each in seconds.items():
+        log("Measuring the speed of this machine, a few batches of every model ...")
+        found = estimate(cells)
+        for title, (each, _) in found.items():
             log(f"{title}: about {duration(each)}")
-        log(f"together about {duration(sum(seconds.values()))} on this machine")
+        seconds, quiet = ({k: v[i] for k, v in found.items()} for i in (0, 1))
+        now, alone = sum(seconds.values()), sum(quiet.values())
+        log(f"together about {duration(now)} on this machine")
+        if alone < BUSY * now:
+            log(
+                f"warning: other programs had its processors for {1 - alone / now:.0%} of the time "
+                f"of measuring; were it quiet, about {duration(alone)}"
+            )
         if args.json:
-            print_json({"cells": len(cells), "seconds": seconds})
+            print_json({"cells": len(cells), "seconds": seconds, "quiet_seconds": quiet})
         return
     if args.report_only:
         results = collect(suite, cells, out)
     else:
-        with bar("compare", "GFLOP") as show:
+        with told_if_interrupted(f"the work so far is in {out}"), bar("compare", "GFLOP") as show:
             results = compare(suite, out, match_params=args.match_params, progress=show, say=log)
     for remark in remarks(results):
         log(f"warning: {remark}")

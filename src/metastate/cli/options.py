@@ -60,6 +60,9 @@ HELP = {
 }
 
 
+# Flags of other programs: what they are called here.
+ELSEWHERE = {"learning-rate": "--lr", "wd": "--weight-decay", "bs": "--batch-size"}
+
 # Arguments that are paths: a ~ is a home in them also where the shell leaves it, as in --out=~/x.
 PATHS = (
     *("checkpoint", "model", "source", "suite", "config", "growth_file", "data", "out"),
@@ -89,10 +92,22 @@ class Parser(argparse.ArgumentParser):
         if not unknown:
             return
         given = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(given, list(self._option_string_actions), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}? See" if near else "; see"
         kind = "option" if given.startswith("-") else "argument"
+        near = self._nearest(given) if kind == "option" else None
+        hint = f"; did you mean {near}? See" if near else "; see"
         raise ConfigError(f"unknown {kind} {given!r}{hint} `{self.prog} --help`")
+
+    def _nearest(self, given: str) -> str | None:
+        """Return the flag that `given` was meant to be; None where that would be a far guess."""
+        flags = {flag.lstrip("-"): flag for flag in self._option_string_actions if flag != "-h"}
+        names = flags | {k: v for k, v in ELSEWHERE.items() if v in flags.values()}
+        name = given.lstrip("-")
+        # Dashes count for nothing: with them any two short flags are alike.
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+        if not near:
+            pairs = [(*sorted((name, other), key=len), other) for other in flags]
+            near = [other for short, long, other in pairs if short[2:] and long.startswith(short)]
+        return names[near[0]] if len(near) == 1 else None
 
 
 def add_flags(

@@ -33,6 +33,16 @@ def _sayable(value: Any) -> Any:
 
 
 @contextmanager
+def told_if_interrupted(kept: str) -> Iterator[None]:
+    """Say on an interruption what is kept, and that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log(f"{kept}; the same command goes on")
+        raise
+
+
+@contextmanager
 def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
     """Show how far a piece of work is; yields `show(done, total, **figures)`.
 

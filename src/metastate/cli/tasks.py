@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metastate.cli.progress import bar, log, print_json
+from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
 from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.errors import ConfigError, DataError
@@ -37,7 +37,8 @@ def run_tasks(args: argparse.Namespace) -> None:
     fill_defaults(args)
     planned = cells(args)  # all of them first: a mistake shows before hours of work
     out = Path(args.out or f"runs/{args.task}")
-    with alone_in(out):
+    kept = f"finished cells are in {out / RESULTS}, a running one starts over"
+    with alone_in(out), told_if_interrupted(kept):
         done = finish(planned, out)
     best = best_rates(done)
     text = markdown(best)
@@ -234,7 +235,7 @@ def markdown(best: list[Cell]) -> str:
     for architecture, own in summary(best).items():
         row = [architecture]
         for value in (own[problem] for problem in problems):
-            none = f"more than {value['most_layers']} ({value['accuracy']:.1%})"
+            none = f"none up to {value['most_layers']} ({value['accuracy']:.1%})"
             row.append(none if value["fewest_layers"] is None else str(value["fewest_layers"]))
         rows.append(row)
     last, learned = len(best[0]["by_length"] or ()), best[0]["length"]

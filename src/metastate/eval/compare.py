@@ -40,6 +40,7 @@ from metastate.train.trainer import LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
 CLAIM = "claim"  # folder in a cell's, held from the look to the score; training holds the other
+LAPS, LAPS_S = 3, 5.0  # batches that an estimate times, and seconds after which it times no more
 WAIT_S = 5.0  # between two looks at cells that another process is working on
 
 
@@ -339,34 +340,44 @@ def environment() -> dict[str, Any]:
     }
 
 
-def estimate(cells: list[Cell]) -> dict[str, float]:
-    """Return the seconds that each unfinished run will take, by timing one batch of its model.
+def estimate(cells: list[Cell]) -> dict[str, tuple[float, float]]:
+    """Return how long each unfinished run will take, by timing batches of its model.
 
-    Runs of one model and size share a timing: loss and gradient of one batch, after a first one
-    that is not counted.
+    Runs of one model and size share a timing: loss and gradient of a batch, the fastest of LAPS
+    after a first one that is not counted (fewer where they take longer than LAPS_S).
+
+    Returns:
+        title -> seconds as the machine is now, and how many of them this thread had a processor:
+        about what is left of them where nothing else runs. On a GPU the two are the same.
     """
-    speeds: dict[tuple[str, str], float] = {}
+    speeds: dict[tuple[str, str], tuple[float, float]] = {}
     out = {}
     for cell in _left(cells):
         key, run = (cell.model, cell.size), cell.train
         if key not in speeds:
-            batch = BatchSource(
-                PreparedData.open(run.data).split("train"), run.batch_size, run.context, 0
-            ).batch(0)
-            model = LanguageModel(cell.config).to(run.device)
-            model.backend = run.backend
-            for _ in range(2):
-                begin = time.monotonic()
-                loss = lm_loss(
-                    model,
-                    batch.tokens.to(run.device),
-                    batch.targets.to(run.device),
-                    resets=batch.resets.to(run.device),
-                ).loss
-                loss.backward()
-                float(loss.detach())
-                speeds[key] = time.monotonic() - begin
+            speeds[key] = _time_batch(cell)
         found = find_checkpoint(run.out)
         done = step_of(found) if found is not None else 0
-        out[cell.title] = speeds[key] * run.accumulate * (run.steps - done)
+        batches = run.accumulate * (run.steps - done)
+        out[cell.title] = (speeds[key][0] * batches, speeds[key][1] * batches)
     return out
+
+
+def _time_batch(cell: Cell) -> tuple[float, float]:
+    """Return the seconds of a batch, and those in which this thread had a processor."""
+    run = cell.train
+    split = PreparedData.open(run.data).split("train")
+    batch = BatchSource(split, run.batch_size, run.context, 0).batch(0)
+    parts = (batch.tokens, batch.targets, batch.resets)
+    laps: list[tuple[float, float]] = []
+    model = LanguageModel(cell.config).to(run.device)
+    model.backend = run.backend
+    while len(laps) <= LAPS and sum(seconds for seconds, _ in laps[1:]) < LAPS_S:
+        begin, begin_own = time.monotonic(), time.thread_time()
+        tokens, targets, resets = (part.to(run.device) for part in parts)
+        loss = lm_loss(model, tokens, targets, resets=resets).loss
+        loss.backward()
+        float(loss.detach())
+        seconds, own = time.monotonic() - begin, time.thread_time() - begin_own
+        laps.append((seconds, own if run.device == "cpu" else seconds))
+    return min(laps[1:])

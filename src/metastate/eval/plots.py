@@ -16,6 +16,7 @@ from metastate.data.files import atomic_write
 from metastate.errors import ConfigError, DataError
 
 TRAIN, VALID = "#4c72b0", "#c44e52"
+MOST_LABELS = 12  # bars that there is room to write on
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -199,8 +200,9 @@ def _draw_law(axes: Any, law: Any, colour: str) -> None:
 def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> None:
     """Draw the accuracy of small models on state tracking or recall as a PNG.
 
-    Word problems get a panel each, accuracy by length; recall gets one, accuracy by problem. A
-    colour is an architecture, a line style a depth.
+    Word problems get a panel each, lines of accuracy by length; recall gets one, bars by problem,
+    side by side, since solved ones would hide each other as points. A colour is an architecture, a
+    line style or hatch a depth.
 
     Args:
         cells: of one task: problem, length, architecture, model, and what
@@ -220,31 +222,32 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
     figure, first = _figure()
     first.remove()
     figure.set_size_inches(7 if len(panels) == 1 else 4.4 * len(panels), 4.2)
+    sides = list(dict.fromkeys((c["architecture"], c["model"]["num_layers"]) for c in cells))
+    sides.sort(key=lambda side: (names.index(side[0]), side[1]))
+    width = 0.8 / len(sides)  # of a bar
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name in names:
-            for depth in depths:
-                own = [
-                    cell
-                    for cell in cells
-                    if (cell["architecture"], cell["model"]["num_layers"]) == (name, depth)
-                    and panel in ("", cell["problem"])
-                ]
-                if not own:
-                    continue
-                if words:
-                    ys = own[0]["by_length"]
-                    xs = list(range(1, len(ys) + 1))
-                else:
-                    xs = [problems.index(cell["problem"]) for cell in own]
-                    ys = [cell["accuracy"] for cell in own]
-                axes.plot(
-                    xs,
-                    [100 * y for y in ys],
-                    ("-", "--", ":", "-.")[depths.index(depth) % 4] + ("" if words else "o"),
-                    color=f"C{names.index(name)}",
-                    lw=1.6,
-                    label=f"{name}, {depth} layer{'s' * (depth > 1)}",
-                )
+        for i, (name, depth) in enumerate(sides):
+            own = [
+                cell
+                for cell in cells
+                if (cell["architecture"], cell["model"]["num_layers"]) == (name, depth)
+                and panel in ("", cell["problem"])
+            ]
+            if not own:
+                continue
+            color, look = f"C{names.index(name)}", depths.index(depth) % 4
+            label = f"{name}, {depth} layer{'s' * (depth > 1)}"
+            if words:
+                ys = [100 * y for y in own[0]["by_length"]]
+                style = ("-", "--", ":", "-.")[look]
+                axes.plot(range(1, len(ys) + 1), ys, style, color=color, lw=1.6, label=label)
+                continue
+            xs = [problems.index(cell["problem"]) + (i + 0.5) * width - 0.4 for cell in own]
+            ys = [100 * cell["accuracy"] for cell in own]
+            hatch = ("", "//", "xx", "..")[look]
+            bars = axes.bar(xs, ys, width, color=color, hatch=hatch, ec="white", label=label)
+            if len(cells) <= MOST_LABELS:
+                axes.bar_label(bars, fmt="%.1f", fontsize=8)
         if words:
             axes.axvline(cells[0]["length"], color="#999", lw=1)
             axes.text(cells[0]["length"], 103, " longest learned", color="#777", fontsize=8)
@@ -253,11 +256,12 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
             axes.set_xticks(range(len(problems)), problems)
             axes.set_xlabel("tokens x pairs")
         axes.axhline(100 * cells[0]["threshold"], color="#999", lw=1, ls=(0, (2, 3)))
-        axes.set_ylim(0, 102)
+        axes.set_ylim(0, 102 if words else 106)
         axes.set_ylabel("accuracy (%)")
         axes.set_title(panel, pad=16)
         _plain(axes)
-        axes.legend(frameon=False, fontsize=8)
+        beside = {} if words else {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(frameon=False, fontsize=8, **beside)
     _write(figure, out)
 
 

@@ -219,10 +219,11 @@ def sweep_table(results: dict[str, Any]) -> Table:
 def remarks(results: dict[str, Any]) -> list[str]:
     """Return what a reader must know: cells that failed or are not run, or differ in their making.
 
-    Cells of several sources, or scored on several pieces of the test text, are named as such.
+    Cells of several sources, or scored on several pieces of the test text, are named as such, and
+    models whose best learning rate is the last of a sweep of three or more, on either side.
     """
     made, pieces = _counted(results, _source), _counted(results, _piece)
-    said = failures(results)
+    said = [*failures(results), *_at_edges(results)]
     if len(made) > 1:
         each = ", ".join(f"{name} ({n} cells)" for name, n in made.items())
         said.append(f"finished cells come from different sources: {each}")
@@ -231,6 +232,24 @@ def remarks(results: dict[str, Any]) -> list[str]:
             "finished cells were scored on different pieces of the test text, so that their losses "
             "do not compare: remove their score.json, and compare will score them again"
         )
+    return said
+
+
+def _at_edges(results: dict[str, Any]) -> list[str]:
+    """Return a sentence for each model whose finished sweep ends where it does best."""
+    said, values = [], results["suite"]["lr"]["values"]
+    for model in results["suite"]["models"]:
+        losses = {r["lr"]: r["loss"] for r in results["sweep"] if r["model"] == model}
+        ran = {rate: loss for rate, loss in losses.items() if loss is not None}  # None: it diverged
+        if len(losses) < max(3, len(values)) or not ran:
+            continue
+        best = min(ran, key=ran.__getitem__)
+        for end, side in ((min(values), "smallest"), (max(values), "largest")):
+            if best == end:
+                said.append(
+                    f"{model}: the best learning rate, {best:g}, is the {side} of the sweep; one "
+                    "beyond it may be better"
+                )
     return said
 
 
