@@ -120,6 +120,17 @@ def test_relu_squared():
     compare(lambda fuse, x: fused.relu_squared(x, fused=fuse), *leaves(torch.randn(2, 70, H * 5)))
 
 
+def test_rows_are_cut_into_a_piece_a_thread(monkeypatch):
+    """No row is left out or taken twice, and each piece has an accumulator of its own."""
+    found = []
+    monkeypatch.setattr(fused, "run_pieces", lambda kernel, calls, count: found.append(calls))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for num_rows in (200, 100, 1):
+        fused._spread("token_mix_backward", num_rows, "x", numbered=True)
+    assert found[0] == [("x", 0, 0, 66), ("x", 1, 66, 133), ("x", 2, 133, 200)]
+    assert found[1:] == [[("x", 0, 0, 100)], [("x", 0, 0, 1)]]
+
+
 SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -1e-40, 0.0, 1.0, -2.0])
 
 
