@@ -120,6 +120,19 @@ def test_relu_squared():
     compare(lambda fuse, x: fused.relu_squared(x, fused=fuse), *leaves(torch.randn(2, 70, H * 5)))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_results_have_the_dtype_that_is_asked_for(fuse):
+    x, last, mu = narrow(1, 4, 8), torch.zeros(1, 8), torch.rand(2, 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        mixed = fused.token_mix(x.float(), last, mu, dtype=dtype, fused=fuse)
+        assert [y.dtype for y in mixed] == [dtype] * 2
+        heads = [torch.randn(1, 4, 2, 4) for _ in range(4)]
+        args = (*heads, torch.randn(1, 4, 8), torch.randn(2, 4), GroupNorm(2, (4,)))
+        assert fused.wkv_output(*args, dtype=dtype, fused=fuse).dtype == dtype
+    own = mu.dtype if fuse else x.dtype  # autocast's weights stay wide
+    assert fused.token_mix(x, last, mu, fused=fuse)[0].dtype == own
+
+
 def test_rows_are_cut_into_a_piece_a_thread(monkeypatch):
     """No row is left out or taken twice, and each piece has an accumulator of its own."""
     found = []

@@ -76,6 +76,9 @@ def check(
     weights = {n: torch.randn_like(x) for n, x in probe.items()}
     expected = outputs_and_gradients(exact, weights, cu_seqlens, "reference", update, by)
     found = outputs_and_gradients(inputs, weights, cu_seqlens, backend, update, by)
+    for name in probe:
+        own = inputs["state"].dtype if name in ("state", "meta") else dtype
+        assert found[name].dtype == own, name
     for name, value in expected.items():
         error = relative_error(found[name], value)
         assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
@@ -149,6 +152,10 @@ def test_inputs_say_what_states_are_computed_in_whatever_is_given(backend, lengt
         assert all(t.dtype == torch.float32 for t in (trajectory.state, y, meta, z, other))
         found.append([trajectory.state, y, meta, z, other])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for update in ("input", "delta"):
+        e = x.bfloat16()
+        z, _ = ops.meta_state(x, e, None, trajectory, update=update, backend=backend)
+        assert z.dtype == torch.bfloat16
     args[2] = args[2].double()
     assert ops.wkv7(*args, backend=backend)[1].dtype == torch.float64
 
