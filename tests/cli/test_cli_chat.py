@@ -178,6 +178,12 @@ def test_plain_goes_on_from_what_is_typed(model, script, capsys):
     assert capsys.readouterr().out == "abc\ndef\nghi\n"
 
 
+def test_two_slashes_send_a_message_that_begins_with_one(chat, script):
+    script(" Hello.\n\nUser:")
+    chat.handle("//exit")
+    assert_has_read(chat, "User: /exit\n\nAssistant: Hello.\n\nUser:")
+
+
 # Commands.
 
 

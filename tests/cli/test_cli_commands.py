@@ -75,7 +75,9 @@ def test_info_of_a_preset_and_of_a_checkpoint(checkpoint, run):
     facts = json.loads(run("info", "metastate-150m", "--json"))
     assert 147e6 < facts["parameters"]["total"] < 153e6
     assert facts["state_bytes"]["1024"] == facts["state_bytes"]["65536"]
+    assert "training at 64 tokens" in run("info", checkpoint, "--context", "64")
     facts = json.loads(run("info", checkpoint, "--json", "--context", "64"))
+    assert facts["flops_per_token"]["context"] == 64
     assert facts["config"]["hidden_size"] == 16 and facts["tokenizer"]["name"] == "bytes"
     assert "Transformer cache" in run("info", checkpoint)
 
@@ -111,6 +113,7 @@ def test_eval_reports_both_ways_of_reading(checkpoint, data, run):
     value = json.loads(run(*argv, "--json"))
     assert {"nats_per_token", "bits_per_byte", "tokens", "domains"} <= value.keys()
     assert value["mode"] == "stateful" and value["windowed"]["mode"] == "windowed"
+    assert (value["data"], value["split"]) == (str(data), "valid") and value["positions"]
     assert value["tokens"] == value["windowed"]["tokens"] > 0
     assert set(value["domains"]) == {"prose", "verse"}
     assert 4 < value["nats_per_token"] < 8
@@ -193,7 +196,10 @@ def test_generate_streams_and_draws_the_same_text_again(checkpoint, run):
     value = json.loads(run(*argv, "--json"))
     assert value["text"] + "\n" == first
     assert value["tokens"] == 20 and value["state_bytes"] > 0
+    assert (value["seed"], value["finish_reason"]) == (3, "length")
     assert first != run(*argv[:-1], "4")
+    drawn = json.loads(run(*argv[:-2], "--json"))
+    assert drawn["text"] == json.loads(run(*argv[:-1], drawn["seed"], "--json"))["text"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -244,6 +250,19 @@ def test_generate_refuses_what_is_no_text(checkpoint, refused, monkeypatch):
         stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors)
         monkeypatch.setattr(sys, "stdin", stdin)
         assert "no UTF-8 text" in refused(*argv)
+
+
+def test_a_state_of_other_weights_needs_leave(checkpoint, data, tmp_path, run, refused):
+    model = metastate.load(checkpoint)
+    with torch.no_grad():
+        model.head.weight += 0.1
+    model.init_state(1).save(tmp_path / "s", model)
+    for argv in (
+        ("generate", checkpoint, "--max-tokens", 1, "--state-in", tmp_path / "s", "--prompt", "a"),
+        ("eval", checkpoint, "--data", data, "--limit-tokens", 40, "--state", tmp_path / "s"),
+    ):
+        assert "--allow-other-weights" in refused(*argv)
+        assert run(*argv, "--allow-other-weights")
 
 
 def test_generate_needs_a_tokenizer(tmp_path, refused):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from metastate.cli import main
+from metastate.cli import comparing, main
 
 SUITE = """
 models:
@@ -79,6 +79,18 @@ def test_interrupted_it_says_that_the_same_command_goes_on(
     assert main([str(a) for a in ["compare", suite, "--data", data, "--out", out]]) == 130
     said = capsys.readouterr().err
     assert said.endswith(f"work so far is in {out}; the same command goes on\ninterrupted\n")
+
+
+def test_times_as_people_say_them():
+    said = [comparing.duration(seconds) for seconds in (90, 600, 7199, 9000)]
+    assert said == ["90 s", "10 min", "120 min", "2.5 h"]
+
+
+def test_the_plan_names_learning_rates(suite, tmp_path, data, capsys):
+    suite.write_text(SUITE + "lr: {values: [0.001, 0.002]}\n")
+    argv = ["compare", suite, "--data", data, "--out", tmp_path / "out", "--dry-run"]
+    assert main([str(a) for a in argv]) == 0
+    assert "1 seed, 2 learning rates\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

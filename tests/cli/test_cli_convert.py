@@ -34,10 +34,11 @@ def trained(tmp_path, data, run):
     return out
 
 
-def test_a_file_of_another_format_is_told_what_is_read(refused, tmp_path):
-    (tmp_path / "m.safetensors").write_bytes(b"x")
-    said = refused("convert", tmp_path / "m.safetensors", "--out", tmp_path / "out")
-    assert "is a .safetensors file" in said and "folder with its config.json" in said
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_file_of_another_format_is_told_what_is_read(refused, tmp_path, kind):
+    (tmp_path / f"m.{kind}").write_bytes(b"x")
+    said = refused("convert", tmp_path / f"m.{kind}", "--out", tmp_path / "out")
+    assert f"is a .{kind} file" in said and "folder with its config.json" in said
 
 
 def same(a, b):
@@ -114,10 +115,12 @@ def test_to_hugging_face_and_back(checkpoint, pth, tmp_path, run, refused):
 
 def test_what_has_no_place_in_a_folder_is_said(pth, tmp_path, capsys):
     for target, said in (("hf", True), ("metastate", False)):
-        out = str(tmp_path / target)
-        assert main(["convert", str(pth), "--to", target, "--out", out]) == 0
+        path = str(tmp_path / target)
+        assert main(["convert", str(pth), "--to", target, "--out", path]) == 0
+        out, err = capsys.readouterr()
         names = "left out: blocks.0.att.v0, blocks.0.att.v1, blocks.0.att.v2"
-        assert (names in capsys.readouterr().err) is said
+        assert (names in err) is said and ("no tokenizer recorded" in err) is not said
+        assert out.count("\n") == 1
 
 
 def test_convert_refuses_and_writes_nothing(pth, checkpoint, tmp_path, refused):
@@ -198,7 +201,7 @@ def test_replace_says_what_it_costs(trained, tmp_path, data, run):
     argv = ("upgrade", trained, "--replace", "--out", tmp_path / "a", "--data", data)
     report = json.loads(run(*argv, "--json"))
     before, after = report["nats_per_token"]
-    assert before > 0 and after > 0 and report["ffn_layers"] == [[0, 1, 2], []]
+    assert before > 0 and after > 0 and before != after and report["ffn_layers"] == [[0, 1, 2], []]
     assert metastate.load(tmp_path / "a").config.ffn_size is None
     table = run(*argv[:3], "--layers", "1", "--out", tmp_path / "b", "--data", data)
     assert "held-out loss" in table and "0, 1, 2 -> 0, 2" in table
@@ -243,9 +246,10 @@ def test_upgrade_refuses_other_architectures_and_an_upgrade_that_moved(
     assert "nothing changes" in refused("upgrade", checkpoint, *out)
     assert "no checkpoint" in refused("upgrade", "rwkv7-tiny", *out)
 
-    def moved(*_, **__):
-        return {"logits": {"relative": 1e-3}}
-
-    monkeypatch.setattr("metastate.cli.upgrading.growth_report", moved)
-    assert "does not compute" in refused("upgrade", trained, *out)
+    for moved in (1e-3, torch.nan):
+        report = {"logits": {"relative": moved}}
+        monkeypatch.setattr("metastate.cli.upgrading.growth_report", lambda *_, r=report: r)
+        monkeypatch.setattr("metastate.cli.growing.growth_report", lambda *_, r=report: r)
+        assert "does not compute" in refused("upgrade", trained, *out)
+        assert "does not compute" in refused("grow", trained, "--layers", 4, *out)
     assert not (tmp_path / "big").exists()

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 import metastate
+from metastate.cli import main
 from metastate.model.io import read_tensors
 
 SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
@@ -65,9 +66,17 @@ def test_grow_takes_what_sharded_processes_wrote(trained, tmp_path, run):
     assert all(torch.equal(x, parts[key]) for key, x in whole.items())
 
 
-def test_a_table_for_people_and_the_paper_s_random_choice(trained, tmp_path, run):
-    exact = run("grow", trained, "--head-size", 12, "--out", tmp_path / "a")
+def test_a_table_for_people_and_the_paper_s_random_choice(
+    trained, checkpoint, tmp_path, run, capsys
+):
+    assert main(["grow", str(trained), "--head-size", "12", "--out", str(tmp_path / "a")]) == 0
+    exact, said = capsys.readouterr()
     assert "logits moved by at most" in exact and "Python's documentation" in exact
+    _, before, after, ratio = exact.splitlines()[1].replace(",", "").split()
+    assert float(ratio) == pytest.approx(int(after) / int(before), abs=0.01) and float(ratio) > 1
+    assert "no moments" not in said and "metastate train --from" in said
+    assert main(["grow", str(checkpoint), "--layers", "3", "--out", str(tmp_path / "c")]) == 0
+    assert "no moments" in capsys.readouterr().err
     argv = ("grow", trained, "--head-size", 12, "--init", "random", "--json")
     report = json.loads(run(*argv, "--out", tmp_path / "b"))
     assert report["logits"]["relative"] > 1e-5

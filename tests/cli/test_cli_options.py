@@ -89,6 +89,10 @@ def test_settings_are_laid_over_each_other(tmp_path):
     assert settings["model"] == {"num_layers": 3, "meta_state": {"read": "value", "update": "self"}}
 
 
+def test_set_has_the_last_word():
+    assert train_settings("--set", "steps=9", "--steps", "7") == {"steps": 9}
+
+
 def test_a_flag_that_is_not_given_leaves_the_file_alone(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("batch_size: 3\ncarry_state: true\n")

@@ -46,6 +46,47 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "train" in screen.getvalue() and "5/10" in screen.getvalue()
 
 
+def test_a_bar_of_a_resumed_run_does_not_count_what_was_done_before(monkeypatch):
+    made = []
+
+    class Bar:
+        def __init__(self, **settings):
+            made.append(settings)
+            self.n = settings["initial"]
+
+        def update(self, more):
+            self.n += more
+
+        set_postfix = close = lambda self, *_, **__: None
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.bar("train", "steps") as show:
+        show(90, 100)
+        show(95, 100)
+    assert [(s["initial"], s["total"]) for s in made] == [(90, 100)]
+
+
+def test_a_line_every_ten_seconds_and_the_time_left(capsys, monkeypatch):
+    clock = iter([0.0, 11.0, 15.0, 22.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("train", "steps") as show:
+        show(50, 100)  # a resumed run had these; they are not its speed
+        show(52, 100)
+        show(60, 100)
+    said = ["train: 50/100 steps in 11 s", "train: 60/100 steps in 22 s, 44 s left"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError("input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    progress.log("hello")
+
+
 def test_json_holds_no_number_that_json_cannot_say(capsys):
     progress.print_json({"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": 3}})
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)

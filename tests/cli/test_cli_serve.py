@@ -16,6 +16,7 @@ import torch
 
 import metastate
 from metastate.cli import main
+from metastate.cli import serving as serving_command
 from metastate.cli.serving import default_name, read_keys
 from metastate.errors import ConfigError
 
@@ -109,6 +110,20 @@ def test_mistakes_are_said(checkpoint, tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "choose another --port" in refused("--port", taken.getsockname()[1])
     assert main(["serve", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", "::1"])
+def test_an_open_port_is_warned_of(checkpoint, monkeypatch, capsys, host):
+    if host == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    monkeypatch.setattr(serving_command, "warm_up", lambda engine: None)
+    monkeypatch.setattr(serving_command, "_on_signals", lambda handler: None)
+    server = type("Server", (), {"run": lambda self, sockets: None})
+    monkeypatch.setattr("metastate.infer.server.make_server", lambda *_: server())
+    assert main(["serve", str(checkpoint), "--host", host, "--port", "0"]) == 0
+    said = capsys.readouterr().err
+    assert ("everybody who reaches 0.0.0.0" in said) == (host == "0.0.0.0")
+    assert f"http://{'[::1]' if host == '::1' else host}:" in said
 
 
 def test_a_template_in_the_checkpoints_folder_is_used(checkpoint, capsys):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from metastate.cli import main, tasks
+from metastate.cli import build_parser, main, tasks
 from metastate.data.files import alone_in
+from metastate.errors import ConfigError
 
 SMALL = ["--width", "8", "--steps", "3", "--batch-size", "4", "--out"]
 WORDS = ["tasks", "state-tracking", "--group", "Z3", "--length", "4"]
@@ -106,6 +107,34 @@ def test_deeper_models_are_left_out_where_fewer_layers_pass(tmp_path, run, monke
     assert layers == [("rwkv7", 1), ("metastate", 1), ("metastate", 2)]
     fewest = {name: own["Z3"]["fewest_layers"] for name, own in value["summary"].items()}
     assert fewest == {"rwkv7": 1, "metastate": 2}
+
+
+def test_a_cell_is_known_again_whatever_device_it_ran_on(tmp_path):
+    argv = [*WORDS, "--architectures", "rwkv7", "--layers", "1", *SMALL, str(tmp_path)]
+    args = build_parser()[0].parse_args(argv)
+    tasks.fill_defaults(args)
+    ((_, cell),) = tasks.cells(args)
+    there = cell | {"train": cell["train"] | {"device": "cuda"}}
+    assert tasks.is_same(there, cell) and there != cell
+    assert not tasks.is_same(cell | {"train": cell["train"] | {"lr": 0.5}}, cell)
+
+
+def test_what_passed_on_one_problem_says_nothing_of_another():
+    done = {"problem": "Z3", "architecture": "rwkv7", "passed": True}
+    assert tasks.solved_before(done, [done]) is done
+    for other in ({"problem": "S3"}, {"architecture": "paper"}):
+        assert tasks.solved_before(done | other, [done]) is None
+    assert tasks.solved_before(done, [done | {"passed": False}]) is None
+
+
+def test_a_missing_figure_fails_nothing(tmp_path, capsys, monkeypatch):
+    def missing(*_):
+        raise ConfigError("no matplotlib")
+
+    monkeypatch.setattr(tasks, "task_figure", missing)
+    argv = [*WORDS, "--architectures", "rwkv7", "--layers", "1", *SMALL, tmp_path]
+    assert main([str(a) for a in argv]) == 0
+    assert "no figure: no matplotlib" in capsys.readouterr().err
 
 
 def test_fewest_layers_by_length():

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from metastate.cli import demo, main
+from metastate.cli import demo, main, training
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
+from metastate.errors import MetaStateError
+from metastate.train.trainer import TrainResult
 
 SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
 
@@ -168,6 +171,51 @@ def test_a_signal_ends_the_run_with_a_checkpoint(settings, tmp_path, number):
     assert (tmp_path / "run" / "last" / "model.safetensors").exists()
 
 
+@pytest.fixture
+def ended(monkeypatch, tmp_path):
+    """Put a run that ends at once, with these results, in the place of training."""
+
+    def set_result(**values):
+        values = {
+            "step": 3,
+            "tokens": 9,
+            "loss": 1.0,
+            "best_loss": None,
+            "best_step": None,
+        } | values
+        result = TrainResult(out=tmp_path, **({"interrupted": None} | values))
+        monkeypatch.setattr(training, "train", lambda *_, **__: result)
+        monkeypatch.setattr(training, "validation", lambda _: None)
+
+    return set_result
+
+
+@pytest.mark.parametrize(("parallel", "code"), [("none", 143), ("ddp", 0), ("fsdp", 0)])
+def test_torchrun_does_not_start_again_what_a_signal_ended(ended, capsys, parallel, code):
+    ended(interrupted=signal.SIGTERM)
+    assert main(["train", "--data", "d", "--out", "o", "--parallel", parallel]) == code
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM after step 3; go on with --resume" in said
+    assert "no loss curve: " in said  # there is no log: that alone fails nothing
+
+
+def test_a_resumed_run_does_not_ask_for_what_it_began_from(ended):
+    config = TrainConfig(
+        data="d", out="o", from_checkpoint="gone", growth=[{"step": 2, "num_layers": 9}]
+    )
+    ended()
+    assert training.train_with_bar(config, resume=True).step == 3
+    with pytest.raises(MetaStateError, match="gone"):
+        training.train_with_bar(config, resume=False)
+
+
+def test_data_without_held_out_text_are_trained_on(corpus, tmp_path, capsys):
+    argv = ["prepare", corpus, "--out", tmp_path / "all", "--valid-fraction", 0]
+    assert main([str(a) for a in (*argv, "--test-fraction", 0)]) == 0
+    assert training.validation(TrainConfig(data=str(tmp_path / "all"))) is None
+    assert "has no valid split: training goes on without" in capsys.readouterr().err
+
+
 def test_demo_goes_from_nothing_to_a_sample_and_can_be_run_again(tmp_path, monkeypatch, run, data):
     """The whole path on the tiny corpus, with the model and the times made small."""
     small = replace(demo.SETTINGS, batch_size=2, context=16, model=SMALL, valid_tokens=64)
@@ -182,6 +230,27 @@ def test_demo_goes_from_nothing_to_a_sample_and_can_be_run_again(tmp_path, monke
         assert os.path.exists(first[key])
     assert first["sample"].startswith(demo.PROMPT)
     assert json.loads(run(*argv)) == first
+    assert run(*argv[:-1]) == first["sample"] + "\n"
+    stopped = SimpleNamespace(interrupted=signal.SIGINT)
+    monkeypatch.setattr(demo, "train_with_bar", lambda *_, **__: stopped)
+    assert main([str(a) for a in argv]) == 130
+
+
+def test_the_speed_is_that_of_the_steps_after_the_first_ones(tmp_path, monkeypatch):
+    clock = iter([9.0, 9.0, 9.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0])
+    interrupted = None
+
+    def train(config, progress):
+        for step in range(config.steps):
+            progress(step + 1, config.steps)
+        return SimpleNamespace(interrupted=interrupted)
+
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    assert demo.seconds_a_step(demo.SETTINGS, tmp_path / "probe") == 2
+    clock, interrupted = iter(range(10)), signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        demo.seconds_a_step(demo.SETTINGS, tmp_path / "probe")
 
 
 def test_demo_measures_the_speed_by_training(tmp_path, data):

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from metastate.cli import main
+from metastate.cli import main, tuning
+from metastate.train.tune import TuneResult
 
 FEW = ["--steps", "4", "--batch-size", "2", "--context", "16", "--valid-tokens", "300"]
 
@@ -27,6 +28,18 @@ def test_json_says_what_was_done(checkpoint, data, tmp_path, run):
     assert report["step"] == 4 and report["tokens"] == 128 and report["best_step"] == 4
     assert report["file_bytes"] == (tmp_path / "s").stat().st_size
     assert report["before"] > 0 and report["best_loss"] > 0
+
+
+@pytest.mark.parametrize(("after", "said"), [(1.5, False), (2.0, True), (2.5, True)])
+def test_a_state_that_does_not_help_is_said(
+    checkpoint, data, tmp_path, monkeypatch, capsys, after, said
+):
+    result = {"step": 4, "tokens": 9, "loss": 1.0, "before": 2.0, "best_loss": after}
+    result = TuneResult(out=tmp_path, best_step=4, file_bytes=9, interrupted=None, **result)
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: result)
+    argv = ["tune-state", checkpoint, "--data", data, "--out", tmp_path / "s"]
+    assert main([str(a) for a in argv]) == 0
+    assert ("does not help" in capsys.readouterr().err) is said
 
 
 def test_eval_starts_from_it(checkpoint, data, tuned, run):

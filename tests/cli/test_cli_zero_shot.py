@@ -2,8 +2,10 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import metastate
 import zero_shot_files as files
@@ -66,6 +68,7 @@ def test_other_arithmetic_gives_about_the_same(checkpoint, tasks, run, dtype):
         for name in ("float32", dtype)
     ]
     assert values[0] == pytest.approx(values[1], rel=0.5 if dtype == "bfloat16" else 1e-3)
+    assert values[0] != values[1]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,31 @@ def test_lm_eval_that_is_not_installed_is_named(checkpoint, refused, monkeypatch
     assert "pip install 'metastate[lm-eval]'" in message
     assert "--tasks is missing" in refused("lm-eval", checkpoint)
     assert "limit is 0" in refused("lm-eval", checkpoint, "--tasks", "piqa", "--limit", 0)
+
+
+def test_lm_eval_gets_the_options_and_its_talk_stays_out_of_the_result(
+    checkpoint, tmp_path, run, monkeypatch
+):
+    """With a stand-in, so that it runs without lm-evaluation-harness."""
+
+    def evaluate_tasks(lm, tasks, **options):
+        print("lm-eval talks")
+        assert (lm.batch_size, tasks) == (3, ["a", "b"])
+        assert options == {"limit": 4, "include_path": "x"} and torch.is_autocast_enabled("cpu")
+        return {"a": {"items": 2, "metrics": {"acc": {"value": 0.5, "stderr": None}}}}
+
+    def adapter(model, tokenizer, batch_size):
+        return SimpleNamespace(batch_size=batch_size)
+
+    stand_in = SimpleNamespace(MetaStateLM=adapter, evaluate_tasks=evaluate_tasks)
+    monkeypatch.setitem(sys.modules, "metastate.eval.lm_eval_adapter", stand_in)
+    monkeypatch.setattr("metastate.cli.zero_shot.metadata.version", lambda name: "1")
+    argv = ("lm-eval", checkpoint, "--tasks", "a,b", "--limit", 4, "--include-path", "x")
+    argv += ("--batch-size", 3, "--dtype", "bfloat16", "--out", tmp_path / "scores.json")
+    result = json.loads(run(*argv, "--json"))
+    assert result["tasks"]["a"]["items"] == 2 and result["limit"] == 4
+    assert result == json.loads((tmp_path / "scores.json").read_text())
+    assert run(*argv).splitlines()[1].split()[:3] == ["a", "acc", "0.5000"]
 
 
 def test_lm_eval_s_own_tasks(checkpoint, tasks, tmp_path, run, refused):

@@ -120,6 +120,30 @@ def test_relu_squared():
     compare(lambda fuse, x: fused.relu_squared(x, fused=fuse), *leaves(torch.randn(2, 70, H * 5)))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_results_have_the_dtype_that_is_asked_for(fuse):
+    x, last, mu = narrow(1, 4, 8), torch.zeros(1, 8), torch.rand(2, 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        mixed = fused.token_mix(x.float(), last, mu, dtype=dtype, fused=fuse)
+        assert [y.dtype for y in mixed] == [dtype] * 2
+        heads = [torch.randn(1, 4, 2, 4) for _ in range(4)]
+        args = (*heads, torch.randn(1, 4, 8), torch.randn(2, 4), GroupNorm(2, (4,)))
+        assert fused.wkv_output(*args, dtype=dtype, fused=fuse).dtype == dtype
+    own = mu.dtype if fuse else x.dtype  # autocast's weights stay wide
+    assert fused.token_mix(x, last, mu, fused=fuse)[0].dtype == own
+
+
+def test_rows_are_cut_into_a_piece_a_thread(monkeypatch):
+    """No row is left out or taken twice, and each piece has an accumulator of its own."""
+    found = []
+    monkeypatch.setattr(fused, "run_pieces", lambda kernel, calls, count: found.append(calls))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for num_rows in (200, 100, 1):
+        fused._spread("token_mix_backward", num_rows, "x", numbered=True)
+    assert found[0] == [("x", 0, 0, 66), ("x", 1, 66, 133), ("x", 2, 133, 200)]
+    assert found[1:] == [[("x", 0, 0, 100)], [("x", 0, 0, 1)]]
+
+
 SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -1e-40, 0.0, 1.0, -2.0])
 
 

@@ -76,6 +76,9 @@ def check(
     weights = {n: torch.randn_like(x) for n, x in probe.items()}
     expected = outputs_and_gradients(exact, weights, cu_seqlens, "reference", update, by)
     found = outputs_and_gradients(inputs, weights, cu_seqlens, backend, update, by)
+    for name in probe:
+        own = inputs["state"].dtype if name in ("state", "meta") else dtype
+        assert found[name].dtype == own, name
     for name, value in expected.items():
         error = relative_error(found[name], value)
         assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
@@ -104,6 +107,57 @@ def test_updates_and_readers(backend, update, by):
 @pytest.mark.parametrize("lengths", [[140], [1, 1, 138], [3, 67, 64, 6], [65, 1, 74]])
 def test_packed_documents(backend, lengths):
     check(backend, 2, 70, 2, 16, dtype=torch.float64, lengths=lengths)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_memory_of_packed_documents(backend):
+    check(backend, 2, 70, 2, 16, dtype=torch.float64, lengths=[3, 67, 64, 6], update="input")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_strongest_decay_of_a_model_in_float32(backend):
+    inputs = make(1, 300, 1, 16, torch.float32)
+    args = [torch.full_like(x, -0.6065) if n == "log_w" else x for n, x in inputs.items()][:6]
+    y, state = ops.wkv7(*args, inputs["state"], backend=backend)
+    exact = [x.double() for x in (*args, inputs["state"])]
+    expected, final = ops.wkv7(*exact, backend="reference")
+    assert relative_error(y, expected) < TOLERANCE[torch.float32]
+    assert relative_error(state, final) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_alone_has_a_gradient(backend, length):
+    """As where a first state is tuned and no weight is: nothing else asks for one."""
+    inputs = make(1, length, 2, 16)
+    found = []
+    for name in ("reference", backend):
+        state = inputs["state"].clone().requires_grad_()
+        y, final = ops.wkv7(*(inputs[n] for n in NAMES), state, backend=name)
+        found += torch.autograd.grad(y.sin().sum() + final.sin().sum(), state)
+    assert relative_error(found[1], found[0]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float64])
+def test_inputs_say_what_states_are_computed_in_whatever_is_given(backend, length, given):
+    inputs = make(1, length, 2, 16, torch.float32)
+    args, x, state = [inputs[n] for n in NAMES], inputs["x"], inputs["state"].to(given)
+    found = []
+    for start in (state, state.float()):
+        _, trajectory = ops.wkv7_trajectory(*args, start, backend=backend)
+        y, meta = trajectory.recur(x, x, x, start)
+        z, other = ops.meta_state(x, x, None, trajectory, start, update="input", backend=backend)
+        assert all(t.dtype == torch.float32 for t in (trajectory.state, y, meta, z, other))
+        found.append([trajectory.state, y, meta, z, other])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for update in ("input", "delta"):
+        e = x.bfloat16()
+        z, _ = ops.meta_state(x, e, None, trajectory, update=update, backend=backend)
+        assert z.dtype == torch.bfloat16
+    args[2] = args[2].double()
+    assert ops.wkv7(*args, backend=backend)[1].dtype == torch.float64
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -177,8 +231,15 @@ def test_wrong_arguments_are_named():
         ops.wkv7(*[x.long() for x in args])
     with pytest.raises(ShapeError, match="cu_seqlens must rise"):
         ops.wkv7(*args, cu_seqlens=torch.tensor([0, 5, 5, 10]))
+    with pytest.raises(ShapeError, match="cu_seqlens must be int64"):
+        ops.wkv7(*args, cu_seqlens=torch.tensor([0, 10], dtype=torch.int32))
+    with pytest.raises(ShapeError, match="k is on meta, but r on cpu"):
+        ops.wkv7(*args[:2], args[2].to("meta"), *args[3:])
     with pytest.raises(ConfigError, match="allowed: auto, reference"):
         ops.wkv7(*args, backend="gpu")
+    _, trajectory = ops.wkv7_trajectory(*args)
+    with pytest.raises(ConfigError, match="allowed: auto, reference"):
+        ops.meta_state(inputs["x"], inputs["x"], None, trajectory, backend="gpu")
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -92,6 +92,18 @@ def test_updates_and_readers(update, by, short_chunks):
 @interpreted
 def test_packed_documents(poisoned, short_chunks):
     check("triton", 2, 27, 1, 16, dtype=F64, lengths=[1, 33, 16, 4])
+    check("triton", 1, 20, 1, 16, dtype=F64, lengths=[3, 17], update="input")
+
+
+@interpreted
+def test_a_state_alone_has_a_gradient(short_chunks):
+    inputs = make(1, 20, 1, 16)
+    found = []
+    for backend in ("reference", "triton"):
+        state = inputs["state"].clone().requires_grad_()
+        y, final = ops.wkv7(*(inputs[n] for n in NAMES), state, backend=backend)
+        found += torch.autograd.grad(y.sin().sum() + final.sin().sum(), state)
+    assert relative_error(found[1], found[0]) < TOLERANCE[F64]
 
 
 @interpreted
@@ -262,6 +274,9 @@ def test_where_it_runs(monkeypatch):
     for capability, expected in (((7, 5), "chunked"), ((8, 0), "triton"), ((9, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert ops.resolve_backend("auto", torch.device("cuda")) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", None)  # as on an AMD GPU
+        assert ops.resolve_backend("auto", torch.device("cuda")) == "chunked"
     monkeypatch.setattr(ops, "TRITON_FOUND", False)
     assert ops.resolve_backend("auto", torch.device("cuda")) == "chunked"
     with pytest.raises(ConfigError, match=r"pip install 'metastate\[cuda\]'"):

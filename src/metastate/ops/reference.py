@@ -105,17 +105,18 @@ class Trajectory:
             r: [B, T, H, N], as many as the pass had; so k and v.
             k: what M is written under.
             v: what is written.
-            state: M before token 0 of every sequence, [n, H, N, N].
+            state: M before token 0 of every sequence, [n, H, N, N], any float dtype.
 
         Returns:
-            r_t M_t^T [B, T, H, N] in r's dtype, and M after the last token of every sequence.
+            r_t M_t^T [B, T, H, N] in r's dtype, and M after the last token of every sequence, in
+            the dtype of the pass's own states.
 
         Raises:
             ShapeError: a shape or device is not the pass's.
         """
         check_tensors({"the trajectory": self.log_w, "r": r, "k": k, "v": v})
         check_state(state, tuple(self.state.shape), r.device)
-        return self._recur(r, k, v, state.to(state_dtype(state.dtype)))
+        return self._recur(r, k, v, state.to(self.state.dtype))
 
     @without_autocast
     def _read_last(self, x: Tensor, by: str) -> Tensor:
