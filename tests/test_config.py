@@ -28,6 +28,7 @@ from metastate.errors import ConfigError
         (ModelConfig, {"meta_state": {"readout": "Both"}}, "meta_state.readout is 'Both'"),
         (MetaStateConfig, {"readout": "Both"}, "meta_state.readout is 'Both'; allowed: 'both'"),
         (MetaStateConfig, {"activation": "relu"}, "meta_state.activation is 'relu'"),
+        (MetaStateConfig, {"readout_gain": 0.0}, "meta_state.readout_gain is 0.0; it must be posi"),
         (TrainConfig, {"schedule": "cosin"}, "train.schedule is 'cosin'; allowed: 'cosine'"),
         (TrainConfig, {"weight_decay": float("nan")}, "train.weight_decay is nan; a finite"),
         (TrainConfig, {"steps": "3"}, "train.steps is '3'; int is needed"),

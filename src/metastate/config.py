@@ -151,7 +151,8 @@ class MetaStateConfig:
     """The options of the Meta-State layer; docs/architecture.md gives the equation of each.
 
     The defaults are the reading that measured best so far (docs/log.md); `paper()` is the literal
-    one.
+    one. `readout_gain` is the first weight of the readout's norms and nothing else: models that
+    differ in it alone are of one shape and function.
     """
 
     readout: Literal["both", "meta", "encoding"] = "encoding"
@@ -161,6 +162,7 @@ class MetaStateConfig:
     encoder_query: Literal["input", "receptance"] = "receptance"
     encoding_norm: Literal["l2", "rms", "none"] = "l2"
     output_norm: Literal["group", "none"] = "group"
+    readout_gain: float = 0.5
     read: Literal["key", "value"] = "key"
     encoder_size: int | None = None
     encoder: Literal["self_state", "cross"] = "self_state"
@@ -174,6 +176,7 @@ class MetaStateConfig:
     def __post_init__(self) -> None:
         _typed(self, "meta_state")
         _positive("meta_state", encoder_size=self.encoder_size, latent_size=self.latent_size)
+        _positive("meta_state", readout_gain=self.readout_gain)
         if self.variational and self.encoder != "cross":
             raise ConfigError("meta_state.variational needs meta_state.encoder='cross'")
         if self.encoder != "cross" and self.latent_size is not None:

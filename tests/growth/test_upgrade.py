@@ -235,6 +235,8 @@ def test_old_hashes_and_files_stay():
     ):
         assert config_hash(ModelConfig(**fields)).startswith(start)
         assert not {"meta_layers", "ffn_order"} & to_dict(ModelConfig(**fields)).keys()
+    loud = ModelConfig(meta_state=MetaStateConfig(readout_gain=2.0))  # first values alone
+    assert config_hash(loud) == config_hash(ModelConfig()) and loud != ModelConfig()
     config = ModelConfig(ffn_size=9, meta_layers=(1,))
     assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
     assert config_hash(config) != config_hash(ModelConfig(ffn_size=9))

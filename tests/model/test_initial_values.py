@@ -1,5 +1,7 @@
 """Initial values of every layer, channel by channel, as RWKV-7's training code has them."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -75,16 +77,18 @@ def test_initial_embedding_and_head(vocab_size):
     assert is_orthogonal(model.head.weight, 0.5 * max(1, vocab_size / D) ** 0.5)
 
 
-def test_initial_meta_state():
+@pytest.mark.parametrize("gain", [None, 2.0])
+def test_initial_meta_state(gain):
     options = MetaStateConfig(readout="both", encoder_query="input", token_shift=True, gate=True)
+    options = options if gain is None else dataclasses.replace(options, readout_gain=gain)
     model = initial(meta_state=options, head_size=8, parameter_tokens=2)
     for block in model.blocks:
         meta = block.meta_state
         assert not meta.output.weight.any()
         assert torch.equal(meta.projection, torch.eye(N, 8))
         assert torch.equal(meta.mu, torch.full((2, D), 0.5))
-        assert torch.equal(meta.meta_norm.weight, torch.full((H * 8,), 2.0))
-        assert torch.equal(meta.encoding_norm.weight, torch.full((H * 8,), 2.0))
+        assert torch.equal(meta.meta_norm.weight, torch.full((H * 8,), gain or 0.5))
+        assert torch.equal(meta.encoding_norm.weight, torch.full((H * 8,), gain or 0.5))
         assert not block.time_mix.initial_state().any()  # k_p random, v_p zero
         assert block.time_mix.token_keys.any()
     assert initial().blocks[0].meta_state.projection is None

@@ -36,8 +36,6 @@ from metastate.layers.common import (
 )
 from metastate.ops import fused
 
-READOUT_GAIN = 2.0  # first weight of the readout's norms; 1 learns more slowly (docs/log.md)
-
 
 class MetaState(nn.Module):
     """Meta-State layer, per head (every bracket an option of `config.meta_state`).
@@ -88,12 +86,13 @@ class MetaState(nn.Module):
         is_grown = width != N and sees_slices
         self.projection = parameter(torch.eye(width, N, device="cpu")) if is_grown else None
         normed = options.output_norm == "group"
+        gain = options.readout_gain
         self.meta_norm = (
-            GroupNorm(H, self.segments, gain=READOUT_GAIN) if normed and self.has_meta else None
+            GroupNorm(H, self.segments, gain=gain) if normed and self.has_meta else None
         )
         reads_encoding = options.readout != "meta"
         self.encoding_norm = (
-            GroupNorm(H, self.segments, gain=READOUT_GAIN) if normed and reads_encoding else None
+            GroupNorm(H, self.segments, gain=gain) if normed and reads_encoding else None
         )
         num_mixes = (1 + options.gate) if options.token_shift else 0
         self.mu = nn.Parameter(torch.full((num_mixes, D), 0.5)) if num_mixes else None

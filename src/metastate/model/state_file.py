@@ -158,8 +158,10 @@ class StateFile:
 
 
 def config_hash(config: ModelConfig) -> str:
-    """Return the SHA-256 of a configuration, in hexadecimal."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+    """Return the SHA-256 of a configuration, in hexadecimal; first values are no part of it."""
+    fields = to_dict(config)
+    del fields["meta_state"]["readout_gain"]
+    text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
