@@ -155,7 +155,9 @@ def test_greedy_text_is_the_text_of_our_own_generate(tmp_path):
     text = "".join(ours)
     new = out[0, ids.input_ids.shape[1] :]
     assert new.tolist() == ours.tokens
-    assert tokenizer.decode(new, skip_special_tokens=True) == text
+    theirs_text = tokenizer.decode(new, skip_special_tokens=True)
+    # A character that the end cuts is not in our text, and U+FFFD in theirs.
+    assert text and theirs_text.rstrip("\ufffd") == text.rstrip("\ufffd")
 
 
 # Tokenizers
