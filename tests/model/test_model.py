@@ -19,7 +19,10 @@ EXACT = TOLERANCE[torch.float64]
 MODELS = {
     "metastate": {},
     "grown": GROWN | {"meta_state": MetaStateConfig(**WITH_M)},
-    "asked": GROWN | {"meta_state": MetaStateConfig(readout="both", query="receptance")},
+    # At the default's gain this draw of weights is ill-conditioned: in float32 the reference
+    # itself is as far from float64 as every backend, 2e-4.
+    "asked": GROWN
+    | {"meta_state": MetaStateConfig(readout="both", query="receptance", readout_gain=2.0)},
     "paper": {"meta_state": MetaStateConfig.paper()},
     "input": {
         "meta_state": MetaStateConfig(**WITH_M, update="input", query="encoding", read="value")
