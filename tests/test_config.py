@@ -29,6 +29,7 @@ from metastate.errors import ConfigError
         (MetaStateConfig, {"readout": "Both"}, "meta_state.readout is 'Both'; allowed: 'both'"),
         (MetaStateConfig, {"activation": "relu"}, "meta_state.activation is 'relu'"),
         (MetaStateConfig, {"readout_gain": 0.0}, "meta_state.readout_gain is 0.0; it must be posi"),
+        (MetaStateConfig, {"readout_gain": 2.0, "output_norm": "none"}, "needs .*='group'"),
         (TrainConfig, {"schedule": "cosin"}, "train.schedule is 'cosin'; allowed: 'cosine'"),
         (TrainConfig, {"weight_decay": float("nan")}, "train.weight_decay is nan; a finite"),
         (TrainConfig, {"steps": "3"}, "train.steps is '3'; int is needed"),

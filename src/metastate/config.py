@@ -151,8 +151,7 @@ class MetaStateConfig:
     """The options of the Meta-State layer; docs/architecture.md gives the equation of each.
 
     The defaults are the reading that measured best so far (docs/log.md); `paper()` is the literal
-    one. `readout_gain` is the first weight of the readout's norms and nothing else: models that
-    differ in it alone are of one shape and function.
+    one. `readout_gain` is the first weight of the readout's norms, no part of shape or function.
     """
 
     readout: Literal["both", "meta", "encoding"] = "encoding"
@@ -177,6 +176,8 @@ class MetaStateConfig:
         _typed(self, "meta_state")
         _positive("meta_state", encoder_size=self.encoder_size, latent_size=self.latent_size)
         _positive("meta_state", readout_gain=self.readout_gain)
+        if self.output_norm == "none" and self.readout_gain != type(self).readout_gain:
+            raise ConfigError("meta_state.readout_gain needs meta_state.output_norm='group'")
         if self.variational and self.encoder != "cross":
             raise ConfigError("meta_state.variational needs meta_state.encoder='cross'")
         if self.encoder != "cross" and self.latent_size is not None:
