@@ -301,7 +301,7 @@ def meta_state(args: argparse.Namespace) -> dict:
     single = engines["float32", args.batches[0]]
     for _ in range(args.more):
         single.step()
-    state_bytes.append(single._running[0]._draft.state.num_bytes)
+    state_bytes.append(single._running[0].draft.state.num_bytes)
     print(f"\n{'matrices':<10}{'batch':>6}{'ms/step':>10}{'tokens/s':>10}{'gain':>8}")
     for row in rows:
         rate = 1e3 * row["batch"] / row["ms"]

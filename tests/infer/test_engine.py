@@ -269,6 +269,36 @@ def test_logprobs_are_the_models_own(model, engine):
     assert engine.submit("a").logprobs is None
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 3 * CHUNK + 1])
+def test_log_probabilities_of_a_prompt_however_it_is_read(model, engine, length):
+    prompt = [(7 * i) % 120 + 1 for i in range(length)]
+    jobs = [engine.submit(prompt, max_tokens=2, num_prompt_logprobs=n) for n in (3, 3, None, 0)]
+    run(engine)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[0, *prompt]]))
+    expected = logits[0, :-1].log_softmax(-1)
+    for job, num_best in zip(jobs, (3, 3, None, 0), strict=True):
+        found = job.prompt_logprobs
+        if num_best is None:
+            assert found is None
+            continue
+        assert len(found) == length
+        for row, token, (own, best) in zip(expected, prompt, found, strict=True):
+            assert own == pytest.approx(float(row[token]), abs=1e-4)
+            assert [token for token, _ in best] == row.topk(num_best).indices.tolist()
+
+
+def test_the_first_token_behind_a_state_without_a_pending_one_has_no_log_probability(model, engine):
+    with torch.no_grad():
+        logits, state = model(torch.tensor([[0, 5]]))
+    job = engine.submit([7, 9], state=state, max_tokens=0, num_prompt_logprobs=0)
+    run(engine)
+    first, second = job.prompt_logprobs
+    with torch.no_grad():
+        expected = model(torch.tensor([[7]]), state)[0][0, 0].log_softmax(-1)
+    assert first is None and second[0] == pytest.approx(float(expected[9]), abs=1e-4)
+
+
 def test_in_a_thread_of_its_own(model):
     engine = Engine(model, TOKENIZER, max_slots=4, prefill_chunk=CHUNK)
     engine.start()

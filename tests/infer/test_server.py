@@ -145,6 +145,44 @@ def test_logprobs_are_the_models(server, client):
     assert streamed == [e.logprob for e in entries]
 
 
+@pytest.mark.parametrize("num_tokens", [0, 4])
+def test_an_echo_tells_the_prompt_and_what_the_model_thought_of_it(server, client, num_tokens):
+    prompts = [list(b"abc"), list("h\u00e9llo".encode()), [195], []]
+    answer = client.completions.create(
+        model="tiny", prompt=prompts, max_tokens=num_tokens, temperature=0, logprobs=1, echo=True
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        text = bytes(prompt).decode(errors="replace")
+        told, (own, run) = choice.logprobs, alone(server.model, text, num_tokens)
+        if prompt != [195]:
+            assert choice.text == text + own
+        tokens = [*prompt, *(run.tokens if prompt != [195] else choice.text[1:].encode())]
+        with torch.no_grad():
+            logits, _ = server.model(torch.tensor([[0, *tokens]]))
+        expected = logits[0, :-1].log_softmax(-1)
+        assert told.token_logprobs == pytest.approx(
+            [float(row[t]) for row, t in zip(expected, tokens, strict=True)], abs=1e-4
+        )
+        best = [max(row.values()) for row in told.top_logprobs]
+        assert best == pytest.approx(expected.max(-1).values.tolist(), abs=1e-4)
+        assert len(told.tokens) == len(told.text_offset) == len(tokens)
+        for name, offset in zip(told.tokens, told.text_offset, strict=True):
+            assert name.startswith("bytes:") or choice.text[offset:].startswith(name)
+
+
+def test_an_echo_behind_a_state_and_without_log_probabilities(server, client):
+    post = server.client.post
+    whole = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=0, logprobs=0, echo=True
+    ).choices[0]
+    first = post("/v1/states", json={"prompt": "hel"}).json()["id"]
+    body = {"prompt": "lo", "state": first, "max_tokens": 0, "echo": True}
+    plain = post("/v1/completions", json=body).json()["choices"][0]
+    assert plain["text"] == "lo" and plain["logprobs"] is None
+    behind = post("/v1/completions", json=body | {"logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert behind["token_logprobs"] == pytest.approx(whole.logprobs.token_logprobs[3:], abs=1e-4)
+
+
 def test_logprobs_name_tokens_by_what_they_are_inside_a_text(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -278,7 +316,8 @@ REFUSED = [
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"presence_penalty": -1}, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"echo": True}, "echo"),
+    ({"echo": 1}, "echo"),
+    ({"echo": True, "stream": True}, "echo"),
     ({"best_of": 3}, "best_of"),
     ({"suffix": "z"}, "suffix"),
     ({"bla": 1}, "bla"),

@@ -7,13 +7,10 @@ row, and when one leaves the last row takes its place.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import BusyError, ConfigError, EngineError
@@ -21,143 +18,14 @@ from metastate.infer.generate import (
     PREFILL_CHUNK,
     Continuation,
     Draft,
-    Statistics,
     inference,
     prefill,
 )
+from metastate.infer.job import TOP_LOGPROBS, Job, log_probabilities
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.decode import make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
-
-TOP_LOGPROBS = 20
-
-
-class Job:
-    """One request: its text as it comes, and all about it.
-
-    Attributes:
-        id: unique in this process.
-        error: why the request failed, or None.
-        logprobs: with `want_logprobs`, a (log-probability, best) pair a token, before temperature
-            and penalties; best holds the (token, log-probability) pairs of the likeliest tokens.
-    """
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, draft: Draft, deadline: float | None, want_logprobs: bool) -> None:
-        self.id = f"job-{next(self._numbers)}"
-        self.error: Exception | None = None
-        self.logprobs: list[tuple[float, list[tuple[int, float]]]] | None = (
-            [] if want_logprobs else None
-        )
-        self._draft, self._deadline = draft, deadline
-        self._cancelled = False
-        self._pieces: list[str] = []
-        self._done = False
-        self._callbacks: list[Callable[[str | None], None]] = []
-        self._changed = threading.Condition()
-        self._wake: Callable[[], None] = lambda: None
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None until it is finished, then one of these.
-
-        "length", "eod", "stop", "cancelled", "deadline", "error".
-        """
-        return self._draft.finish_reason if self._done else None
-
-    @property
-    def tokens(self) -> list[int]:
-        """Sampled so far."""
-        return self._draft.tokens
-
-    @property
-    def offsets(self) -> list[int]:
-        """Of each token in the text that they make, in characters."""
-        return self._draft.offsets
-
-    @property
-    def statistics(self) -> Statistics:
-        """Tokens and seconds; those of decoding are shared with the rest of the batch."""
-        return self._draft.statistics
-
-    @property
-    def seed(self) -> int:
-        """Seed of the generator, also when it was drawn."""
-        return self._draft.seed
-
-    @property
-    def continuation(self) -> Continuation | None:
-        """What to save so that a later run goes on exactly; None before the end or an error."""
-        return self._draft.continuation if self._done and self.error is None else None
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the pieces of text from the first on, waiting for those to come.
-
-        Raises:
-            Exception: `error`, at the end of a request that failed.
-        """
-        for i in itertools.count():
-            with self._changed:
-                self._changed.wait_for(lambda i=i: self._done or len(self._pieces) > i)  # type: ignore[misc]
-                if i == len(self._pieces):
-                    break
-                piece = self._pieces[i]
-            yield piece
-        if self.error is not None:
-            raise self.error
-
-    def result(self, timeout_s: float | None = None) -> str:
-        """Wait for the end and return the whole text.
-
-        Raises:
-            TimeoutError: it did not end in time; it goes on. Exception: `error`, if it failed.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout_s):
-                raise TimeoutError(f"{self.id} was not finished after {timeout_s} s")
-        if self.error is not None:
-            raise self.error
-        return "".join(self._pieces)
-
-    def on_event(self, callback: Callable[[str | None], None]) -> None:
-        """Call `callback(piece)` with every piece of text, and `callback(None)` at the end.
-
-        Pieces that came before are handed over at once, here; later ones in the engine's thread,
-        which waits for the callback.
-        """
-        with self._changed:
-            for piece in self._pieces:
-                callback(piece)
-            if self._done:
-                callback(None)
-            else:
-                self._callbacks.append(callback)
-
-    def cancel(self) -> None:
-        """End the request at the next step; its continuation stands behind what was written."""
-        self._cancelled = True
-        self._wake()
-
-    def _add(self, piece: str) -> None:
-        """Let listeners know of a piece of text, and of the end where there is a finish reason."""
-        with self._changed:
-            if piece:
-                self._pieces.append(piece)
-            self._done = self._draft.finish_reason is not None
-            for callback in self._callbacks:
-                if piece:
-                    callback(piece)
-                if self._done:
-                    callback(None)
-            self._changed.notify_all()
-
-    def _overdue(self) -> str | None:
-        if self._cancelled:
-            return "cancelled"
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        return "deadline" if late else None
 
 
 class Engine:
@@ -230,6 +98,7 @@ class Engine:
         stop: Sequence[str] = (),
         timeout_s: float | None = None,
         want_logprobs: bool = False,
+        num_prompt_logprobs: int | None = None,
         ahead: bool = False,
     ) -> Job:
         """Queue a request; the arguments are those of `generate`.
@@ -245,6 +114,7 @@ class Engine:
             stop: strings that end the text.
             timeout_s: seconds from now after which it ends with "deadline"; None means never.
             want_logprobs: fill `Job.logprobs`.
+            num_prompt_logprobs: fill `Job.prompt_logprobs`, with so many of the likeliest tokens.
             ahead: go before all that wait, however many, as the end of a request that was taken.
 
         Raises:
@@ -258,6 +128,7 @@ class Engine:
             stop=stop,
             timeout_s=timeout_s,
             want_logprobs=want_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
         )
         self.queue(job, ahead=ahead)
         return job
@@ -272,6 +143,7 @@ class Engine:
         stop: Sequence[str] = (),
         timeout_s: float | None = None,
         want_logprobs: bool = False,
+        num_prompt_logprobs: int | None = None,
     ) -> Job:
         """Return what `submit` queues; a long prompt takes its time, so call it in any thread."""
         if timeout_s is not None and not timeout_s > 0:
@@ -279,8 +151,8 @@ class Engine:
         sampling = sampling or SamplingConfig()
         draft = Draft(self.model, self.tokenizer, prompt, state, sampling, max_tokens, stop)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        job = Job(draft, deadline, want_logprobs)
-        job._wake = self._notify
+        job = Job(draft, deadline, want_logprobs, num_prompt_logprobs)
+        job.wake = self._notify
         return job
 
     def queue(self, job: Job, *, ahead: bool = False) -> None:
@@ -342,7 +214,7 @@ class Engine:
             pass
         with self._changed:
             for job in self._unfinished:
-                job._cancelled = True
+                job.cancelled = True
             self._changed.notify_all()
         if self._thread is None:
             self._drop_overdue()
@@ -376,31 +248,31 @@ class Engine:
             return bool(self._waiting) or not self._stopping
 
     def _finish(self, job: Job, piece: str) -> None:
-        reason = job._draft.finish_reason
+        reason = job.draft.finish_reason
         assert reason is not None
         self.totals[reason] += 1
         with self._changed:
             self._unfinished.discard(job)
-        job._add(piece)
+        job.add(piece)
 
     def _drop_overdue(self) -> None:
         """End what was cancelled or is late, whether it waits, joins or runs."""
         with self._changed:
-            waiting = [job for job in self._waiting if job._overdue()]
+            waiting = [job for job in self._waiting if job.overdue()]
             for job in waiting:
                 self._waiting.remove(job)
-        if self._joining is not None and self._joining._overdue():
+        if self._joining is not None and self._joining.overdue():
             waiting.append(self._joining)
             self._joining = None
         for job in waiting:
-            self._finish(job, job._draft.end(job._overdue() or ""))
-        for job in [job for job in self._running if job._overdue()]:
+            self._finish(job, job.draft.end(job.overdue() or ""))
+        for job in [job for job in self._running if job.overdue()]:
             self._leave(job)
-            self._finish(job, job._draft.end(job._overdue() or ""))
+            self._finish(job, job.draft.end(job.overdue() or ""))
 
     def _fail(self, job: Job, error: Exception) -> None:
         job.error = error
-        job._draft.finish_reason = "error"
+        job.draft.finish_reason = "error"
         self._finish(job, "")
 
     def _read_prompt(self) -> bool:
@@ -409,16 +281,16 @@ class Engine:
             with self._changed:
                 if not self._waiting:
                     return False
-                writes = self._waiting[0]._draft.max_tokens > 0
+                writes = self._waiting[0].draft.max_tokens > 0
                 if writes and len(self._running) == self.max_slots:
                     return False
                 self._joining = self._waiting.popleft()
-            draft = self._joining._draft
+            draft = self._joining.draft
             self._prompt = (draft.state, list(draft.pending))
         job = self._joining
-        draft, before = job._draft, job.statistics.prefill_tokens
+        draft, before = job.draft, job.statistics.prefill_tokens
         try:
-            prefill(draft, self.prefill_chunk)
+            prefill(draft, self.prefill_chunk, None if job.num_best is None else job.score)
         except Exception as error:  # whatever it is, the other requests go on
             self._joining = None
             self._fail(job, error)
@@ -426,7 +298,7 @@ class Engine:
         self.totals["prompt_tokens"] += job.statistics.prefill_tokens - before
         if len(draft.pending) == 1:
             self._joining = None
-            self._share(draft)
+            self._share(job)
             piece = draft.end_if_full()
             if draft.finish_reason is None:
                 self._join(job)
@@ -434,24 +306,26 @@ class Engine:
                 self._finish(job, piece)
         return True
 
-    def _share(self, draft: Draft) -> None:
-        """Let those that wait with the prompt that `draft` has read go on from where it stands."""
+    def _share(self, job: Job) -> None:
+        """Let those that wait with the prompt that `job` has read go on from where it stands."""
         (state, prompt), self._prompt = self._prompt, (None, [])
         with self._changed:
-            for other in (job._draft for job in self._waiting) if len(prompt) > 1 else ():
-                if other.state is state and other.pending == prompt:
-                    other.stand_beside(draft)
+            for other in self._waiting if len(prompt) > 1 else ():
+                draft, scored = other.draft, other.num_best in (None, job.num_best)
+                if draft.state is state and draft.pending == prompt and scored:
+                    draft.stand_beside(job.draft)
+                    other.read_logprobs = job.read_logprobs
 
     def _join(self, job: Job) -> None:
-        job._draft.enter(self._decoder, len(self._running))
+        job.draft.enter(self._decoder, len(self._running))
         self._running.append(job)
 
     def _leave(self, job: Job) -> None:
         """Free the row of `job`; the last row moves there."""
-        job._draft.leave()
+        job.draft.leave()
         row, last = self._running.index(job), self._running.pop()
         if last is not job:
-            last._draft.enter(self._decoder, row)
+            last.draft.enter(self._decoder, row)
             self._running[row] = last
 
     def _decode(self) -> None:
@@ -459,18 +333,18 @@ class Engine:
         jobs = list(self._running)
         try:
             with inference(self.model):
-                logits = self._decoder.step([job._draft.pending[0] for job in jobs])
+                logits = self._decoder.step([job.draft.pending[0] for job in jobs])
         except Exception as error:
             for job in jobs:
                 self._leave(job)
                 self._fail(job, error)
             return
         for job, row in zip(jobs, logits, strict=True):
-            draft = job._draft
+            draft = job.draft
             try:
                 piece = draft.write(row)
                 if job.logprobs is not None:
-                    job.logprobs.append(_logprobs(row, draft.tokens[-1]))
+                    job.logprobs += log_probabilities(row[None], draft.tokens[-1:], TOP_LOGPROBS)
             except Exception as error:
                 self._leave(job)
                 self._fail(job, error)
@@ -481,11 +355,4 @@ class Engine:
                 self._leave(job)
                 self._finish(job, piece)
             elif piece:
-                job._add(piece)
-
-
-def _logprobs(logits: Tensor, token: int) -> tuple[float, list[tuple[int, float]]]:
-    scores = logits.float().log_softmax(-1)
-    best = scores.topk(min(TOP_LOGPROBS, len(scores)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return float(scores[token]), list(pairs)
+                job.add(piece)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,6 +148,7 @@ class Draft:
         pending: tokens given or sampled that the model has not consumed, at least one.
         tokens: sampled so far.
         offsets: of each of them in the text that they make, in characters.
+        num_prompt: tokens of the prompt.
         finish_reason: "length", "eod", "stop", or what `end` was told; None while it runs.
         statistics: tokens and seconds.
         seed: of the generator, also when it was drawn.
@@ -177,6 +178,7 @@ class Draft:
         if before is not None and not before.state.tokens_seen and not before.pending:
             before = replace(before, pending=(tokenizer.eod_id,))  # as every document begins
         encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.num_prompt = len(encoded)
         self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), size))
         self._state: ModelState | None = None
         self._place: tuple[Decoder, int] | None = None
@@ -373,10 +375,13 @@ def inference(model: LanguageModel) -> Iterator[None]:
         yield
 
 
-def prefill(draft: Draft, chunk: int) -> bool:
+def prefill(
+    draft: Draft, chunk: int, score: Callable[[Tensor, list[int]], None] | None = None
+) -> bool:
     """Let the model read up to `chunk` tokens of the prompt; False when one token is left.
 
-    The last token stays pending, so that a run of no tokens can be continued as well.
+    The last token stays pending, so that a run of no tokens can be continued as well. `score` is
+    handed the logits [n, V] of the n tokens read, and the n tokens that follow them.
     """
     tokens = draft.pending[: min(chunk, len(draft.pending) - 1)]
     if not tokens:
@@ -384,7 +389,11 @@ def prefill(draft: Draft, chunk: int) -> bool:
     started = time.perf_counter()
     with inference(draft.model):
         x = torch.tensor([tokens], device=draft.model.embedding.weight.device)
-        draft._state = draft.model.read(x, draft.state)
+        if score is None:
+            draft._state = draft.model.read(x, draft.state)
+        else:
+            logits, draft._state = draft.model(x, draft.state)
+            score(logits[0], draft.pending[1 : len(tokens) + 1])
     del draft.pending[: len(tokens)]
     draft.statistics.prefill_tokens += len(tokens)
     draft.statistics.prefill_s += time.perf_counter() - started

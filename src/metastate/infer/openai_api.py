@@ -16,11 +16,12 @@ from weakref import WeakSet
 from starlette.responses import Response
 from starlette.types import Receive
 
-from metastate.data.tokenizer import Tokenizer
+from metastate.data.tokenizer import StreamDecoder, Tokenizer
 from metastate.errors import MetaStateError
-from metastate.infer.engine import Engine, Job
+from metastate.infer.engine import Engine
 from metastate.infer.gate import ApiError, ServerConfig, as_api_error, while_connected
 from metastate.infer.generate import Continuation
+from metastate.infer.job import Job, LogProb
 from metastate.infer.openai_feed import FINISH, EventStream, Feed, Task
 from metastate.infer.openai_requests import (
     ChatRequest,
@@ -140,7 +141,7 @@ class OpenAI:
         It goes before all requests that wait, and ends before the whole request is late.
         """
         task, job, config = feed.task, feed.jobs[index], self.config
-        ids = task.prompts[index // (task.request.n or 1)] + self.tokenizer.encode(text)
+        ids = feed.prompt(index) + self.tokenizer.encode(text)
         left_s = feed.started + config.timeout_s + config.send_timeout_s / 2 - time.monotonic()
         reading = Task([ids], CommonFields(), (), 0, task.before, None, False)
         again = await asyncio.to_thread(Feed, self.engine, reading, config, timeout_s=left_s)
@@ -171,6 +172,7 @@ class OpenAI:
         before = self.before(owner, request.state)
         if isinstance(request, ChatRequest):
             messages = [{"role": m.role, "content": m.text} for m in request.messages]
+            echo = False
             text, ends = self.template.render(messages, continued=before is not None)
             prompts: list[Any] = [text]
             stop, default, num_logprobs = (*ends, *stop), 256, request.top_logprobs
@@ -178,6 +180,7 @@ class OpenAI:
             limit = request.max_completion_tokens
         else:
             prompts, default, num_logprobs, limit = request.prompts, 16, request.logprobs, None
+            echo = bool(request.echo)
         most = min(config.max_choices, config.max_concurrent)
         if len(prompts) * (request.n or 1) > most:
             raise ApiError(
@@ -196,26 +199,28 @@ class OpenAI:
         ids = [self.encode(prompt, before) for prompt in prompts]
         if request.store_state:
             self.check_room(owner, ids, request.n or 1)
-        return Task(
-            ids, request, stop, limit, before, num_logprobs, isinstance(request, ChatRequest)
-        )
+        chat = isinstance(request, ChatRequest)
+        return Task(ids, request, stop, limit, before, num_logprobs, chat, echo)
 
     async def _whole(self, feed: Feed, owner: str) -> dict[str, Any]:
-        task, choices, stored = feed.task, [], {}
+        choices, stored = [], {}
         async for index, _, _ in feed:
             work = self._stored(feed, index, feed.jobs[index].result(), owner)
             stored[index] = feed.beside(work)
-        for index, job in enumerate(feed.jobs):
-            text = job.result()
-            logprobs = self._logprobs(task, job, 0, len(job.tokens))
-            choice: dict[str, Any] = {"index": index, "logprobs": logprobs}
-            if task.chat:
-                choice["message"] = {"role": "assistant", "content": text.lstrip(), "refusal": None}
-            else:
-                choice["text"] = text
-            choice["finish_reason"] = FINISH[job.finish_reason or ""]
+        for index in range(len(feed.jobs)):
+            choice = await asyncio.to_thread(self._choice, feed, index)  # an echo may be long
             choices.append(choice | await stored[index])
-        return self._head(task) | {"choices": choices, "usage": self._usage(feed)}
+        return self._head(feed.task) | {"choices": choices, "usage": self._usage(feed)}
+
+    def _choice(self, feed: Feed, index: int) -> dict[str, Any]:
+        task, job = feed.task, feed.jobs[index]
+        text, logprobs = job.result(), self._logprobs(feed, index, 0, len(job.tokens))
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs}
+        if task.chat:
+            choice["message"] = {"role": "assistant", "content": text.lstrip(), "refusal": None}
+        else:
+            choice["text"] = (self._echoed(feed, index)[0] if task.echo else "") + text
+        return choice | {"finish_reason": FINISH[job.finish_reason or ""]}
 
     async def _events(self, feed: Feed, owner: str) -> AsyncIterator[str]:
         """Yield the lines of a stream, an error as the last of them."""
@@ -237,7 +242,7 @@ class OpenAI:
 
         def last(index: int, stored: dict[str, Any]) -> str:
             job = feed.jobs[index]
-            logprobs = self._logprobs(task, job, shown[index], len(job.tokens))
+            logprobs = self._logprobs(feed, index, shown[index], len(job.tokens))
             reason = FINISH[job.finish_reason or ""]
             return chunk(index, None, reason, logprobs=logprobs, **stored)
 
@@ -250,7 +255,7 @@ class OpenAI:
                 if piece is not None:
                     fresh = task.chat and not texts[index].strip()
                     texts[index] += piece
-                    logprobs = self._logprobs(task, feed.jobs[index], shown[index], num_tokens)
+                    logprobs = self._logprobs(feed, index, shown[index], num_tokens)
                     shown[index] = max(shown[index], num_tokens)
                     piece = piece.lstrip() if fresh else piece
                     yield chunk(index, piece, None, logprobs=logprobs)
@@ -306,12 +311,13 @@ class OpenAI:
         except (ApiError, MetaStateError) as error:
             return {"state": None, "state_error": as_api_error(error).body()["error"]}
 
-    def _logprobs(self, task: Task, job: Job, first: int, end: int) -> dict[str, Any] | None:
+    def _logprobs(self, feed: Feed, index: int, first: int, end: int) -> dict[str, Any] | None:
         """Return the log-probabilities of the tokens `first` to `end - 1` in OpenAI's form."""
+        task, job = feed.task, feed.jobs[index]
         if task.num_logprobs is None or job.logprobs is None:
             return None
-        ids, found = job.tokens[first:end], job.logprobs[first:end]
-        best = [pairs[: task.num_logprobs] for _, pairs in found]
+        ids, offsets = job.tokens[first:end], job.offsets[first:end]
+        found = [(own, best[: task.num_logprobs]) for own, best in job.logprobs[first:end]]
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text, raw = self._name(token)
@@ -325,16 +331,29 @@ class OpenAI:
 
         if task.chat:
             content = [
-                entry(token, own) | {"top_logprobs": [entry(*pair) for pair in pairs]}
-                for token, (own, _), pairs in zip(ids, found, best, strict=True)
+                entry(token, own) | {"top_logprobs": [entry(*pair) for pair in best]}
+                for token, (own, best) in zip(ids, found, strict=True)
             ]
             return {"content": content, "refusal": None}
+        rows: list[LogProb | None] = [*found]
+        if task.echo and job.prompt_logprobs is not None:
+            text, starts = self._echoed(feed, index)
+            ids, rows = [*feed.prompt(index), *ids], [*job.prompt_logprobs, *rows]
+            offsets = [*starts, *(len(text) + offset for offset in offsets)]
         return {
             "tokens": [self._name(token)[0] for token in ids],
-            "token_logprobs": [own for own, _ in found],
-            "top_logprobs": [by_name(pairs) for pairs in best],
-            "text_offset": job.offsets[first:end],
+            "token_logprobs": [None if row is None else row[0] for row in rows],
+            "top_logprobs": [None if row is None else by_name(row[1]) for row in rows],
+            "text_offset": offsets,
         }
+
+    def _echoed(self, feed: Feed, index: int) -> tuple[str, list[int]]:
+        """Return the prompt of a text as text, and where in it each token begins."""
+        decoder, text, offsets = StreamDecoder(self.tokenizer), "", []
+        for token in feed.prompt(index):
+            offsets.append(len(text))
+            text += decoder.push(token)
+        return text + decoder.finish(), offsets
 
     def _name(self, token: int) -> tuple[str, list[int] | None]:
         """Return a token as text, and its bytes where they are known; half a character is bytes.

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from metastate.errors import StateError
-from metastate.infer.engine import Engine, Job
+from metastate.infer.engine import Engine
 from metastate.infer.gate import (
     ApiError,
     ClientGoneError,
@@ -25,6 +25,7 @@ from metastate.infer.gate import (
     while_connected,
 )
 from metastate.infer.generate import Continuation
+from metastate.infer.job import Job
 from metastate.infer.openai_requests import CommonFields
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Task:
     before: Continuation | None
     num_logprobs: int | None
     chat: bool
+    echo: bool = False
 
     @property
     def num_texts(self) -> int:
@@ -77,9 +79,14 @@ class Feed:
                 stop=task.stop,
                 timeout_s=timeout_s or config.timeout_s,
                 want_logprobs=task.num_logprobs is not None,
+                num_prompt_logprobs=task.num_logprobs if task.echo else None,
             )
             for index, prompt in enumerate(prompts)
         ]
+
+    def prompt(self, index: int) -> list[int]:
+        """Return the prompt's tokens of the text `index`."""
+        return self.task.prompts[index // (self.task.request.n or 1)]
 
     def start(self, *, ahead: bool = False) -> Feed:
         """Queue the jobs, all of them or none, and return self; arguments as `Engine.queue`."""

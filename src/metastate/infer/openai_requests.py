@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metastate.errors import ConfigError
-from metastate.infer.engine import TOP_LOGPROBS
 from metastate.infer.gate import ApiError
+from metastate.infer.job import TOP_LOGPROBS
 from metastate.infer.sampling import SamplingConfig
 
 DEFAULT_TEMPLATE = """\
@@ -90,7 +90,7 @@ class CommonFields(Body):
             return data
         kept = {}
         for name, value in data.items():
-            if name in DEFAULTS:
+            if name in DEFAULTS and name not in cls.model_fields:
                 if value is not None and value not in DEFAULTS[name]:
                     raise ApiError(
                         400,
@@ -134,6 +134,13 @@ class CompletionRequest(CommonFields):
         | None
     ) = None
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.echo and self.stream:
+            raise ApiError(400, "echo comes with the whole text; leave stream out", param="echo")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
