@@ -497,6 +497,4 @@ class TrainConfig:
         if steps != sorted(set(steps)):
             raise ConfigError(f"train.growth has steps {steps}; each must be after the one before")
         if steps and steps[-1] >= self.steps:
-            raise ConfigError(
-                f"train.growth at step {steps[-1]} comes after the run's end, {self.steps} steps"
-            )
+            raise ConfigError(f"train.growth: {steps[-1]} is after the run's end, {self.steps}")
