@@ -183,6 +183,17 @@ def test_an_echo_behind_a_state_and_without_log_probabilities(server, client):
     assert behind["token_logprobs"] == pytest.approx(whole.logprobs.token_logprobs[3:], abs=1e-4)
 
 
+def test_an_echo_of_too_many_log_probabilities_is_refused(server, client, monkeypatch):
+    monkeypatch.setattr("metastate.infer.openai_api.MAX_ECHOED", 24)
+    common = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 2}
+    client.completions.create(prompt=["abcd", "efgh"], **common)
+    client.completions.create(prompt="abcd" * 9, **common | {"logprobs": None})
+    for prompt, n in ((["abcd", "efghi"], 1), ("abc", 3)):
+        with pytest.raises(openai.APIStatusError, match="too many for one answer") as refused:
+            client.completions.create(prompt=prompt, n=n, **common)
+        assert refused.value.status_code == 413
+
+
 def test_logprobs_name_tokens_by_what_they_are_inside_a_text(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -32,6 +32,8 @@ from metastate.infer.openai_requests import (
 )
 from metastate.infer.store import StateStore, StoredState
 
+MAX_ECHOED = 2**20  # log-probabilities of prompts in one answer, which is made in memory
+
 
 class OpenAI:
     """Completions and chat completions of one model."""
@@ -197,6 +199,15 @@ class OpenAI:
                 param="max_tokens",
             )
         ids = [self.encode(prompt, before) for prompt in prompts]
+        echoed = sum(map(len, ids)) * (request.n or 1) if echo else 0
+        if num_logprobs is not None and echoed * (1 + num_logprobs) > MAX_ECHOED:
+            raise ApiError(
+                413,
+                f"log-probabilities of {echoed:,} tokens, {1 + num_logprobs} of each, are too many "
+                f"for one answer ({MAX_ECHOED:,}); send fewer or shorter prompts",
+                param="echo",
+                code="echo_too_long",
+            )
         if request.store_state:
             self.check_room(owner, ids, request.n or 1)
         chat = isinstance(request, ChatRequest)
