@@ -7,12 +7,13 @@ import pytest
 
 from metastate.errors import DataError
 from metastate.eval import plots
-from metastate.eval.plots import comparison_figure
+from metastate.eval.plots import comparison_figure, lead_figure
 from metastate.eval.report import (
     FIGURES,
     failures,
     fits,
     gains,
+    leads,
     main_table,
     markdown,
     power_law,
@@ -216,15 +217,52 @@ def test_every_figure_is_drawn(results, key, kind):
 
 def test_the_page_stands_alone_and_is_escaped(results, tmp_path):
     paths = write_report(results, tmp_path)
-    assert all(p.stat().st_size for p in paths) and len(paths) == 6
+    assert all(p.stat().st_size for p in paths) and len(paths) == 7
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4 and "new &lt;1&gt;" in page and "new <1>" not in page
+    assert (
+        page.count("<svg") == 5
+        and "Lead over old" in page
+        and "new &lt;1&gt;" in page
+        and "new <1>" not in page
+    )
     assert 'name="viewport"' in page
     # Nothing is loaded from elsewhere.
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#', "", page))
     assert "the seeds of a size share its distance from the line" in page
     assert "extrapolation, not measured" in page and "1 of 8 cells" in page
     assert "10.00" not in page and "15.00 ± 7.07 %" in page
+
+
+def test_leads_are_paired_by_seed_and_read_off_between_points(results):
+    expected = [(500, 100 * (0.2 / 3.0 + 0.5 / 3.5) / 2), (1000, 15)]
+    assert leads(results, "small", "new <1>") == [pytest.approx(point) for point in expected]
+    assert leads(results, "large", "new <1>") == leads(results, "huge", "new <1>") == []
+    early = {"tokens": 200, "flops": 2e8, "seconds": 0.5, "loss": 9.0}
+    for r in results["rows"]:
+        if r["size"] == "small":
+            r["curve"] = [early, *r["curve"]] if r["model"] != "old" else [early, r["curve"][1]]
+    found = leads(results, "small", "new <1>")
+    at_500 = [100 * (1 - own / (9 - (9 - end) * 3 / 8)) for own, end in ((2.8, 2.0), (3.0, 2.5))]
+    assert found[0] == (200, 0) and found[2] == (1000, pytest.approx(15))
+    assert found[1] == (500, pytest.approx(sum(at_500) / 2))
+    for r in results["rows"]:  # a baseline that was stopped says nothing of what came later
+        if (r["size"], r["model"]) == ("small", "old"):
+            r["curve"] = r["curve"][:1]
+    assert leads(results, "small", "new <1>") == [(200, 0)]
+
+
+def test_a_lead_is_drawn_above_the_line_and_its_loss_below(drawn):
+    lead_figure({("a", "s"): [(1, 2), (10, -1)], ("b", "s"): [(1, 3)]}, "a title")
+    (axes,) = drawn[0].axes
+    zero, first, second = axes.lines
+    assert list(zero.get_ydata()) == [0, 0] and list(first.get_ydata()) == [2, -1]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a, s", "b, s"]
+    assert first.get_color() != second.get_color()
+
+
+def test_without_a_baseline_s_run_there_is_no_lead_to_draw(results, tmp_path):
+    results["rows"] = [r for r in results["rows"] if r["model"] != "old"]
+    assert "lead-by-tokens.png" not in [p.name for p in write_report(results, tmp_path)]
 
 
 def test_without_a_finished_cell_there_is_no_report(results, tmp_path):

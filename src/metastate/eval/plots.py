@@ -16,6 +16,7 @@ from metastate.data.files import atomic_write
 from metastate.errors import ConfigError, DataError
 
 TRAIN, VALID = "#4c72b0", "#c44e52"
+STYLES = ("-", "--", ":", "-.")  # of sizes
 MOST_LABELS = 12  # bars that there is room to write on
 
 
@@ -162,8 +163,7 @@ def comparison_figure(
                     [statistics.fmean(r["curve"][k][what] for r in rows) for k in range(shortest)]
                     for what in (key, "loss")
                 )
-                style = ("-", "--", ":", "-.")[j % 4]
-                axes.plot(xs, ys, style, color=colour, lw=1.5, label=label)
+                axes.plot(xs, ys, STYLES[j % 4], color=colour, lw=1.5, label=label)
                 axes.plot(xs[-1:], ys[-1:], "o", color=colour, ms=4)
                 ends += [*ys[len(ys) // 4 :]]
                 label = None  # one entry a model
@@ -183,8 +183,36 @@ def comparison_figure(
     axes.set_ylabel("held-out loss (nats a token)")
     axes.set_title(_as_text(title))
     if key != "parameters" and len(sizes) > 1:
-        for size, style in zip(sizes, ("-", "--", ":", "-."), strict=False):
+        for size, style in zip(sizes, STYLES, strict=False):
             axes.plot([], [], style, color="#555", label=_as_text(size))
+    axes.legend(frameon=False)
+    return _bytes(figure, kind)
+
+
+def lead_figure(
+    lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]], title: str, kind: str = "png"
+) -> bytes:
+    """Draw how far models are ahead of the baseline, (model, size) -> (tokens, lead in %).
+
+    A colour a model, a style a size, or of one model a colour a size; below 0 a model is behind.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure, axes = _figure()
+    models, sizes = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    axes.axhline(0, color="#555", lw=1)
+    for (model, size), points in lines.items():
+        tokens, lead = zip(*points, strict=True)
+        i, j, name = models.index(model), sizes.index(size), f"{model}, {size}"
+        if len(models) == 1:  # colours are told apart better than styles
+            i, j = j, 0
+        axes.plot(tokens, lead, STYLES[j % 4], color=f"C{i % 10}", lw=1.5, label=_as_text(name))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_short)
+    axes.set_xlabel(AXIS["tokens"])
+    axes.set_ylabel("lead (% of the baseline's held-out loss)")
+    axes.set_title(_as_text(title))
     axes.legend(frameon=False)
     return _bytes(figure, kind)
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metastate.data.files import atomic_write
 from metastate.errors import ConfigError, DataError
-from metastate.eval.plots import comparison_figure
+from metastate.eval.plots import comparison_figure, lead_figure
 
 FIGURES = {  # x of a figure: (title, file)
     "parameters": ("Loss against parameters", "loss-by-parameters"),
@@ -126,6 +128,30 @@ def gains(results: dict[str, Any], size: str, model: str) -> tuple[list[float], 
 
 
 Table = list[list[str]]
+
+
+def leads(results: dict[str, Any], size: str, model: str) -> list[tuple[float, float]]:
+    """Return (training tokens, lead over the baseline in % of its loss), held-out, seeds' means.
+
+    A run's lead is over the baseline's run of its seed, whose curve is read off between its points.
+    """
+
+    def curves(name: str) -> dict[int, np.ndarray]:
+        rows = [
+            r for r in results["rows"] if (r["size"], r["model"]) == (size, name) and r["curve"]
+        ]
+        return {r["seed"]: np.array([(p["tokens"], p["loss"]) for p in r["curve"]]) for r in rows}
+
+    own, base = curves(model), curves(results["suite"]["baseline"])
+    lines = []
+    for seed in own.keys() & base.keys():
+        (tokens, loss), (seen, other) = own[seed].T, base[seed].T
+        both = (seen[0] <= tokens) & (tokens <= seen[-1])
+        lead = 100 * (1 - loss / np.interp(tokens, seen, other))
+        lines.append(np.stack([tokens, lead])[:, both])
+    shortest = min((line.shape[1] for line in lines), default=0)
+    mean = np.mean([line[:, :shortest] for line in lines], 0) if shortest else np.empty((2, 0))
+    return list(zip(*mean.tolist(), strict=True))
 
 
 def main_table(results: dict[str, Any]) -> Table:
@@ -336,6 +362,17 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
                 atomic_write(paths[-1], image, error=DataError)
             else:
                 pictures.append((title, image.decode("utf-8"), laws))
+    lines = {
+        (model, size): line
+        for model in results["suite"]["models"]
+        for size in results["suite"]["sizes"]
+        if model != results["suite"]["baseline"] and (line := leads(results, size, model))
+    }
+    if lines:
+        title = f"Lead over {results['suite']['baseline']} as training goes on"
+        paths.append(out / "lead-by-tokens.png")
+        atomic_write(paths[-1], lead_figure(lines, title), error=DataError)
+        pictures.append((title, lead_figure(lines, title, "svg").decode("utf-8"), {}))
     paths.append(out / "report.html")
     page = _page(results, tables, notes, pictures)
     atomic_write(paths[-1], page.encode("utf-8"), error=DataError)
