@@ -210,6 +210,7 @@ def lead_figure(
         axes.plot(tokens, lead, STYLES[j % 4], color=f"C{i % 10}", lw=1.5, label=_as_text(name))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_short)
+    axes.xaxis.set_minor_formatter(lambda x, _: _short(x) if f"{x:e}"[0] in "25" else "")
     axes.set_xlabel(AXIS["tokens"])
     axes.set_ylabel("lead (% of the baseline's held-out loss)")
     axes.set_title(_as_text(title))
