@@ -171,7 +171,10 @@ class Job:
 
 
 def log_probabilities(logits: Tensor, tokens: list[int], num_best: int) -> list[LogProb]:
-    """Return what logits [n, V] say of the n tokens that came next, and of the likeliest."""
+    """Return what logits [n, V] say of the n tokens that came next, and of the likeliest.
+
+    For each, in nats: its log-probability, and the (token, log-probability) of the `num_best`.
+    """
     scores = logits.float().log_softmax(-1)
     own = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0]
     best = scores.topk(min(num_best, scores.shape[-1]))
