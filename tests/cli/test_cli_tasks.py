@@ -5,8 +5,11 @@ import json
 import pytest
 
 from metastate.cli import build_parser, main, tasks
+from metastate.config import ModelConfig, from_dict
 from metastate.data.files import alone_in
 from metastate.errors import ConfigError
+from metastate.eval.suite import count
+from metastate.model.presets import ARCHITECTURES
 
 SMALL = ["--width", "8", "--steps", "3", "--batch-size", "4", "--out"]
 WORDS = ["tasks", "state-tracking", "--group", "Z3", "--length", "4"]
@@ -49,6 +52,42 @@ def test_recall_end_to_end(tmp_path, run, trained):
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     best = max(cell["accuracy"] for cell in cells[:2])
     assert f"none up to 1 ({best:.1%})" in rows[0]
+
+
+def test_a_rate_is_chosen_by_other_sequences_than_it_is_scored_on():
+    def cell(rate, accuracy, **more):
+        names = {"problem": "S3", "architecture": "rwkv7", "model": {"num_layers": 1}}
+        return names | {"train": {"lr": rate}, "accuracy": accuracy} | more
+
+    lucky, better = cell(1e-3, 0.9, choice=0.7), cell(1e-2, 0.8, choice=0.8)
+    assert tasks.best_rates([lucky, better]) == tasks.best_rates([better, lucky]) == [better]
+    old = [cell(1e-3, 0.6), cell(1e-2, 0.7)]  # written before there was a choice
+    assert tasks.best_rates(old) == old[1:]
+
+
+def test_match_params_gives_every_architecture_the_parameters_of_the_first():
+    argv = [*WORDS, "--width", "32", "--layers", "1", "2", "--match-params"]
+    args = build_parser()[0].parse_args([*argv, "--architectures", "rwkv7", *ARCHITECTURES])
+    tasks.fill_defaults(args)
+    counts = {}
+    for _, cell in tasks.cells(args):
+        model = from_dict(ModelConfig, cell["model"])
+        counts.setdefault(model.num_layers, {})[cell["architecture"]] = count(model)
+    for layers, own in counts.items():
+        alone = tasks.task_model("rwkv7", layers, 32, 1, 3)
+        assert own["rwkv7"] == count(alone)
+        paper = own.pop("paper")
+        assert paper == count(tasks.task_model("paper", layers, 32, 1, 3)) < own["rwkv7"] / 1.2
+        assert all(abs(n / own["rwkv7"] - 1) <= 0.01 for n in own.values()), own
+    assert sorted(counts) == [1, 2]
+
+
+def test_match_params_says_what_cannot_be_fitted(tmp_path, capsys):
+    argv = [*WORDS, "--width", "8", "--layers", "1", "--match-params", "--out", str(tmp_path)]
+    argv += ["--architectures", "transformer", "rwkv7"]  # fewer than its attention part has
+    assert main(argv) == 2
+    assert "no hidden width of 1 block(s) of this rwkv7 (D 8)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_it_goes_on_where_it_was(tmp_path, run, capsys, monkeypatch):

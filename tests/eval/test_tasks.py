@@ -237,8 +237,8 @@ def test_a_lucky_look_does_not_stop_the_training():
 
     train = TrainConfig(steps=4, batch_size=2, warmup=0, valid_every=2)
     found = train_and_score(Lucky(8, 2, 8), task_model("rwkv7", 1, 8, 1, 8), train)
-    assert found["steps"] == 4 and [a for a, _ in looks] == [PROBE, ANSWERS] * 2 + [ANSWERS]
-    assert len({seed for _, seed in looks}) == 5  # each on sequences of its own
+    assert found["steps"] == 4 and [a for a, _ in looks] == [PROBE, ANSWERS] * 2 + [ANSWERS] * 2
+    assert len({seed for _, seed in looks}) == 6  # each on sequences of its own
 
 
 def test_training_that_diverges_is_said_to(monkeypatch):

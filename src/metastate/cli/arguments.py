@@ -332,6 +332,12 @@ def add_tasks(parser: Parser) -> None:
     )
     for flag, number, what in numbers:
         parser.add_argument(flag, type=int, default=number, metavar="N", help=what)
+    parser.add_argument(
+        "--match-params",
+        action="store_true",
+        help="fit the hidden widths to the first architecture's parameters within 1%% (default: each "
+        "has its usual width; the paper's layer has none)",
+    )
     add_flags(parser, "weight_decay", "seed", "device")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for results, table and figure (default: runs/TASK)"

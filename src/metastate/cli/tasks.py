@@ -16,6 +16,7 @@ from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.errors import ConfigError, DataError
 from metastate.eval.plots import task_figure
 from metastate.eval.report import markdown as table
+from metastate.eval.suite import count, fit_parameters
 from metastate.eval.tasks import Problem, Recall, WordProblem, task_model, train_and_score
 from metastate.model.presets import ARCHITECTURES
 from metastate.train.distributed import device_of
@@ -96,17 +97,26 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 
 def cells(args: argparse.Namespace) -> list[tuple[Problem, Cell]]:
-    """Return every cell that the options ask for, fewer layers before more, with its problem."""
+    """Return every cell that the options ask for, fewer layers before more, with its problem.
+
+    With `match_params` a layer without a hidden part (the paper's) stays as it is; the table says
+    how many parameters each has.
+    """
     problems: list[Problem] = []
     if args.task == "recall":
         problems += [Recall.parse(level, args.vocab_size) for level in args.levels]
     else:
         problems += [WordProblem(group, args.length) for group in args.groups]
     planned = []
+    architectures = list(dict.fromkeys(args.architectures or ARCHITECTURES))
     for problem in dict.fromkeys(problems):
-        for architecture in dict.fromkeys(args.architectures or ARCHITECTURES):
+        for architecture in architectures:
             for layers in sorted(set(args.layers)):
-                model = task_model(architecture, layers, args.width, args.heads, problem.vocab_size)
+                size = layers, args.width, args.heads, problem.vocab_size
+                model = task_model(architecture, *size)
+                if args.match_params and model.hidden_channels:
+                    target = count(task_model(architectures[0], *size))
+                    model = fit_parameters(model, target, depths=[layers])
                 for rate in dict.fromkeys(args.lr):
                     train = TrainConfig(
                         steps=args.steps,
@@ -177,13 +187,22 @@ def solved_before(cell: Cell, done: list[Cell]) -> Cell | None:
 
 
 def best_rates(done: list[Cell]) -> list[Cell]:
-    """Return the cells, of those that differ by learning rate alone the most accurate."""
+    """Return the cells, of those that differ by learning rate alone the most accurate.
+
+    They are chosen by other sequences than their accuracy is reported on: the best of many noisy
+    figures would flatter whoever tried more rates.
+    """
     best: dict[tuple[Any, ...], Cell] = {}
     for cell in done:
         key = (cell["problem"], cell["architecture"], cell["model"]["num_layers"])
-        if key not in best or cell["accuracy"] > best[key]["accuracy"]:
+        if key not in best or choice(cell) > choice(best[key]):
             best[key] = cell
     return list(best.values())
+
+
+def choice(cell: Cell) -> float:
+    """Return what a learning rate is chosen by; cells of older versions have their accuracy."""
+    return float(cell.get("choice", cell["accuracy"]))
 
 
 def layers_of(cell: Cell) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from metastate.model.lm import sketch
 from metastate.model.presets import preset
 
 TOLERANCE = 0.01  # of the non-embedding parameters, under which two counts are called equal
-MOST_BLOCKS = 200
+DEPTHS = range(1, 200)
 RESERVED = {  # setting of `train`: what decides it instead
     "data": "suite.data or --data",
     "out": "--out",
@@ -221,7 +222,9 @@ def count(config: ModelConfig) -> int:
     return sketch(config).count_parameters()["non_embedding"]
 
 
-def fit_parameters(config: ModelConfig, target: int, ratio: float | None = None) -> ModelConfig:
+def fit_parameters(
+    config: ModelConfig, target: int, ratio: float | None = None, *, depths: Sequence[int] = DEPTHS
+) -> ModelConfig:
     """Return `config` with the depth and hidden width whose count comes to `target` within 1 %.
 
     Of the depths that can meet it, the one whose hidden width F comes nearest to `ratio` D; D, H
@@ -232,9 +235,10 @@ def fit_parameters(config: ModelConfig, target: int, ratio: float | None = None)
         target: parameters without embedding and head.
         ratio: F / D that is preferred; that of `config` unless given, so that every architecture
             keeps the shape that it was found to do best in.
+        depths: those to choose from, rising.
 
     Raises:
-        ConfigError: no depth meets the target.
+        ConfigError: none of them meets the target.
     """
     D, kind, hidden = config.hidden_size, config.architecture, config.hidden_channels
     usual = (D * ratio if ratio else hidden) or 1.0  # 1: nothing to choose by
@@ -246,7 +250,7 @@ def fit_parameters(config: ModelConfig, target: int, ratio: float | None = None)
         for depth in (1, 2)
     )
     found: list[tuple[float, int, int]] = []
-    for depth in range(1, MOST_BLOCKS):
+    for depth in depths:
         base, slope = one + (depth - 1) * (two - one), wider - one
         slope += (depth - 1) * (two_wider - two - slope)
         n = 1 + round((target - base) / slope) if slope else 1
@@ -255,8 +259,9 @@ def fit_parameters(config: ModelConfig, target: int, ratio: float | None = None)
         if abs(base + (n - 1) * slope - target) <= TOLERANCE * target:
             found.append((abs(math.log(n * step / usual)), depth, n * step))
     if not found:
+        what = "depth" if len(depths) > 1 else f"hidden width of {depths[0]} block(s)"
         raise ConfigError(
-            f"no depth of this {kind} (D {D}) has {target:,} parameters within 1 %: one block "
+            f"no {what} of this {kind} (D {D}) has {target:,} parameters within 1 %: one block "
             f"makes {one:,}, each further one {two - one:,}; choose another target or hidden_size"
             + ("" if hidden else ", or give it an ffn_size, which can be fitted")
         )

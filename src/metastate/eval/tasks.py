@@ -34,7 +34,8 @@ BEYOND = 4  # word problems are also scored up to so many times the length learn
 GAP_POWER = 0.01  # queries come a gap of g slots later with probability ~ g^(GAP_POWER - 1)
 ANSWERS, PROBE = 2048, 256  # answers that a score, and a look during training, rest on
 TOKENS = 16384  # tokens of one forward while scoring
-TRAIN, WATCH, TEST = range(3)  # parts of the seeds' space: no sequence is shared but by chance
+# Parts of the seeds' space: no sequence is shared but by chance.
+TRAIN, WATCH, TEST, CHOICE = range(4)
 
 Seed = int | Sequence[int]
 
@@ -334,9 +335,10 @@ def train_and_score(
 
     Returns:
         parameters, non_embedding; steps (made); reach (the length that they came to); loss (of the
-        last step, nats an answer); accuracy (at the problem's length); threshold (what it must be
-        above); by_length (accuracy at lengths 1, 2, ...; word problems only); passed; diverged (the
-        loss was not finite, and training stopped before it did harm); seconds.
+        last step, nats an answer); accuracy (at the problem's length); choice (the same on other
+        sequences, for choosing among cells); threshold (what accuracy must be above); by_length
+        (accuracy at lengths 1, 2, ...; word problems only); passed; diverged (the loss was not
+        finite, and training stopped before it did harm); seconds.
     """
     torch.manual_seed(train.seed)
     network = LanguageModel(model).to(torch.device(train.device))
@@ -370,7 +372,8 @@ def train_and_score(
             progress(step, train.steps, loss=f"{loss:.3f}", accuracy=watched or "?")
         if accuracy > enough:
             break
-    accuracy, by_length = problem.score(network.eval(), ANSWERS, (train.seed, TEST), far=True)
+    choice, _ = problem.score(network.eval(), ANSWERS, (train.seed, CHOICE), far=False)
+    accuracy, by_length = problem.score(network, ANSWERS, (train.seed, TEST), far=True)
     counts = network.count_parameters()
     return {
         "parameters": counts["total"],
@@ -379,6 +382,7 @@ def train_and_score(
         "reach": reach,
         "loss": loss if math.isfinite(loss) else None,
         "accuracy": accuracy,
+        "choice": choice,
         "threshold": problem.threshold,
         "by_length": by_length,
         "passed": accuracy > problem.threshold,
