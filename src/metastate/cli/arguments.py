@@ -335,8 +335,8 @@ def add_tasks(parser: Parser) -> None:
     parser.add_argument(
         "--match-params",
         action="store_true",
-        help="fit the hidden widths to the first architecture's parameters within 1%% (default: each "
-        "has its usual width; the paper's layer has none)",
+        help="fit the hidden widths to the first architecture's parameters within 1%% (default: "
+        "each has its usual width; the paper's layer has none)",
     )
     add_flags(parser, "weight_decay", "seed", "device")
     parser.add_argument(

@@ -202,7 +202,8 @@ def best_rates(done: list[Cell]) -> list[Cell]:
 
 def choice(cell: Cell) -> float:
     """Return what a learning rate is chosen by; cells of older versions have their accuracy."""
-    return float(cell.get("choice", cell["accuracy"]))
+    value: float = cell.get("choice", cell["accuracy"])
+    return value
 
 
 def layers_of(cell: Cell) -> str:
