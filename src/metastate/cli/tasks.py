@@ -202,8 +202,7 @@ def best_rates(done: list[Cell]) -> list[Cell]:
 
 def choice(cell: Cell) -> float:
     """Return what a learning rate is chosen by; cells of older versions have their accuracy."""
-    value: float = cell.get("choice", cell["accuracy"])
-    return value
+    return float(cell["choice"] if "choice" in cell else cell["accuracy"])
 
 
 def layers_of(cell: Cell) -> str:
