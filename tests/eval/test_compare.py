@@ -459,6 +459,21 @@ def test_the_estimate_is_of_the_fastest_batch_and_knows_what_others_took(
     assert next(naps, None) is None
 
 
+def test_the_estimate_counts_what_is_scored(finished, few_words, tmp_path, monkeypatch):
+    suite, out, _ = finished
+    monkeypatch.setattr("metastate.eval.compare._time_batch", lambda cell: (3.0, 1.5))
+    held = PreparedData.open(suite.data).split("valid").num_tokens
+    found = estimate(plan(suite, tmp_path))
+    for cell in plan(suite, out):  # the same cells, finished
+        log = (cell.folder / "log.jsonl").read_text()
+        scored = log.count('"kind": "valid"') * min(held, cell.train.valid_tokens)
+        scored += json.loads((cell.folder / "score.json").read_text()).get("tokens", 0)
+        a_batch = cell.train.batch_size * cell.train.context
+        seconds, own = found[cell.title]
+        assert seconds == pytest.approx(3.0 * cell.train.steps + scored / a_batch)
+        assert own == pytest.approx(seconds / 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

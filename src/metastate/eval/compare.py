@@ -344,7 +344,8 @@ def estimate(cells: list[Cell]) -> dict[str, tuple[float, float]]:
     """Return how long each unfinished run will take, by timing batches of its model.
 
     Runs of one model and size share a timing: loss and gradient of a batch, the fastest of LAPS
-    after a first one that is not counted (fewer where they take longer than LAPS_S).
+    after a first one that is not counted (fewer where they take longer than LAPS_S). A token that
+    is scored is counted as a third of one that is learned from, since its gradient is not made.
 
     Returns:
         title -> seconds as the machine is now, and how many of them this thread had a processor:
@@ -359,8 +360,20 @@ def estimate(cells: list[Cell]) -> dict[str, tuple[float, float]]:
         found = find_checkpoint(run.out)
         done = step_of(found) if found is not None else 0
         batches = run.accumulate * (run.steps - done)
+        batches += _scored(cell, done) / (3 * run.batch_size * run.context)
         out[cell.title] = (speeds[key][0] * batches, speeds[key][1] * batches)
     return out
+
+
+def _scored(cell: Cell, done: int) -> int:
+    """Return how many tokens will be scored for a run after `done` of its steps."""
+    run, data = cell.train, PreparedData.open(cell.train.data)
+    checks = -(-run.steps // run.valid_every) - done // run.valid_every
+    tokens = checks * min(run.valid_tokens, data.split("valid").num_tokens)
+    if cell.rate is None:
+        split = "test" if data.has("test") else "valid"
+        tokens += min(cell.test_tokens, data.split(split).num_tokens)
+    return tokens
 
 
 def _time_batch(cell: Cell) -> tuple[float, float]:
