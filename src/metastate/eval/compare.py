@@ -359,8 +359,8 @@ def estimate(cells: list[Cell]) -> dict[str, tuple[float, float]]:
             speeds[key] = _time_batch(cell)
         found = find_checkpoint(run.out)
         done = step_of(found) if found is not None else 0
-        batches = run.accumulate * (run.steps - done)
-        batches += _scored(cell, done) / (3 * run.batch_size * run.context)
+        learned = run.accumulate * (run.steps - done)
+        batches = learned + _scored(cell, done) / (3 * run.batch_size * run.context)
         out[cell.title] = (speeds[key][0] * batches, speeds[key][1] * batches)
     return out
 
