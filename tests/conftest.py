@@ -46,5 +46,5 @@ def few_words(tmp_path_factory):
     for i in range(40):
         text = " ".join(draw.choice(words) for _ in range(draw.randint(3, 40)))
         (folder / f"{i}.txt").write_text(text)
-    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0), progress=False)
+    prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0))
     return folder / "data"

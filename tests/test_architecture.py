@@ -42,7 +42,7 @@ SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.ope
 KERNELS = ("jit", "fused_kernels", "decode_kernels", "dot_kernels")
 EXTRAS = {
     "yaml": ("metastate.cli",),
-    "tqdm": ("metastate.cli", "metastate.data"),
+    "tqdm": ("metastate.cli",),
     "matplotlib": ("metastate.eval.plots",),
     "scipy": ("metastate.eval.report",),
     "lm_eval": ("metastate.eval.lm_eval_adapter",),

@@ -46,6 +46,28 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "train" in screen.getvalue() and "5/10" in screen.getvalue()
 
 
+def test_bytes_are_shown_in_larger_units(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress.bar("prepare", "bytes") as show:
+        show(1_500_000, 2_000_000)
+    assert "1.50M/2.00M" in screen.getvalue()
+
+
+def test_lines_where_the_total_is_not_known(capsys, monkeypatch):
+    clock = iter([0.0, 11.0, 15.0, 22.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("prepare", "bytes") as show:
+        for done in (1000, 2000, 3000):
+            show(done, None)
+    said = ["prepare: 1,000 bytes in 11 s", "prepare: 3,000 bytes in 22 s"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
 def test_a_bar_of_a_resumed_run_does_not_count_what_was_done_before(monkeypatch):
     made = []
 

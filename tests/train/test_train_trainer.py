@@ -386,7 +386,7 @@ def test_a_line_of_the_log_ends_at_its_end_alone(tmp_path):
 def test_resuming_on_other_data_is_refused(config, tmp_path):
     train(config(steps=5))
     (tmp_path / "other.txt").write_text("something else " * 50)
-    prepare([tmp_path / "other.txt"], "bytes", tmp_path / "other", progress=False)
+    prepare([tmp_path / "other.txt"], "bytes", tmp_path / "other")
     with pytest.raises(ConfigError, match="not the data"):
         train(config(data=str(tmp_path / "other")), resume=True)
 

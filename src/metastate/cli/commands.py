@@ -24,17 +24,19 @@ from metastate.model.state_file import StateFile
 def run_prepare(args: argparse.Namespace) -> None:
     """`metastate prepare`: text to token files."""
     held_out = (args.valid_fraction, args.test_fraction)
-    data = prepare(
-        args.inputs,
-        args.tokenizer,
-        args.out,
-        valid=args.valid,
-        test=args.test,
-        fractions=(1 - sum(held_out), *held_out),
-        text_field=args.text_field,
-        overwrite=args.overwrite,
-        say=log,
-    )
+    with bar("prepare", "bytes") as show:
+        data = prepare(
+            args.inputs,
+            args.tokenizer,
+            args.out,
+            valid=args.valid,
+            test=args.test,
+            fractions=(1 - sum(held_out), *held_out),
+            text_field=args.text_field,
+            overwrite=args.overwrite,
+            progress=show,
+            say=log,
+        )
     record = data.record
     if args.json:
         values = {key: record[key] for key in ("tokenizer", "domains", "splits")}

@@ -51,7 +51,9 @@ def run_demo(args: argparse.Namespace) -> int:
         raise ConfigError(f"--minutes is {args.minutes}; a number above 0 is needed")
     out = Path(args.out)
     log("1. Text: documentation and sources of the Python that runs this, as bytes.")
-    data = prepare(["stdlib"], "bytes", out / "data", fractions=(0.9, 0.05, 0.05))
+    fractions = (0.9, 0.05, 0.05)
+    with bar("prepare", "bytes") as read:
+        data = prepare(["stdlib"], "bytes", out / "data", fractions=fractions, progress=read)
     for name, sizes in data.record["splits"].items():
         log(f"   {name}: {sizes['documents']} documents, {sizes['tokens']:,} bytes")
     plan = make_plan(out, data, args.minutes)

@@ -44,7 +44,7 @@ def told_if_interrupted(kept: str) -> Iterator[None]:
 
 @contextmanager
 def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
-    """Show how far a piece of work is; yields `show(done, total, **figures)`.
+    """Show how far a piece of work is; yields `show(done, total, **figures)`, total None: unknown.
 
     A terminal gets a bar (with tqdm), anything else a line every ten seconds and one at the end.
     """
@@ -58,26 +58,28 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
     started = said = time.monotonic()
     first: tuple[int, float] | None = None
 
-    def show(done: int, total: int, **figures: str) -> None:
+    def show(done: int, total: int | None, **figures: str) -> None:
         nonlocal painted, said, first
         if make is not None:
             if painted is None:
                 # What was done before the first call is not part of the speed.
-                painted = make(total=total, initial=done, desc=what, unit=unit, leave=False)
+                scaled = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": unit}
+                painted = make(total=total, initial=done, desc=what, leave=False, **scaled)
             painted.set_postfix(figures, refresh=False)
             painted.update(done - painted.n)
             return
         now = time.monotonic()
         # Neither what a resumed run had before nor the start-up of the first call is the speed.
         first = first or (done, now)
-        if now - said < LINE_EVERY_S and done < total:
+        if now - said < LINE_EVERY_S and (total is None or done < total):
             return
         said = now
         text = "".join(f", {key} {value}" for key, value in figures.items())
-        if done > first[0]:
+        if total is not None and done > first[0]:
             left = (now - first[1]) * (total - done) / (done - first[0])
             text = f", {left:.0f} s left{text}"
-        log(f"{what}: {done:,}/{total:,} {unit} in {now - started:.0f} s{text}")
+        of_all = "" if total is None else f"/{total:,}"
+        log(f"{what}: {done:,}{of_all} {unit} in {now - started:.0f} s{text}")
 
     try:
         yield show

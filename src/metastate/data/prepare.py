@@ -55,7 +55,7 @@ def prepare(
     fractions: tuple[float, float, float] = (0.98, 0.01, 0.01),
     text_field: str = TEXT_FIELD,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: Callable[[int, int | None], None] | None = None,
     say: Callable[[str], Any] = warnings.warn,
 ) -> PreparedData:
     """Tokenise `inputs` into the folder `out`: per split .bin, .idx and .docs.npy, and data.json.
@@ -76,7 +76,7 @@ def prepare(
             to 1, and the first is above 0.
         text_field: the name of the field that holds a record's text.
         overwrite: replace what `out` holds, whatever settings it was made with.
-        progress: show a bar on standard error.
+        progress: called with (bytes read, bytes in all or None where that is not known).
         say: is told, in one line, what of the inputs' folders is left out or read otherwise than
             its name says; data.json has it as `notes`.
 
@@ -231,34 +231,25 @@ def _write_parts(
     tokenizer: Tokenizer,
     parts: Path,
     fractions: tuple[float, float, float],
-    progress: bool,
+    progress: Callable[[int, int | None], None] | None,
 ) -> int:
     """Tokenise the blocks that have no file yet; return how many blocks there are."""
-    bar, count = _progress_bar(sources, progress), 0
-    texts = _texts(sources, bar.update if bar else lambda num_bytes: None)
-    blocks = _blocks(_cut_single(texts, fractions))
-    try:
-        for block in blocks:
-            path = parts / f"{count:06d}.npz"
-            if not path.is_file():
-                _save(path, **_tokenise(block, tokenizer))
-            count += 1
-    finally:
-        if bar:
-            bar.close()
-    return count
-
-
-def _progress_bar(sources: list[Source], wanted: bool) -> Any:
-    if not wanted:
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError as cause:
-        raise ConfigError("the progress bar needs tqdm: pip install 'metastate[cli]'") from cause
     sizes = [source.num_bytes for source in sources]
     total = None if None in sizes else sum(size for size in sizes if size)
-    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="prepare")
+    done = count = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    for block in _blocks(_cut_single(_texts(sources, advance), fractions)):
+        path = parts / f"{count:06d}.npz"
+        if not path.is_file():
+            _save(path, **_tokenise(block, tokenizer))
+        count += 1
+    return count
 
 
 def _pieces(text: str, at_spaces: bool = False) -> Iterator[str]:
