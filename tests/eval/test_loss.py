@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from data_files import write_dataset
@@ -15,6 +16,7 @@ from metastate.errors import ConfigError, DataError
 from metastate.eval import loss
 from metastate.eval.loss import evaluate
 from metastate.model.lm import LanguageModel
+from ranks import run_ranks
 
 LENGTHS = [1, 7, 40, 3, 25, 40, 12]
 DOMAINS = [0, 1, 1, 0, 2, 2, 0]
@@ -25,7 +27,11 @@ def split(tmp_path):
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(1, 50, n - 1), 0) for n in LENGTHS]
     write_dataset(tmp_path / "valid", documents, 50)
-    dataset = IndexedDataset(tmp_path / "valid", np.array(DOMAINS))
+    return split_in(tmp_path)
+
+
+def split_in(folder):
+    dataset = IndexedDataset(folder / "valid", np.array(DOMAINS))
     text_bytes = np.array(LENGTHS) * 3
     return Split("valid", dataset, ["code", "prose", "web", "unused"], text_bytes, 0, 50)
 
@@ -34,9 +40,13 @@ def split(tmp_path):
 def model(request, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 8)  # so that the state is carried and rows leave
     monkeypatch.setattr(loss, "LOGITS", 50 * 5)
+    return model_of(request.param)
+
+
+def model_of(architecture):
     torch.manual_seed(0)
     config = ModelConfig(
-        architecture=request.param, vocab_size=50, hidden_size=16, num_layers=2, num_heads=2
+        architecture=architecture, vocab_size=50, hidden_size=16, num_layers=2, num_heads=2
     )
     model = LanguageModel(config)
     model.backend = "reference"
@@ -157,6 +167,52 @@ def test_progress_and_training_mode(model, split):
     assert model.training
     assert calls[-1] == (sum(LENGTHS), sum(LENGTHS))
     assert [c[0] for c in calls] == sorted({c[0] for c in calls})
+
+
+# Settings, and the forwards of up to 8 tokens that one process makes, and each of three.
+DIVIDED = [
+    ({}, 5, 5),  # the longest text is whole, and its forwards follow each other
+    ({"limit_tokens": 2}, 1, 1),  # one process has no text
+    ({"mode": "windowed", "context": 5, "batch_size": 3}, 9, 4),
+    ({"batch_size": 1, "start": True}, 18, 8),
+]
+
+
+def scores_alone_and_divided(rank, folder, architecture):
+    """Return the scores of DIVIDED, by one process and by all, with the forwards they took."""
+    torch.set_num_threads(1)
+    loss.CHUNK = 8
+    model, split, found, forwards = model_of(architecture).double(), split_in(folder), [], []
+    model.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    for settings, _, _ in DIVIDED:
+        start = None
+        if settings.get("start") and model.recurrent:
+            start = model.init_state(1).map(lambda x: x + 0.1)
+        for group in (None, dist.group.WORLD):
+            asked = settings | {"start": start, "group": group}
+            result = evaluate(model, split, by_domain=True, by_position=True, **asked)
+            found.append((result.to_json(), len(forwards)))
+            forwards.clear()
+    return found
+
+
+def flat(tree):
+    """Return the numbers and names in nested lists and dicts, in order."""
+    if isinstance(tree, dict):
+        tree = [x for pair in tree.items() for x in pair]
+    return [x for part in tree for x in flat(part)] if isinstance(tree, list) else [tree]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("architecture", ["metastate", "transformer"])
+def test_processes_divide_the_text_and_all_have_the_whole_result(split, tmp_path, architecture):
+    found = run_ranks(scores_alone_and_divided, 3, tmp_path, architecture)
+    assert found[0] == found[1] == found[2]  # the very numbers, and as many forwards
+    assert [n for _, n in found[0]] == [n for _, *both in DIVIDED for n in both]
+    for (alone, _), (divided, _) in zip(found[0][::2], found[0][1::2], strict=True):
+        assert flat(divided) == [
+            pytest.approx(x, rel=1e-12) if isinstance(x, float) else x for x in flat(alone)
+        ]
 
 
 @pytest.mark.parametrize(

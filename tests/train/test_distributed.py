@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import torch.distributed as dist
 
 import metastate
 from metastate.config import GrowthStep, TrainConfig, to_dict
+from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, ConfigError, TrainingError
+from metastate.eval import loss
 from metastate.growth import grow_in_training
 from metastate.model.io import read_tensors
 from metastate.train import checkpoint, distributed
@@ -188,6 +191,44 @@ def test_four_processes_train_as_one_over_fifty_steps(config):
         run(one)
         many = losses_of(config(f"many32_{name}").out)
         assert many == pytest.approx(losses_of(one.out), rel=1e-5)
+
+
+def validates_both_ways(rank, jobs):
+    """Train; return every validation's loss and forwards, divided and done by each process."""
+    torch.set_num_threads(1)
+    loss.CHUNK = 8  # so that a window takes two forwards
+    found = []
+    for config in jobs:
+        data = PreparedData.open(config.data)
+        ways = [loss.held_out(data, c) for c in (config, replace(config, parallel="none"))]
+
+        def both(model, ways=ways):
+            forwards = []
+            hook = model.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+            for score in ways:
+                found.append((score(model)["nats_per_token"], len(forwards)))
+                forwards.clear()
+            hook.remove()
+            return {"nats_per_token": found[-2][0]}
+
+        train(config, evaluate=both, grow=grow_in_training if config.growth else None)
+    return found
+
+
+@pytest.mark.dist
+def test_processes_divide_the_held_out_text(config):
+    """FSDP's split weights are there only where all make as many forwards."""
+    asked = {"dtype": "float64", "steps": 5, "valid_every": 5}
+    jobs = [
+        config("growth", **VARIANTS["ddp_growth"] | asked),
+        config("context", **VARIANTS["context_fsdp"] | asked),
+        config("one_token", **VARIANTS["fsdp"] | asked | {"valid_tokens": 1}),
+    ]
+    mine, theirs = run_ranks(validates_both_ways, 2, jobs)
+    assert mine == theirs and len(mine) == 2 * (3 + 1 + 1)  # before and after growth, at the end
+    for (divided, few), (alone, many) in zip(mine[::2], mine[1::2], strict=True):
+        assert divided == pytest.approx(alone, rel=1e-12)
+        assert few < many or many == 1
 
 
 @pytest.mark.dist

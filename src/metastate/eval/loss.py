@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -99,6 +100,7 @@ def evaluate(
     limit_tokens: int | None = None,
     batch_size: int = 16,
     start: ModelState | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Score held-out documents, each alone and from a fresh state (or from `start`).
@@ -124,7 +126,9 @@ def evaluate(
         batch_size: documents a forward; short ones are packed more (`read_in_chunks`).
         start: one row that every document (or window) starts from in place of the model's own
             first state.
-        progress: called with (tokens done, tokens in all) after every forward.
+        group: processes that divide the work: all call this with the same arguments, each scores
+            its share of the documents (or windows), and each returns the result of the whole.
+        progress: called with (tokens done by this process, tokens in all) after every forward.
 
     Raises:
         ConfigError: a setting is out of range. DataError: the split is empty, or its vocabulary is
@@ -161,6 +165,7 @@ def evaluate(
             batch_size,
             split.eod_id,
             start,
+            group,
         )
         for batch, first, x, targets, valid in chunks:
             keep = torch.from_numpy(valid).to(x.device)
@@ -172,6 +177,9 @@ def evaluate(
             done += len(nll)
             if progress is not None:
                 progress(done, total)
+    if group is not None:
+        for sums in (nats, buckets):
+            dist.all_reduce(torch.from_numpy(sums), group=group)  # in place
     text_bytes = np.rint(split.text_bytes * (lengths / split.dataset.lengths))
     scored = lengths > 0
 
@@ -205,7 +213,8 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, An
     """Return what scores a model of `run` on the valid split of its data, as `train` wants it.
 
     Windows of run.context tokens, run.valid_tokens in all; the loss of each domain besides. A
-    second argument is what documents start from, as `tune` wants it.
+    second argument is what documents start from, as `tune` wants it. With run.parallel all
+    processes call it together and divide the work.
     """
     split = data.split("valid")
 
@@ -218,6 +227,7 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, An
             by_domain=len(data.domain_names) > 1,
             limit_tokens=run.valid_tokens,
             start=start,
+            group=None if run.parallel == "none" else dist.group.WORLD,
         ).to_json()
         domains = {name: own["nats_per_token"] for name, own in scores["domains"].items()}
         kept = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -281,6 +291,7 @@ def read_in_chunks(
     batch_size: int,
     fill: int,
     start: ModelState | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[np.ndarray, int, Tensor, Tensor, np.ndarray]]:
     """Read texts in chunks of `CHUNK` tokens, the state carried: memory does not grow with length.
 
@@ -294,16 +305,19 @@ def read_in_chunks(
         batch_size: texts a forward.
         fill: id that fills the rows.
         start: one row that every text starts from in place of the model's own first state.
+        group: processes that divide the texts. Weights that FSDP splits are there only while all
+            run a forward, so those with less to read make up the number by reading `fill`.
 
     Yields:
-        For each chunk the numbers of its texts [B], its first position, the features x [B, W, D],
-        the successors [B, W], and where both belong to a text, bool [B, W].
+        For each chunk that this process reads the numbers of its texts [B], its first position, the
+        features x [B, W, D], the successors [B, W], and where both belong to a text, bool [B, W].
     """
     device = next(model.parameters()).device
     order = np.argsort(-lengths, kind="stable")
-    while len(order):
-        rows = batch_size * min(max(1, CHUNK // int(lengths[order[0]])), 8)  # states cost too
-        batch, order = order[:rows], order[rows:]
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    shares = [_batches(order[i::size], lengths, batch_size) for i in range(size)]
+    forwards = [sum(-(-int(lengths[batch[0]]) // CHUNK) for batch in share) for share in shares]
+    for batch in shares[rank]:
         texts = [text_of(int(i)) for i in batch]
         state = None if start is None else start.expand(len(batch))
         for first in range(0, int(lengths[batch[0]]), CHUNK):
@@ -324,6 +338,18 @@ def read_in_chunks(
                 moved[:, 1:],
                 np.arange(width) < (lengths[batch] - first)[:, None],
             )
+    for _ in range(max(forwards) - forwards[rank]):
+        model.features(torch.full((1, 1), fill, device=device))
+
+
+def _batches(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut `order`, texts from the longest to the shortest, into those that are read together."""
+    batches = []
+    while len(order):
+        rows = batch_size * min(max(1, CHUNK // int(lengths[order[0]])), 8)  # states cost too
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
 
 
 @torch.no_grad()

@@ -109,7 +109,8 @@ def train(
     Args:
         config: all settings.
         evaluate: scores the model on held-out text; its result has "nats_per_token" and goes into
-            the log whole. Called every config.valid_every steps and at the end.
+            the log whole. Called every config.valid_every steps and at the end, by all processes
+            together; it must return the same to each.
         progress: called as progress(step, steps, loss=..., tokens_per_s=...) after every step.
         resume: continue the run in config.out.
         model: train this one in place of config.preset with fresh weights; config.model is then
