@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from metastate.cli.models import arithmetic, load_model, sampling_of
-from metastate.cli.progress import bar, log, print_json
+from metastate.cli.options import check_file
+from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
@@ -24,17 +25,23 @@ from metastate.model.state_file import StateFile
 def run_prepare(args: argparse.Namespace) -> None:
     """`metastate prepare`: text to token files."""
     held_out = (args.valid_fraction, args.test_fraction)
-    data = prepare(
-        args.inputs,
-        args.tokenizer,
-        args.out,
-        valid=args.valid,
-        test=args.test,
-        fractions=(1 - sum(held_out), *held_out),
-        text_field=args.text_field,
-        overwrite=args.overwrite,
-        say=log,
-    )
+    if not (min(held_out) >= 0 and sum(held_out) < 1):
+        raise ConfigError(
+            f"--valid-fraction is {held_out[0]}, --test-fraction {held_out[1]}; neither may be "
+            "below 0, and both together must leave something to train"
+        )
+    with told_if_interrupted(f"what was tokenised is in {args.out}"):
+        data = prepare(
+            args.inputs,
+            args.tokenizer,
+            args.out,
+            valid=args.valid,
+            test=args.test,
+            fractions=(1 - sum(held_out), *held_out),
+            text_field=args.text_field,
+            overwrite=args.overwrite,
+            say=log,
+        )
     record = data.record
     if args.json:
         values = {key: record[key] for key in ("tokenizer", "domains", "splits")}
@@ -143,6 +150,8 @@ def eval_table(results: list[EvalResult]) -> str:
 def run_generate(args: argparse.Namespace) -> None:
     """`metastate generate`: stream a continuation to standard output."""
     sampling = sampling_of(args)
+    if args.state_out:
+        check_file("--state-out", args.state_out)
     model = load_model(args.checkpoint, args, decoding=True)
     tokenizer = tokenizer_of(model, args.checkpoint)
     state = None
@@ -160,10 +169,19 @@ def run_generate(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         stop=args.stop,
     )
-    for piece in text:
-        pieces.append(piece)
-        if not args.json:
-            print(piece, end="", flush=True)
+    at = None  # a continuation is never changed: the last one is whole wherever Ctrl-C strikes
+    try:
+        for piece in text:
+            pieces.append(piece)
+            if args.state_out:
+                at = text.continuation
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if at is not None:
+            at.save(args.state_out, model)
+            log(f"\n{args.state_out} goes on from here")
+        raise
     if not args.json:
         print()
     continuation = text.continuation
