@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -340,11 +341,17 @@ def test_ctrl_c_keeps_the_state_that_generate_was_to_write(checkpoint, tmp_path,
     metastate.save(model, tmp_path / "endless")
     argv, file = ("generate", tmp_path / "endless", "--seed", 1), tmp_path / "now.state"
     begin = (*argv, "--prompt", "a", "--max-tokens")
-    process = start(*begin, "100000000", "--state-out", file, stdout=subprocess.PIPE)
-    first = process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=120)
+    with open(tmp_path / "text", "w") as out:
+        process = start(*begin, "100000000", "--state-out", file, stdout=out)
+        while not os.path.getsize(out.name) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "now.state goes on from here" in err
+    with open(out.name, newline="") as written:
+        first = written.read()
     second = run(*argv, "--state-in", file, "--max-tokens", 40)
-    whole = run(*begin, 4 * len(first + rest) + 160)
-    assert whole.startswith(first + rest + second[:10])
+    whole = run(*begin, 4 * len(first) + 160)
+    assert whole.startswith(first)
+    # Ctrl-C may strike between taking the state behind a piece of text and showing that piece.
+    assert whole.index(second[:20], len(first)) - len(first) < 8
