@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -66,6 +68,12 @@ def test_prepare_refuses_a_missing_file_and_a_missing_tokenizer(tmp_path, corpus
     tokenizer = tmp_path / "tokenizer.json"
     assert "tokenizer.json" in refused("prepare", corpus, "--out", out, "--tokenizer", tokenizer)
     assert not out.exists()
+
+
+def test_prepare_names_the_flags_of_fractions_that_cannot_be(tmp_path, corpus, refused):
+    for valid, test in ((-1, 0.1), (0.7, 0.7), (1, 0), (math.nan, 0)):
+        argv = ("--valid-fraction", valid, "--test-fraction", test)
+        assert "--valid-fraction is" in refused("prepare", corpus, "--out", tmp_path / "d", *argv)
 
 
 # info
@@ -237,6 +245,8 @@ def test_generate_refuses_bad_options_and_states(checkpoint, tmp_path, refused):
     assert "none.st" in refused(*argv, "--state-in", tmp_path / "none.st")
     (tmp_path / "bad.st").write_bytes(b"not a state")
     assert "bad.st" in refused(*argv, "--state-in", tmp_path / "bad.st")
+    assert "is a folder; name a state file" in refused(*argv, "--state-in", tmp_path)
+    assert "is a folder; give the name of a file" in refused(*argv, "--state-out", tmp_path)
     assert "device" in refused(*argv, "--device", "abacus")
     assert "device 'cuda:99' cannot be used" in refused(*argv, "--device", "cuda:99")
     said = refused(*argv, "--dtype", "fp16")
@@ -270,6 +280,9 @@ def test_generate_needs_a_tokenizer(tmp_path, refused):
         LanguageModel(ModelConfig(vocab_size=256, hidden_size=16, num_layers=1)), tmp_path / "m"
     )
     assert "tokenizer" in refused("generate", tmp_path / "m", "--prompt", "a")
+    assert "is a preset, which nothing has trained" in refused(
+        "generate", "metastate-tiny", "--prompt", "a"
+    )
 
 
 # the process
@@ -318,3 +331,27 @@ def test_ctrl_c_is_exit_code_130(checkpoint, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
+
+
+def test_ctrl_c_keeps_the_state_that_generate_was_to_write(checkpoint, tmp_path, run):
+    model = metastate.load(checkpoint)
+    with torch.no_grad():
+        model.ln_out.bias.fill_(1)
+        model.head.weight[0] = -100
+    metastate.save(model, tmp_path / "endless")
+    argv, file = ("generate", tmp_path / "endless", "--seed", 1), tmp_path / "now.state"
+    begin = (*argv, "--prompt", "a", "--max-tokens")
+    with open(tmp_path / "text", "w") as out:
+        process = start(*begin, "100000000", "--state-out", file, stdout=out)
+        while not os.path.getsize(out.name) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "now.state goes on from here" in err
+    with open(out.name, newline="") as written:
+        first = written.read()
+    second = run(*argv, "--state-in", file, "--max-tokens", 40)
+    whole = run(*begin, 4 * len(first) + 160)
+    assert whole.startswith(first)
+    # Ctrl-C may strike between taking the state behind a piece of text and showing that piece.
+    assert whole.index(second[:20], len(first)) - len(first) < 8

@@ -202,7 +202,7 @@ def test_fewest_layers_by_length():
         (["tasks", "state-tracking", "--steps", "0"], ["steps"]),
         (["tasks", "state-tracking", "--seed", "-1"], ["--seed"]),
         (["tasks", "state-tracking", "--device", "abacus"], ["abacus"]),
-        (["tasks", "recall", "--group", "S5"], ["--group", "state-tracking"]),
+        (["tasks", "recall", "--group", "S5"], ["--group is an option", "state-tracking"]),
         (["tasks", "recall", "--level", "64x17"], ["64", "17"]),
         (["tasks", "recall", "--level", "easy"], ["easy", "64x4"]),
         (["tasks", "recall", "--vocab-size", "8"], ["vocabulary"]),

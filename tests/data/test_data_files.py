@@ -109,7 +109,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
         pass
     (tmp_path / "file").touch()
     with (
-        pytest.raises(DataError, match="cannot write"),
+        pytest.raises(DataError, match="file is a file, where a folder is needed"),
         alone_in(tmp_path / "file", error=DataError),
     ):
         pass

@@ -3,6 +3,8 @@ import hashlib
 import json
 import math
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -292,6 +294,42 @@ def test_empty_and_missing_inputs(tmp_path):
     for fractions in (*wrong, (0.5, 0.1, 0.1), (0.8, 0.1, 0.0)):
         with pytest.raises(ConfigError, match="fractions are"):
             run(tmp_path / "a.jsonl", tmp_path / "out", fractions=fractions)
+
+
+def test_a_split_that_was_given_no_text_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    said = []
+    inputs = {"valid": [tmp_path / "empty.txt"], "say": said.append}
+    run(tmp_path / "a.txt", tmp_path / "out", **inputs)
+    assert said == ["the inputs given for valid hold no text: that split is empty"]
+
+
+def test_a_preparation_that_kept_nothing_is_not_in_the_way(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    with pytest.raises(DataError, match="a record needs a field 'body'"):
+        run(tmp_path / "a.jsonl", tmp_path / "out", text_field="body")
+    assert run(tmp_path / "a.jsonl", tmp_path / "out").record["splits"]["train"]["documents"]
+
+
+def test_an_interrupted_preparation_with_other_settings_is_kept(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    parts = tmp_path / "out" / "parts"
+    parts.mkdir(parents=True)
+    (parts / "000000.npz").write_bytes(b"hours of work")
+    with pytest.raises(DataError, match="holds an interrupted preparation with other settings"):
+        run(tmp_path / "a.jsonl", tmp_path / "out")
+    assert files(parts) == {"000000.npz": b"hours of work"}
+
+
+def test_a_data_set_of_unknown_size_tells_its_progress_without_a_total(tmp_path, monkeypatch):
+    splits = {"train": [{"text": "a"}, {"text": "bc"}], "validation": [{"text": "d"}]}
+    hub = types.SimpleNamespace(load_dataset=lambda *name, streaming: splits)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    seen = []
+    data = run("some/set", tmp_path / "out", progress=lambda *numbers: seen.append(numbers))
+    assert texts(data, "train") == ["a", "bc"] and texts(data, "valid") == ["d"]
+    assert seen and {total for _, total in seen} == {None}
 
 
 def test_the_output_is_no_input(tmp_path):

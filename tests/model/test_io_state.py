@@ -113,8 +113,11 @@ def refused(path, message):
 def test_nothing_there(tmp_path):
     refused(tmp_path / "none", "no checkpoint at .* no config.json there")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no config.json there")
-    with pytest.raises(CheckpointError, match="did you mean 'metastate-tiny'"):
+    refused(tmp_path / "empty", "no config.json there; name the folder of a run, RUN, RUN/best")
+    with pytest.raises(CheckpointError) as caught:
+        metastate.load("runs/mine/bst")
+    assert len(str(caught.value)) < 150  # it once listed every preset
+    with pytest.raises(CheckpointError, match="did you mean the preset 'metastate-tiny'"):
         metastate.load("metastate-tinny")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "no config.json there")

@@ -107,7 +107,7 @@ def test_the_paper_preset_is_the_literal_reading():
         ("metastate-tinny", "did you mean 'metastate-tiny'"),
         ("RWKV7-mini", "did you mean 'rwkv7-mini'"),
         ("transformer-150M", "did you mean 'transformer-150m'"),
-        ("gpt", "known: metastate-tiny, "),
+        ("gpt", "it is ARCHITECTURE-SIZE, one of metastate, .* and one of tiny, "),
     ],
 )
 def test_unknown_presets_name_the_nearest(name, hint):

@@ -96,6 +96,13 @@ def add_model(parser: Parser) -> None:
     )
 
 
+def add_new_seed(parser: Parser) -> None:
+    """Add `--seed` of a command that gives a model new parameters."""
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws the new entries (default: 0)"
+    )
+
+
 def add_other_weights(parser: Parser) -> None:
     """Add `--allow-other-weights`."""
     parser.add_argument(
@@ -182,7 +189,13 @@ def add_train(parser: Parser) -> None:
 def add_eval(parser: Parser) -> None:
     """Add the options of `metastate eval`."""
     add_model(parser)
-    add_flags(parser, "data", "context", "batch_size", "device", "dtype", context=512)
+    add_flags(parser, "data", "device", "dtype")
+    for flag, number, what in (
+        ("--context", 512, "tokens of a window"),
+        ("--batch-size", 16, "documents, or windows, at once"),
+    ):
+        help = f"{what} (default: {number})"
+        parser.add_argument(flag, type=int, default=number, metavar="N", help=help)
     parser.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
     parser.add_argument("--by-domain", action="store_true", help="also the loss of each domain")
     parser.add_argument(
@@ -273,7 +286,7 @@ def add_grow(parser: Parser) -> None:
     parser.add_argument(
         "--data", metavar="DIR", help="prepared data whose held-out text the logits are compared on"
     )
-    add_flags(parser, "seed")
+    add_new_seed(parser)
     add_json(parser)
 
 

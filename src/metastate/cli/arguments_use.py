@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metastate.cli.arguments import add_model, add_other_weights, add_sampling
+from metastate.cli.arguments import add_model, add_new_seed, add_other_weights, add_sampling
 from metastate.cli.options import Parser, add_flags, add_json
 
 UPGRADE = """\
@@ -51,7 +51,7 @@ def add_upgrade(parser: Parser) -> None:
         help="prepared data whose held-out text logits (and with --replace the loss) are compared "
         "on",
     )
-    add_flags(parser, "seed")
+    add_new_seed(parser)
     add_json(parser)
 
 
@@ -221,9 +221,10 @@ def add_serve(parser: Parser) -> None:
 
 
 DOCTOR = """\
-Compare every backend that can run here with the float64 reference: outputs and all gradients, \
-through every entry point. The last line says it all; put it into a bug report. Exit code 1 means \
-that what the program would use by itself is wrong."""
+Compare every backend that can run here with the float64 reference: outputs and all gradients,
+through every entry point. The last line says it all; put it into a bug report. Exit code 1 means
+that what the program would use by itself is wrong.
+"""
 
 
 def add_doctor(parser: Parser) -> None:

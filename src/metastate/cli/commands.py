@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from metastate.cli.models import arithmetic, load_model, sampling_of
-from metastate.cli.progress import bar, log, print_json
+from metastate.cli.options import check_file
+from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
@@ -24,7 +25,13 @@ from metastate.model.state_file import StateFile
 def run_prepare(args: argparse.Namespace) -> None:
     """`metastate prepare`: text to token files."""
     held_out = (args.valid_fraction, args.test_fraction)
-    with bar("prepare", "bytes") as show:
+    if not (min(held_out) >= 0 and sum(held_out) < 1):
+        raise ConfigError(
+            f"--valid-fraction is {held_out[0]}, --test-fraction {held_out[1]}; neither may be "
+            "below 0, and both together must leave something to train"
+        )
+    kept = f"what was tokenised is in {args.out}"
+    with told_if_interrupted(kept), bar("prepare", "bytes") as show:
         data = prepare(
             args.inputs,
             args.tokenizer,
@@ -145,6 +152,8 @@ def eval_table(results: list[EvalResult]) -> str:
 def run_generate(args: argparse.Namespace) -> None:
     """`metastate generate`: stream a continuation to standard output."""
     sampling = sampling_of(args)
+    if args.state_out:
+        check_file("--state-out", args.state_out)
     model = load_model(args.checkpoint, args, decoding=True)
     tokenizer = tokenizer_of(model, args.checkpoint)
     state = None
@@ -162,10 +171,19 @@ def run_generate(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         stop=args.stop,
     )
-    for piece in text:
-        pieces.append(piece)
-        if not args.json:
-            print(piece, end="", flush=True)
+    at = None  # a continuation is never changed: the last one is whole wherever Ctrl-C strikes
+    try:
+        for piece in text:
+            pieces.append(piece)
+            if args.state_out:
+                at = text.continuation
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if at is not None:
+            at.save(args.state_out, model)
+            log(f"\n{args.state_out} goes on from here")
+        raise
     if not args.json:
         print()
     continuation = text.continuation

@@ -157,6 +157,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_file(flag: str, path: str) -> None:
+    """Raise ConfigError where `path`, to be written at the end of long work, is a folder."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; give the name of a file")
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in the YAML file `path`; ConfigError says what is wrong with it."""
     try:

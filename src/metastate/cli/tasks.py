@@ -26,6 +26,7 @@ Cell = dict[str, Any]
 
 # What belongs to one task alone, and the defaults of what does not.
 OWN = {"state-tracking": ("groups", "length"), "recall": ("levels", "vocab_size")}
+FLAGS = {"groups": "--group", "levels": "--level"}  # where the name is not the flag's
 DEFAULTS: dict[str, dict[str, Any]] = {
     "state-tracking": {"groups": ["S3"], "length": 20, "layers": [1, 2], "batch_size": 64},
     "recall": {"levels": ["64x4"], "vocab_size": 8192, "layers": [2], "batch_size": 32},
@@ -84,7 +85,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     for task, names in OWN.items():
         for name in names:
             if task != args.task and getattr(args, name) is not None:
-                flag = "--" + name.replace("_", "-")
+                flag = FLAGS.get(name, "--" + name.replace("_", "-"))
                 raise ConfigError(f"{flag} is an option of `metastate tasks {task}` alone")
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name) is None:

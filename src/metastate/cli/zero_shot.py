@@ -8,10 +8,10 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from metastate.cli.models import arithmetic, load_model
+from metastate.cli.options import check_file
 from metastate.cli.progress import bar, print_json
 from metastate.data.files import write_json
 from metastate.errors import ConfigError, DataError
@@ -123,6 +123,5 @@ def _keeper(out: str | None) -> Callable[[dict[str, Any]], None]:
     """Return what writes the results so far to `out`, where there is one."""
     if not out:
         return lambda values: None
-    if Path(out).is_dir():
-        raise ConfigError(f"--out {out} is a folder; give the name of a file")
+    check_file("--out", out)
     return lambda values: write_json(out, values, error=DataError)

@@ -151,6 +151,8 @@ def alone_in(folder: Path, *, error: type[MetaStateError] = TrainingError) -> It
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(lock, "wb")  # noqa: SIM115
+    except FileExistsError as cause:
+        raise error(f"{folder} is a file, where a folder is needed; choose another") from cause
     except OSError as cause:
         raise error(f"cannot write {lock}: {cause.strerror}") from cause
     with file:

@@ -213,16 +213,16 @@ class PreparedData:
             DataError: the sizes differ, or the tokenizers do.
         """
         mine = self.record["tokenizer"]
+        if tokenizer and any(tokenizer.get(key) != mine.get(key) for key in ("kind", "sha256")):
+            raise DataError(
+                f"{self.path} was prepared with tokenizer {mine['name']!r}, but the model was "
+                f"trained with {tokenizer.get('name')!r}; prepare the data with that one"
+            )
         if vocab_size != self.vocab_size:
             raise DataError(
                 f"{self.path} was prepared with tokenizer {mine['name']!r} (vocabulary "
                 f"{self.vocab_size:,}), but the model has a vocabulary of {vocab_size:,}; set "
                 f"vocab_size to {self.vocab_size} or prepare the data with the model's tokenizer"
-            )
-        if tokenizer and any(tokenizer.get(key) != mine.get(key) for key in ("kind", "sha256")):
-            raise DataError(
-                f"{self.path} was prepared with tokenizer {mine['name']!r}, but the model was "
-                f"trained with {tokenizer.get('name')!r}; prepare the data with that one"
             )
 
 

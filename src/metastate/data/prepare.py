@@ -78,7 +78,7 @@ def prepare(
         overwrite: replace what `out` holds, whatever settings it was made with.
         progress: called with (bytes read, bytes in all or None where that is not known).
         say: is told, in one line, what of the inputs' folders is left out or read otherwise than
-            its name says; data.json has it as `notes`.
+            its name says; data.json has it as `notes`. Also of `valid` or `test` without any text.
 
     Returns:
         The prepared data. If `out` was finished with the same inputs and settings: at once.
@@ -121,13 +121,17 @@ def prepare(
         elif done := _finished(folder, settings):  # by the one that held the folder until now
             return done
         parts = folder / "parts"
-        if (parts / "settings.json").is_file():
-            _same_settings(folder, _read_settings(parts / "settings.json"), settings)
+        if any(parts.glob("*.npz")):  # blocks that an interrupted run has tokenised
+            old = _read_settings(parts / "settings.json")
+            _same_settings(folder, old, settings, "an interrupted preparation")
         else:
             write_json(parts / "settings.json", settings, error=DataError)
         count = _write_parts(sources, tokenizer, parts, fractions, progress)
         blocks = [parts / f"{i:06d}.npz" for i in range(count)]
         record = _merge(blocks, folder, tokenizer, fractions)
+        for name, given in (("valid", valid), ("test", test)):
+            if given and not record["splits"][name]["documents"]:
+                say(f"the inputs given for {name} hold no text: that split is empty")
         tokenizer.save(folder)
         record |= {"notes": notes, "settings": settings}
         write_json(folder / RECORD, record, error=DataError)
@@ -159,21 +163,21 @@ def _settle_splits(
     return [replace(s, split=s.split if s.split == "test" else None) for s in sources], fractions
 
 
-def _same_settings(folder: Path, old: Any, new: dict[str, Any]) -> None:
+def _same_settings(folder: Path, old: Any, new: dict[str, Any], what: str = "data") -> None:
     if old == new:
         return
     old = old if isinstance(old, dict) else {}
     differ = ", ".join(key for key in new | old if old.get(key) != new.get(key))
     raise DataError(
-        f"{folder} holds data that was prepared with other settings ({differ} differ); give "
-        "another --out, or --overwrite to prepare it anew"
+        f"{folder} holds {what} with other settings ({differ} differ); give another --out, or "
+        "--overwrite to prepare it anew"
     )
 
 
 def _read_settings(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

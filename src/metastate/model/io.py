@@ -152,6 +152,11 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
         CheckpointError: the checkpoint names none. DataError: its file is gone, or another one.
     """
     if model.tokenizer_info is None:
+        if not os.path.exists(path):
+            raise CheckpointError(
+                f"{path} is a preset, which nothing has trained: `metastate train --preset {path}` "
+                "makes a checkpoint that can write"
+            )
         raise CheckpointError(
             f"{path} does not say which tokenizer it was trained with; `metastate convert --to "
             "metastate --tokenizer ...` writes a copy that does"
@@ -197,12 +202,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        hint = (
-            ""
-            if os.path.exists(path)
-            else f" and no preset has that name ({presets.nearest(str(path))})"
-        )
-        raise CheckpointError(f"no checkpoint at {path}: no config.json there{hint}") from None
+        hint = "name the folder of a run, RUN, RUN/best or RUN/last"
+        if not os.path.exists(path) and (near := presets.near(str(path))):
+            hint = f"did you mean the preset {near!r}?"
+        raise CheckpointError(f"no checkpoint at {path}: no config.json there; {hint}") from None
     except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(
             f"{file} cannot be read ({cause}); the checkpoint is corrupt"

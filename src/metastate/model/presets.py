@@ -28,6 +28,7 @@ SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int], tuple[in
 }
 ARCHITECTURES = ("metastate", "paper", "rwkv7", "transformer", "tokenformer")
 NAMES = [f"{architecture}-{size}" for architecture in ARCHITECTURES for size in SIZES]
+SPELLING = f"ARCHITECTURE-SIZE, one of {', '.join(ARCHITECTURES)} and one of {', '.join(SIZES)}"
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
@@ -40,7 +41,9 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         ConfigError: no such preset (the nearest name is said), or an override is not valid.
     """
     if name not in NAMES:
-        raise ConfigError(f"unknown preset {name!r}; {nearest(name)}")
+        guess = near(name)
+        hint = f"did you mean {guess!r}?" if guess else f"it is {SPELLING}"
+        raise ConfigError(f"unknown preset {name!r}; {hint}")
     architecture, size = re.fullmatch(r"(\w+)-(.+)", name).groups()  # type: ignore[union-attr]
     D, H, depth, metastate, rwkv7, transformer = SIZES[size]
     layers, ffn = {
@@ -76,7 +79,6 @@ def override(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     return config.replace(**coerce_fields(ModelConfig, changes, "model"))
 
 
-def nearest(name: str) -> str:
-    """Say which preset is nearest to `name`, or which there are."""
-    near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"
+def near(name: str) -> str | None:
+    """Return the preset that `name` may have been meant to be, None where none is alike."""
+    return next(iter(difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.6)), None)

@@ -108,11 +108,15 @@ class StateFile:
                 this program, or holds what no state does.
         """
         try:
+            if os.path.isdir(path):  # of which safetensors says: no such device
+                raise IsADirectoryError
             with safetensors.safe_open(path, "pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise StateError(f"no state file at {path}") from None
+        except IsADirectoryError:
+            raise StateError(f"{path} is a folder; name a state file") from None
         except (safetensors.SafetensorError, OSError) as cause:
             raise StateError(
                 f"{path} is no whole safetensors file ({cause}); it is corrupt or cut "
