@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import sys
 
@@ -113,3 +114,22 @@ def test_json_holds_no_number_that_json_cannot_say(capsys):
     progress.print_json({"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": 3}})
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found == {"a": [None, 1.5, [None]], "b": {"c": None, "d": 3}}
+
+
+def test_a_first_run_is_told_that_it_waits_for_the_compiler(capsys, monkeypatch):
+    event = pytest.importorskip("numba.core.event")
+    from metastate.ops.jit import Telling
+
+    logger = logging.getLogger("metastate.ops")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    telling = Telling()
+    for rank in ("1", "0", "0"):
+        monkeypatch.setenv("RANK", rank)
+        progress.hear_kernels()
+        assert len(logger.handlers) == (rank == "0")
+    for _ in range(2):
+        telling.notify(event.Event("numba:compile", event.EventStatus.START, {}))
+        telling.notify(event.Event("numba:compile", event.EventStatus.END, {}))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compiling native kernels for this processor")

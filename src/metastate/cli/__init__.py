@@ -14,6 +14,7 @@ from metastate import __version__
 from metastate.cli import arguments as a
 from metastate.cli import arguments_use as use
 from metastate.cli.options import PATHS, Parser
+from metastate.cli.progress import hear_kernels
 from metastate.errors import ConfigError, MetaStateError
 
 QUICK_START = """\
@@ -222,6 +223,7 @@ def _run(argv: list[str]) -> int:
     for name in command.needs:  # after unknown flags: those are the likelier mistake
         if not getattr(args, name, None):
             raise ConfigError(f"--{name} is missing; see `metastate {command.name} --help`")
+    hear_kernels()
     module, function = command.run.split(":")
     run = getattr(importlib.import_module(f"metastate.cli.{module}"), function)
     return run(args) or 0

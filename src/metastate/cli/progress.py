@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,19 @@ def log(text: str) -> None:
     """Say something to the person, if there still is one; standard output is for results."""
     with suppress(OSError):  # the terminal may be gone, which must not end a run
         print(text, file=sys.stderr, flush=True)
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log(record.getMessage())
+
+
+def hear_kernels() -> None:
+    """Say what `metastate.ops` has to say, in the first process of a run."""
+    logger = logging.getLogger("metastate.ops")
+    if not logger.handlers and os.environ.get("RANK", "0") == "0":
+        logger.addHandler(_Said())
+        logger.setLevel(logging.INFO)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,12 +11,36 @@ from typing import Any
 
 import numba as nb
 from numba import types
+from numba.core import event
 from numba.extending import intrinsic
+
+logger = logging.getLogger(__name__)
 
 # Reassociation and contraction are allowed, never "no NaNs": a NaN propagates.
 OPTIONS: Any = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 # Functions that only kernels call need no way in from Python, which takes long to compile.
 INNER: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+class Telling(event.Listener):
+    """Say once what a first run waits for; kernels that are found compiled are no such event."""
+
+    said = False
+
+    def on_start(self, _: event.Event) -> None:
+        """Say it at the first compilation."""
+        if not self.said:
+            self.said = True
+            logger.info(
+                "compiling native kernels for this processor: up to a minute, as a rule the first "
+                "time only"
+            )
+
+    def on_end(self, _: event.Event) -> None:
+        """Say nothing."""
+
+
+event.register("numba:compile", Telling())
 
 
 @cache
