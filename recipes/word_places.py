@@ -8,8 +8,9 @@
 Every model reads the same windows of held-out documents, equally many of each domain, each window
 from nothing but the token before it (as `metastate eval --context`). A token is a space, the end of
 a line, digits, a symbol, or letters, and letters are the first, second, third or a later token of
-their word. Out come a table and a figure: the loss by kind, the lead over the last model given, and
-what each kind makes of the whole lead (these sum to it). Minutes on one core.
+their word. Checkpoints are given in pairs, a model and the one it is held against. Out come a table
+and a figure: the loss by kind, the lead, and what each kind makes of the whole lead (these sum to
+it). Minutes on one core.
 """
 
 from __future__ import annotations
@@ -94,55 +95,55 @@ def losses(model: LanguageModel, tokens: np.ndarray, title: str) -> np.ndarray:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as Markdown; the last model is the one that others are held against."""
-    base = rows[-1]
-    lines = ["| | all | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
-    shares = " | ".join(f"{share:.1%}" for share in base["shares"])
-    lines.append(f"| share of tokens | | {shares} |")
+    """Return the results as Markdown, four lines a pair."""
+
+    def line(name: str, of_all: str, values: list[float | None], form: str) -> str:
+        figures = ("" if x is None else format(x, form) for x in values)
+        return f"| {name} | {of_all} | " + " | ".join(figures) + " |"
+
+    out = ["| | all | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
+    out.append(line("share of tokens", "", rows[0]["shares"], ".1%"))
     for own in rows:
-        figures = " | ".join("" if x is None else f"{x:.3f}" for x in own["nats"])
-        lines.append(f"| {own['model']}, nats | {own['all']:.4f} | {figures} |")
-        if own is not base:
-            for name, of_all, values in (
-                ("lead, %", own["lead"], own["leads"]),
-                ("of the whole lead", own["lead"], own["parts"]),
-            ):
-                figures = " | ".join("" if x is None else f"{x:+.2f}" for x in values)
-                lines.append(f"| {name} | {of_all:+.2f} | {figures} |")
-    return "\n".join(lines)
+        out += [
+            line(f"{own['model']}, nats", f"{own['loss']:.4f}", own["losses"], ".3f"),
+            line(f"{own['base']}, nats", f"{own['base_loss']:.4f}", own["base_losses"], ".3f"),
+            line("lead, %", f"{own['lead']:+.2f}", own["leads"], "+.2f"),
+            line("of the whole lead, %", f"{own['lead']:+.2f}", own["parts"], "+.2f"),
+        ]
+    return "\n".join(out)
 
 
-def measured(name: str, nats: np.ndarray, base: np.ndarray, of: np.ndarray) -> dict[str, Any]:
-    """Return a model's loss by kind and its lead over `base`, in per cent."""
+def measured(nats: np.ndarray, base: np.ndarray, of: np.ndarray) -> dict[str, Any]:
+    """Return the losses of a pair by kind and the first one's lead, in per cent."""
     masks = [of == i for i in range(len(KINDS))]
-    means = [(nats[m].mean(), base[m].mean()) if m.any() else None for m in masks]
+    means = [(nats[m].mean(), base[m].mean()) if m.any() else (None, None) for m in masks]
     return {
-        "model": name,
-        "all": nats.mean(),
+        "loss": nats.mean(),
+        "base_loss": base.mean(),
         "lead": 100 * (1 - nats.mean() / base.mean()),
         "shares": [m.mean() for m in masks],
-        "nats": [None if pair is None else pair[0] for pair in means],
-        "leads": [None if pair is None else 100 * (1 - pair[0] / pair[1]) for pair in means],
+        "losses": [own for own, _ in means],
+        "base_losses": [other for _, other in means],
+        "leads": [None if own is None else 100 * (1 - own / other) for own, other in means],
         "parts": [100 * (base - nats)[m].sum() / base.sum() for m in masks],
     }
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw what each kind makes of the whole lead, a bar a model."""
+    """Draw what each kind makes of the whole lead, a bar a pair."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    others = rows[:-1]
-    for i, own in enumerate(others):
-        at = np.arange(len(KINDS)) + (i - (len(others) - 1) / 2) * 0.8 / len(others)
-        label = f"{own['model']} ({own['lead']:+.2f} % in all)"
-        axis.bar(at, own["parts"], width=0.8 / len(others), label=label)
+    fig, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    for i, own in enumerate(rows):
+        at = np.arange(len(KINDS)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+        label = f"{own['model']} over {own['base']}: {own['lead']:+.2f} in all"
+        axis.bar(at, own["parts"], width=0.8 / len(rows), label=label)
     axis.set_xticks(range(len(KINDS)), [name.replace(", ", ",\n") for name in KINDS], fontsize=8)
     axis.axhline(0, color="0.4", lw=0.8)
-    axis.set_ylabel(f"% of the loss of\n{rows[-1]['model']}")
+    axis.set_ylabel("part of the lead,\n% of the other's loss")
     axis.legend(fontsize=8)
     fig.savefig(path, dpi=130)
 
@@ -150,23 +151,31 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Score the models on the same windows; write table, figure and results.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", type=Path, metavar="CKPT", help="the last is the base")
+    parser.add_argument("models", nargs="+", type=Path, metavar="CKPT BASE")
     parser.add_argument("--data", required=True, help="prepared with the models' tokenizer")
     parser.add_argument("--split", default="test")
     parser.add_argument("--context", type=int, default=512, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=40, help="of each domain")
     parser.add_argument("--out", type=Path, default=Path("runs/word-places"))
     args = parser.parse_args()
+    if len(args.models) % 2:
+        raise ConfigError("give checkpoints in pairs: a model, then the one it is held against")
     data = PreparedData.open(args.data)
     tokens = windows(data.split(args.split), args.context, args.windows)
-    models = [load(path).eval() for path in args.models]
-    for model, path in zip(models, args.models, strict=True):
+    of = kinds(tokens, data.tokenizer)
+    nats = []
+    for path in args.models:
+        model = load(path).eval()
         if tokenizer_of(model, path).info()["sha256"] != data.tokenizer.info()["sha256"]:
             raise ConfigError(f"{path} has another tokenizer than {args.data}")
-    nats = [losses(m, tokens, str(path)) for m, path in zip(models, args.models, strict=True)]
-    of = kinds(tokens, data.tokenizer)
-    names = [path.name if path.name != "last" else path.parent.name for path in args.models]
-    rows = [measured(name, own, nats[-1], of) for name, own in zip(names, nats, strict=True)]
+        nats.append(losses(model, tokens, str(path)))
+    names = [
+        path.parent.name if path.name in ("last", "best") else path.name for path in args.models
+    ]
+    rows = [
+        {"model": names[i], "base": names[i + 1]} | measured(nats[i], nats[i + 1], of)
+        for i in range(0, len(names), 2)
+    ]
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", {"kinds": KINDS, "windows": len(tokens), "rows": rows})
     figure(rows, args.out / "lead-by-place.png")
