@@ -34,29 +34,24 @@ def test_quiet_between_lines_but_not_at_the_end(capsys, monkeypatch):
     assert capsys.readouterr().err.count("eval: ") == 1
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "unit", "done", "total", "seen"),
+    [
+        ("train", "steps", 5, 10, "5/10"),
+        ("prepare", "bytes", 1_500_000, 2_000_000, "1.50M/2.00M"),  # in larger units
+    ],
+)
+def test_a_bar_on_a_terminal(monkeypatch, what, unit, done, total, seen):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with progress.bar("train", "steps") as show:
-        show(5, 10, loss="2.5")
-        show(10, 10, loss="2.0")
-    assert "train" in screen.getvalue() and "5/10" in screen.getvalue()
-
-
-def test_bytes_are_shown_in_larger_units(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    with progress.bar("prepare", "bytes") as show:
-        show(1_500_000, 2_000_000)
-    assert "1.50M/2.00M" in screen.getvalue()
+    with progress.bar(what, unit) as show:
+        show(done, total, loss="2.5")
+        show(total, total, loss="2.0")
+    assert what in screen.getvalue() and seen in screen.getvalue()
 
 
 def test_lines_where_the_total_is_not_known(capsys, monkeypatch):
