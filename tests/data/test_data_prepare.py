@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import lzma
 import math
 import random
 import sys
@@ -413,6 +414,14 @@ def test_progress_reaches_the_size_of_the_inputs(tmp_path):
     size = file.stat().st_size
     assert seen == sorted(seen) and len(seen) >= 50
     assert seen[-1] == (size, size) and {total for _, total in seen} == {size}
+
+
+def test_progress_of_a_packed_file_says_its_end_once(tmp_path):
+    file, seen = tmp_path / "a.jsonl.xz", []
+    with lzma.open(file, "wt") as packed:
+        packed.writelines(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50))
+    run(file, tmp_path / "out", progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(file.stat().st_size, file.stat().st_size)]
 
 
 def test_a_vocabulary_beyond_u16_is_stored_wider(tmp_path):

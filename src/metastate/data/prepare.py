@@ -245,7 +245,7 @@ def _write_parts(
     def advance(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
-        if progress is not None:
+        if progress is not None and num_bytes:  # a packed file is read in large pieces
             progress(done, total)
 
     for block in _blocks(_cut_single(_texts(sources, advance), fractions)):
