@@ -287,7 +287,7 @@ def test_set(chat, capsys):
         ("/set seed 18446744073709551616", "seed is 18446744073709551616; it must be -2"),
         ("/set temperature inf", "temperature is inf; it must be 0"),
         ("/set repetition_window 9223372036854775808", "repetition_window is 9223"),
-        ("/load .", "no whole safetensors file"),
+        ("/load .", r"\. is a folder; name a state file"),
         ("/fork", "a new name is needed"),
         ("/fork main", "a new name is needed; there are main"),
         ("/switch x", "no conversation 'x'; there are main"),
