@@ -5,8 +5,8 @@
     D=../../pilelite-bytes
     python ../../../recipes/word_places.py meta-state-wide-seed0 rwkv-7-wide-seed0 --data $D
 
-Every model reads the same windows of held-out documents, equally many of each domain, each window
-from nothing but the token before it (as `metastate eval --context`). A token is a space, the end of
+Every model reads the same windows of held-out documents, as many of each domain as it has up to
+`--windows`, each from nothing but the token before it (as `metastate eval --context`). A token is a space, the end of
 a line, digits, a symbol, or letters, and letters are the first, second, third or a later token of
 their word. Checkpoints are given in pairs, a model and the one it is held against. Out come a table
 and a figure: the loss by kind, the lead, and what each kind makes of the whole lead (these sum to
@@ -34,7 +34,7 @@ from metastate.model.lm import LanguageModel
 WORD = ["word, 1st token", "2nd", "3rd", "4th and later"]
 KINDS = [*WORD, "space", "line end", "digits", "symbols", "other"]
 LETTERS, SPACE, LINE, DIGITS, SYMBOL, OTHER = 0, 4, 5, 6, 7, 8
-FIRST_BYTES, ROWS = 2048, 16  # tokens of a document that windows are taken from; windows a forward
+FIRST, ROWS = 2048, 16  # tokens of a document that windows are taken from; windows a forward
 
 
 def windows(split: Split, context: int, count: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def windows(split: Split, context: int, count: int) -> np.ndarray:
         own: list[np.ndarray] = []
         documents = np.flatnonzero(dataset.domains == domain)
         for i in np.random.default_rng(domain).permutation(documents):
-            text = np.concatenate([[split.eod_id], dataset[i][:FIRST_BYTES]])
+            text = np.concatenate([[split.eod_id], dataset[i][:FIRST]])
             starts = range(0, len(text) - context, context)
             own += [text[first : first + context + 1] for first in starts]
             if len(own) >= count:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="prepared with the models' tokenizer")
     parser.add_argument("--split", default="test")
     parser.add_argument("--context", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--windows", type=int, default=40, help="of each domain")
+    parser.add_argument("--windows", type=int, default=40, help="of each domain at most")
     parser.add_argument("--out", type=Path, default=Path("runs/word-places"))
     args = parser.parse_args()
     if len(args.models) % 2:
