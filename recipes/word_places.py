@@ -6,11 +6,11 @@
     python ../../../recipes/word_places.py meta-state-wide-seed0 rwkv-7-wide-seed0 --data $D
 
 Every model reads the same windows of held-out documents, as many of each domain as it has up to
-`--windows`, each from nothing but the token before it (as `metastate eval --context`). A token is a space, the end of
-a line, digits, a symbol, or letters, and letters are the first, second, third or a later token of
-their word. Checkpoints are given in pairs, a model and the one it is held against. Out come a table
-and a figure: the loss by kind, the lead, and what each kind makes of the whole lead (these sum to
-it). Minutes on one core.
+`--windows`, each from nothing but the token before it (as `metastate eval --context`). A token is a
+space, the end of a line, digits, a symbol, or letters, and letters are the first, second, third or
+a later token of their word. Checkpoints are given in pairs, a model and the one it is held against.
+Out come a table and a figure: the loss by kind, the lead, and what each kind makes of the whole
+lead (these sum to it). Minutes on one core.
 """
 
 from __future__ import annotations
