@@ -137,7 +137,7 @@ def _fraction(where: str, value: float) -> None:
 
 _MODEL_SIZES = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "input_slices", "head_size"),
-    *("ffn_size", "attention_slots"),
+    *("ffn_size", "attention_slots", "error_heads"),
     *("decay_rank", "icl_rate_rank", "value_rank", "gate_rank", "rope_theta"),
 )
 _TRAIN_SIZES = (
@@ -217,7 +217,9 @@ class ModelConfig:
     the Meta-State layer, with a norm of its own, or (None, as in files from before that choice)
     beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
     have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
-    attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. Growth sets
+    attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With error_heads a
+    meta state of so many heads stands before the head of the model, of any architecture, and is
+    written with its errors (layers/error_memory.py). Growth sets
     input_slices (slices that the Meta-State heads cut x into, H unless given; head h reads slice h
     mod input_slices), head_segments (a head's channels by growth step), and first_slots
     (attention_slots and ffn_size that a TokenFormer began with).
@@ -243,6 +245,7 @@ class ModelConfig:
     meta_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_order: Literal["beside", "after"] | None = field(default=None, metadata=LATER)
+    error_heads: int | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -309,6 +312,11 @@ class ModelConfig:
             raise ConfigError(
                 f"model.head_size {self.head_size} is below hidden_size / num_heads = "
                 f"{self.hidden_size // slices}"
+            )
+        if self.error_heads and self.hidden_size % self.error_heads:
+            raise ConfigError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of error_heads "
+                f"{self.error_heads}; change one of them"
             )
         self._check_layers()
         size = self.meta_state.encoder_size

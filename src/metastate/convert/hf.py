@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import safetensors
@@ -315,7 +316,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = [torch.cat(rows) for rows in zip(*outputs, strict=True)]
         seen = (0 if state is None else state.tokens_seen) + tokens.shape[1]
         kl = torch.stack(terms).sum() / mask.sum() if terms else None
-        return hidden, ModelState(ModelState.stack(states).layers, seen), kl
+        return hidden, replace(ModelState.stack(states), tokens_seen=seen, extra={}), kl
 
     def _run(
         self, tokens: Tensor, state: ModelState | None, resets: Tensor | None, every: bool

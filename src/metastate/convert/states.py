@@ -7,7 +7,7 @@ upgraded RWKV-7 that has no M carries just that, and a state does not say which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ def to_rwkv(state: ModelState) -> list[Tensor]:
     """
     state.check_single()
     out: list[Tensor] = []
-    for i, layer in enumerate(state.layers):
-        own, channel_shift = _rwkv7_layer(layer, i)
+    for own, channel_shift in _rwkv7_layers(state):
         out += [own.time_shift[0].clone(), own.S[0].to(torch.float32, copy=True)]
         out.append(channel_shift[0].clone())
     return out
@@ -92,8 +91,7 @@ def to_fla(state: ModelState) -> list[dict[str, Tensor]]:
     past_key_values.update.
     """
     out = []
-    for i, layer in enumerate(state.layers):
-        own, channel_shift = _rwkv7_layer(layer, i)
+    for own, channel_shift in _rwkv7_layers(state):
         S = own.S.mT.to(torch.float32).clone(memory_format=torch.contiguous_format)
         shifts = {"conv_state": own.time_shift.clone(), "ffn_state": channel_shift.clone()}
         out.append({"recurrent_state": S} | shifts)
@@ -132,18 +130,23 @@ def from_fla(
     return ModelState(tuple(out), tokens_seen)
 
 
-def _rwkv7_layer(layer: Any, index: int) -> tuple[RecurrentState, Tensor]:
-    """Return an RWKV-7 layer's state and its channel shift."""
-    if not isinstance(layer, RecurrentState) or layer.M is not None or layer.channel_shift is None:
-        raise StateError(
-            f"layer {index} is no RWKV-7's: S and two token shifts are all that this layout holds"
-        )
-    return layer, layer.channel_shift
+def _rwkv7_layers(state: ModelState) -> Iterator[tuple[RecurrentState, Tensor]]:
+    """Yield an RWKV-7's layers and their channel shifts."""
+    if state.errors is not None:
+        raise StateError("the state is of an error memory too, for which this layout has no place")
+    for i, own in enumerate(state.layers):
+        if not isinstance(own, RecurrentState) or own.M is not None or own.channel_shift is None:
+            raise StateError(
+                f"layer {i} is no RWKV-7's: S and two token shifts are all that this layout holds"
+            )
+        yield own, own.channel_shift
 
 
 def _check_config(config: ModelConfig) -> None:
     if config.architecture != "rwkv7":
         raise StateError(f"the config is of a {config.architecture}; this layout is an RWKV-7's")
+    if config.error_heads:
+        raise StateError("the config has an error memory, for which this layout has no place")
 
 
 def _check(x: Any, shape: list[int | None], what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import threading
 import warnings
@@ -105,15 +106,14 @@ class BatchDecoder(Decoder):
         state.check(self.model)
         state.check_single()
         self.tokens_seen[row] = state.tokens_seen
-        for own, given in zip(self.state.layers, state.layers, strict=True):
+        for own, given in zip(self.state.parts, state.parts, strict=True):
             for name, x in vars(own).items():
                 if x is not None:
                     x[row] = getattr(given, name)[0]
 
     def get(self, row: int) -> ModelState:
         """See Decoder.get."""
-        copy = self.state[row].clone()
-        return ModelState(copy.layers, self.tokens_seen[row])
+        return dataclasses.replace(self.state[row].clone(), tokens_seen=self.tokens_seen[row])
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -132,7 +132,7 @@ class BatchDecoder(Decoder):
     def _pass(self) -> Tensor:
         """Let the rows in use consume their tokens; return the logits of all."""
         logits, new = self.model(self._tokens, self.state)
-        for own, after in zip(self.state.layers, new.layers, strict=True):
+        for own, after in zip(self.state.parts, new.parts, strict=True):
             for name, x in vars(own).items():
                 if x is not None:
                     in_use = self._in_use.view(-1, *[1] * (x.dim() - 1))
@@ -331,6 +331,7 @@ def runs_natively(model: LanguageModel) -> bool:
         or os.name != "posix"
         or model.head.weight.dtype not in MATRICES
         or len(config.head_segments or ()) != 1
+        or config.error_heads
     ):
         return False
     if config.architecture == "rwkv7":

@@ -16,6 +16,7 @@ from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.layers.common import Growth, Packing, declared_groups, linear, normal_
+from metastate.layers.error_memory import ErrorMemory
 from metastate.model.block import RecurrentBlock, TransformerBlock
 from metastate.model.state import ModelState
 
@@ -24,7 +25,7 @@ class LanguageModel(nn.Module):
     """A causal language model of any of our architectures, fixed by its ModelConfig.
 
     x = embedding(tokens) (then ln0 in the recurrent ones);  x = block(x), L times;
-    logits = head(ln_out(x))
+    logits = head(ln_out(x)), of features that the error memory corrects, where there is one
 
     Attributes:
         config: the ModelConfig.
@@ -61,13 +62,17 @@ class LanguageModel(nn.Module):
             blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(D)
+        self.error_memory = ErrorMemory(config) if config.error_heads else None
 
     def init_state(self, batch_size: int) -> ModelState:
         """Return the detached state before the first token for `batch_size` rows."""
         if batch_size < 1:
             raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
         layers = tuple(block.init_state(batch_size) for block in self.blocks)  # type: ignore[operator]
-        return ModelState(layers).detach()
+        memory = self.error_memory
+        return ModelState(
+            layers, errors=None if memory is None else memory.init_state(batch_size)
+        ).detach()
 
     @property
     def empty_state(self) -> ModelState:
@@ -99,12 +104,12 @@ class LanguageModel(nn.Module):
             group: the ranks that share the rows: each gives T tokens of them, in the order of the
                 ranks, and all call this together. `state` is then the same on every rank, and the
                 state returned is the one after this rank's tokens.
-            state_only: leave out the last block's feed-forward layer, on which the state does not
-                depend; only the state of the results is then of use.
+            state_only: only the state of the results is of use: leave out what it does not depend
+                on, as the last block's feed-forward layer where there is no error memory.
 
         Returns:
-            ln_out(x) [B, T, D], the state after the last token, and the KL term of variational
-            encoders, weighted, or None.
+            ln_out(x) [B, T, D], corrected where there is an error memory, the state after the last
+            token, and the KL term of variational encoders, weighted, or None.
 
         Raises:
             ShapeError: tokens or resets have the wrong shape, dtype or range.
@@ -131,15 +136,22 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         kl: Tensor | None = None
         layers: list[Any] = []
-        last = len(self.blocks) - 1
-        if self.recurrent:
-            packing = None
+        last, memory = len(self.blocks) - 1, self.error_memory
+        state_only = state_only and memory is None
+        if group is not None and not self.recurrent:
+            raise ConfigError(
+                "only a recurrent model can hand on its state; a transformer's sequences cannot be "
+                "split over processes here"
+            )
+        packing, backend = None, self.backend
+        if self.recurrent or memory is not None:
             if resets is not None or group is not None:
                 resets = (
                     tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
                 )
                 packing = Packing.from_resets(resets, group)
             backend = ops.resolve_backend(self.backend, tokens.device)
+        if self.recurrent:
             x, v_first = self.ln0(x), None
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
                 if packing is not None and start is not None:
@@ -149,11 +161,6 @@ class LanguageModel(nn.Module):
                 layers.append(new)
                 if term is not None:
                     kl = term if kl is None else kl + term
-        elif group is not None:
-            raise ConfigError(
-                "only a recurrent model can hand on its state; a transformer's sequences cannot be "
-                "split over processes here"
-            )
         else:
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
                 x, new = self._run(block, x, old, resets, state_only and i == last)
@@ -161,7 +168,13 @@ class LanguageModel(nn.Module):
         seen = 0 if state is None else state.tokens_seen
         if kl is not None:
             kl = kl * self.config.meta_state.kl_weight
-        return self.ln_out(x), ModelState(tuple(layers), seen + length), kl
+        h, errors = self.ln_out(x), None
+        if memory is not None:
+            before_it = None if state is None else state.errors
+            first_errors = None if start is None else start.errors
+            args = (h, tokens, self.head.weight, before_it, packing, first_errors, backend)
+            h, errors = self._run(memory, *args)
+        return h, ModelState(tuple(layers), seen + length, errors=errors), kl
 
     def forward(
         self,
@@ -242,11 +255,15 @@ class LanguageModel(nn.Module):
         token, 10 N^2 for the recurrence (2 N^2 each for removal read, decay, two rank-1 writes and
         read, though the decay adds nothing) and 2 N^2 for another reader, 26 N^2 and 10 N^2
         backward. Attention costs 4 D a visible key forward (8 backward), (T + 1) / 2 keys on
-        average. Elementwise work is left out.
+        average. An error memory is one such recurrence, and reads the head twice more. Elementwise
+        work, and what is computed again to save memory, is left out.
         """
         config = self.config
         matrices = sum(p.numel() * self._products(n, p) for n, p in self.named_parameters())
         forward, backward = 2 * matrices, 4 * matrices
+        if config.error_heads:
+            own = config.hidden_size**2 // config.error_heads
+            forward, backward = forward + 10 * own, backward + 26 * own
         if not self.recurrent:
             attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
             return forward + attention, backward + 2 * attention
@@ -264,6 +281,8 @@ class LanguageModel(nn.Module):
     def _products(self, name: str, p: Tensor) -> int:
         """Return in how many matrix products of a token the parameter is a factor."""
         no_factor = (".mu", ".r_k", ".token_keys", ".token_values")
+        if name == "head.weight":
+            return 3 if self.config.error_heads else 1
         if p.dim() < 2 or name == "embedding.weight" or name.endswith(no_factor):
             return 0
         if name.endswith(".receptance.weight"):
@@ -274,9 +293,11 @@ class LanguageModel(nn.Module):
     def state_bytes(self, batch_size: int = 1, tokens: int = 0) -> int:
         """Return the bytes of the state after `tokens` tokens; constant in a recurrent model."""
         if self.recurrent:
-            return sum(b.init_state(batch_size).num_bytes for b in self.blocks)  # type: ignore[operator]
+            return self.init_state(batch_size).num_bytes
         config, size = self.config, self.embedding.weight.element_size()
-        return 2 * config.num_layers * config.attention_size * size * batch_size * tokens
+        cache = 2 * config.num_layers * config.attention_size * size * batch_size * tokens
+        memory = self.error_memory
+        return cache + (0 if memory is None else memory.init_state(batch_size).num_bytes)
 
 
 def sketch(config: ModelConfig) -> LanguageModel:

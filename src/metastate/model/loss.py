@@ -11,14 +11,13 @@ from torch import Tensor
 
 from metastate.errors import ShapeError, TrainingError
 from metastate.ops.links import differentiable_once
+from metastate.ops.softmax import chunk_of
 
 if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
     from metastate.model.state import ModelState
 
 IGNORE = -100  # target of a token that is not scored
-LOGITS = 2**25  # logits of one chunk: 128 MiB in float32, one buffer in all
-FLOAT16_ROWS = 512  # of a chunk in float16, which holds their sum where features are below 128
 
 
 @dataclass(frozen=True)
@@ -124,17 +123,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, learn: bool
     ) -> tuple[Tensor, Tensor]:
         (n, _), (size, _) = x.shape, weight.shape
-        kind = x.device.type
-        product = torch.promote_types(x.dtype, weight.dtype)
-        if torch.is_autocast_enabled(kind) and product != torch.float64:
-            product = torch.get_autocast_dtype(kind)
-        exact = torch.promote_types(product, torch.float32)
+        product, exact, rows = chunk_of(x, weight)
         need_x, need_weight = (learn and need for need in ctx.needs_input_grad[:2])
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             W = weight.detach().to(product)
-            rows = max(1, min(n, LOGITS // size))
-            if product == torch.float16:
-                rows = min(rows, FLOAT16_ROWS)
             # One buffer for every chunk: fresh memory costs more time than the arithmetic.
             buffer = x.new_empty(rows, size, dtype=exact)
             narrow = buffer if product == exact else x.new_empty(rows, size, dtype=product)

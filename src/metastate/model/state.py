@@ -16,6 +16,7 @@ from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
+from metastate.layers.error_memory import ErrorState
 from metastate.model.state_file import StateFile, config_hash
 from metastate.model.weights import weights_hash
 from metastate.ops import state_dtype
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
 
 LayerState = RecurrentState | AttentionState
+Part = LayerState | ErrorState
+ERRORS = "errors"  # what the tensors of an ErrorState are called by, as layers.0 those of a layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,11 +40,13 @@ class ModelState:
         layers: one RecurrentState or AttentionState a block.
         tokens_seen: number of tokens consumed so far.
         extra: notes that travel with a saved state, text to text.
+        errors: the state of the error memory, None in a model without one.
     """
 
     layers: tuple[LayerState, ...]
     tokens_seen: int = 0
     extra: dict[str, str] = field(default_factory=dict)
+    errors: ErrorState | None = None
 
     def __repr__(self) -> str:
         """Return its sizes in a line; the numbers themselves would fill screens."""
@@ -50,9 +55,19 @@ class ModelState:
             f"tokens_seen={self.tokens_seen}, num_bytes={self.num_bytes})"
         )
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The states of the layers, and of the error memory where there is one."""
+        return self.layers if self.errors is None else (*self.layers, self.errors)
+
+    def with_parts(self, parts: Sequence[Part]) -> ModelState:
+        """Return this state with other `parts`, as many and of the same kinds."""
+        layers, rest = tuple(parts[: len(self.layers)]), parts[len(self.layers) :]
+        return dataclasses.replace(self, layers=layers, errors=rest[0] if rest else None)  # type: ignore[arg-type]
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> ModelState:
         """Return a state whose tensors are `fn` of this one's."""
-        return dataclasses.replace(self, layers=tuple(layer.map(fn) for layer in self.layers))
+        return self.with_parts([part.map(fn) for part in self.parts])
 
     def detach(self) -> ModelState:
         """Return the state cut off from the graph that made it."""
@@ -87,19 +102,20 @@ class ModelState:
         """
         if not states:
             raise StateError("no states to stack; give at least one")
-        layers = []
-        for i, parts in enumerate(zip(*(s.layers for s in states), strict=False)):
+        joined: list[Part] = []
+        for i, parts in enumerate(zip(*(s.parts for s in states), strict=False)):
             try:
-                layers.append(_joined(parts))
+                joined.append(_joined(parts))
             except (TypeError, RuntimeError):
                 raise StateError(
                     f"layer {i} of the states has different shapes; only states of one model, "
                     "and key-value caches of one length, can be stacked"
                 ) from None
-        if any(len(s.layers) != len(layers) for s in states):
+        if any(len(s.parts) != len(joined) for s in states):
             raise StateError("the states have different numbers of layers: different models")
         extra = states[0].extra if all(s.extra == states[0].extra for s in states) else {}
-        return cls(tuple(layers), max(s.tokens_seen for s in states), extra)
+        state = dataclasses.replace(states[0], tokens_seen=max(s.tokens_seen for s in states))
+        return dataclasses.replace(state.with_parts(joined), extra=extra)
 
     def unstack(self) -> list[ModelState]:
         """Return every row as a state of its own that shares no memory with the others."""
@@ -129,14 +145,16 @@ class ModelState:
     @property
     def num_bytes(self) -> int:
         """Size in bytes: constant for a recurrent model, growing for a Transformer."""
-        return sum(layer.num_bytes for layer in self.layers)
+        return sum(part.num_bytes for part in self.parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, `layers.0.S` and so on, buffers cut to what is in use."""
+        named = {f"layers.{i}": vars(own.map(lambda x: x)) for i, own in enumerate(self.layers)}
+        named[ERRORS] = {} if self.errors is None else vars(self.errors)
         return {
-            f"layers.{i}.{name}": x
-            for i, layer in enumerate(self.layers)
-            for name, x in vars(layer.map(lambda x: x)).items()
+            f"{part}.{name}": x
+            for part, fields in named.items()
+            for name, x in fields.items()
             if isinstance(x, Tensor)
         }
 
@@ -197,26 +215,33 @@ class ModelState:
         kind = AttentionState if model.config.architecture in ATTENTION else RecurrentState
         device = next(model.parameters()).device
         layers: list[LayerState] = []
-        for i, fresh in enumerate(model.init_state(1).layers):
-            prefix = f"layers.{i}."
-            fields = {
-                k[len(prefix) :]: v.to(device)
-                for k, v in file.tensors.items()
-                if k.startswith(prefix)
-            }
+        first = model.init_state(1)
+
+        def fields(part: str) -> dict[str, Tensor]:
+            prefix = f"{part}."
+            named = file.tensors.items()
+            return {k[len(prefix) :]: v.to(device) for k, v in named if k.startswith(prefix)}
+
+        for i, fresh in enumerate(first.layers):
+            own = fields(f"layers.{i}")
             try:
-                layer = _expanded(fresh, **fields) if file.is_start else kind(**fields)  # type: ignore[arg-type]
+                layer = _expanded(fresh, **own) if file.is_start else kind(**own)  # type: ignore[arg-type]
             except (TypeError, IndexError):
                 raise StateError(f"{path} holds no whole state of layer {i}") from None
             layers.append(layer)
         if len(file.layers) > len(layers):
             raise StateError(f"{path} holds {len(file.layers)} layers, the model {len(layers)}")
-        state = cls(tuple(layers), file.tokens_seen, file.extra)
+        own = fields(ERRORS)
+        try:
+            errors = first.errors if file.is_start else ErrorState(**own) if own else None
+        except TypeError:
+            raise StateError(f"{path} holds no whole state of the error memory") from None
+        state = cls(tuple(layers), file.tokens_seen, file.extra, errors)
         if not state.batch_size:
             raise StateError(f"{path} holds no rows; make the state again")
         state.check(model)
-        pairs = zip(state.layers, model.empty_state.layers, strict=True)
-        state = cls(tuple(_converted(*pair) for pair in pairs), file.tokens_seen, file.extra)
+        pairs = zip(state.parts, model.empty_state.parts, strict=True)
+        state = state.with_parts([_converted(*pair) for pair in pairs])
         for name, x in state.tensors().items():
             if not torch.isfinite(x).all():
                 raise StateError(f"{path}: {name} is not finite everywhere; make the state again")
@@ -230,7 +255,15 @@ class ModelState:
             raise StateError(
                 f"the state has {len(self.layers)} layers, the model {model.config.num_layers}"
             )
-        for i, (own, fresh) in enumerate(zip(self.layers, model.empty_state.layers, strict=True)):
+        empty = model.empty_state
+        if (self.errors is None) != (empty.errors is None):
+            raise StateError(
+                "the state has no error memory, the model has one"
+                if self.errors is None
+                else "the state has an error memory, the model none"
+            )
+        for i, (own, fresh) in enumerate(zip(self.parts, empty.parts, strict=True)):
+            part = f"layers.{i}" if i < len(self.layers) else ERRORS
             if type(own) is not type(fresh):
                 raise StateError(
                     f"the state's layer {i} is a {type(own).__name__}, the model needs a "
@@ -242,14 +275,12 @@ class ModelState:
             for name, needed in vars(fresh).items():
                 found = getattr(own, name)
                 if found is not None and not found.is_floating_point():
-                    raise StateError(
-                        f"the state's layers.{i}.{name} is {found.dtype}; floats needed"
-                    )
+                    raise StateError(f"the state's {part}.{name} is {found.dtype}; floats needed")
                 found = None if found is None else list(found.shape)
                 needed = None if needed is None else [self.batch_size, *needed.shape[1:]]
                 if found != needed:
                     raise StateError(
-                        f"the state's layers.{i}.{name} is {found}, the model needs {needed}"
+                        f"the state's {part}.{name} is {found}, the model needs {needed}"
                     )
 
     def check_single(self, what: str = "the state") -> None:
@@ -280,7 +311,7 @@ class ModelState:
             )
 
 
-def _converted(own: LayerState, fresh: LayerState) -> LayerState:
+def _converted(own: Part, fresh: Part) -> Part:
     """Return a layer's loaded state in the number formats of a fresh one.
 
     Shifts of a model in 16 bits become float32 like S: native decoding leaves such ones behind, and
@@ -310,7 +341,7 @@ def _expanded(fresh: LayerState, token_keys: Tensor, token_values: Tensor) -> Re
     return dataclasses.replace(fresh, S=S)
 
 
-def _joined(parts: Sequence[LayerState]) -> LayerState:
+def _joined(parts: Sequence[Part]) -> Part:
     """Return one layer's rows of several states; TypeError or RuntimeError where they differ."""
     first = parts[0]
     if any(type(part) is not type(first) for part in parts):
@@ -328,4 +359,4 @@ def _joined(parts: Sequence[LayerState]) -> LayerState:
     for name in vars(first):
         own = [getattr(part, name) for part in parts]
         fields[name] = None if all(x is None for x in own) else torch.cat(own)
-    return RecurrentState(**fields)  # type: ignore[arg-type]
+    return type(first)(**fields)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The file of a state: safetensors with a header that says whose it is, and a digest of it all.
 
-Tensors are named `layers.I.FIELD`. A file holds either the fields of a RecurrentState or an
-AttentionState, or the factors of a tuned start, `token_keys` and `token_values`, [H, P, N] each.
+Tensors are named `layers.I.FIELD`, those of an error memory `errors.FIELD`. A file holds either the
+fields of a RecurrentState or an AttentionState, or the factors of a tuned start, `token_keys` and `token_values`, [H, P, N] each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VERSION = 2  # 1 had neither weights nor digest
 LAYOUT = "S, M [B, H, N_v, N_k]; keys, values [B, H, T, N]; shifts [B, D]; token_* [H, P, N]"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FIELDS = "S|M|time_shift|channel_shift|keys|values|start|token_keys|token_values"
-NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})")
+NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})|errors\.(M|key|expected)")
 MOST_TOKENS = 2**63 - 1
 
 
@@ -59,8 +59,9 @@ class StateFile:
         """The fields of each layer, as many layers as the names tell of."""
         out: dict[int, dict[str, Tensor]] = {}
         for name, x in self.tensors.items():
-            _, i, key = name.split(".")
-            out.setdefault(int(i), {})[key] = x
+            if name.startswith("layers."):
+                _, i, key = name.split(".")
+                out.setdefault(int(i), {})[key] = x
         return [out[i] for i in sorted(out)]
 
     @property

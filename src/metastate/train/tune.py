@@ -91,7 +91,7 @@ class Start(nn.Module):
             if self.what == "tokens":
                 own = {"S": layer.S + own["token_values"].mT @ own["token_keys"]}
             layers.append(replace(layer, **own))
-        return ModelState(tuple(layers))
+        return replace(self.base, layers=tuple(layers))
 
     def file(self, model: LanguageModel, extra: dict[str, str]) -> StateFile:
         """Return what to save: the factors, a few kilobytes, or the whole state."""

@@ -1,0 +1,141 @@
+"""The error memory: a meta state for the whole model, written with what it predicted wrongly.
+
+Sources: dynamic evaluation (Krause et al., arXiv:1709.07432), whose gradient step on the head at
+every token is here one linear recurrence; fast weights (Schlag et al., arXiv:2102.11174). As a
+meta state of this architecture it is ours; docs/log.md has what led to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metastate import ops
+from metastate.config import ModelConfig
+from metastate.layers.common import VECTOR, Packing, handed_on, last_of_rows
+from metastate.ops import context, fused
+from metastate.ops.softmax import expected_row
+
+FIRST_DECAY = -5.7  # logit: a half-life of 340 tokens
+
+
+@dataclass(frozen=True)
+class ErrorState:
+    """What the error memory carries from token to token; constant in size.
+
+    Attributes:
+        M: meta state, [B, H, N_v, N_k], float32 (float64 in a float64 model).
+        key: k of the last token, [B, D], like M; zeros before the first.
+        expected: the row of the head that the last token's prediction expects, [B, D], like M.
+    """
+
+    M: Tensor
+    key: Tensor
+    expected: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ErrorState:
+        """Return a state whose tensors are `fn` of this one's."""
+        return ErrorState(fn(self.M), fn(self.key), fn(self.expected))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return self.M.nbytes + self.key.nbytes + self.expected.nbytes
+
+
+class ErrorMemory(nn.Module):
+    """Correct the features before the head by what was predicted wrongly in like places.
+
+    k_t   = unit((h_t + c) * s)  per head            h = ln_out(x); H = `error_heads`, N = D / H
+    m_t   = softmax(h_t W) W                         W [V, D] the model's head, as h_t W^T by logits
+    eps_t = W[x_t] - m_{t-1}                         -d(-log p(x_t)) / dh_{t-1}: the error
+    M_t   = M_{t-1} diag(w) + eps_t^T k_{t-1}        one decay a channel, learned
+    h'_t  = h_t + concat_h(k_t M_t^T) * g            what the head then reads
+
+    The token x_t is the last one read, so nothing looks ahead. One step of gradient descent on
+    -log p(x_t) by a matrix added to h would add eps^T k to it; M is the sum of those steps, each
+    taken from the uncorrected prediction, so that a whole text is one recurrence. M has as many
+    numbers as one block's S at the same head size.
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(("center", "scale", "decay", "gain"), VECTOR)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.error_heads is not None
+        D = config.hidden_size
+        self.num_heads, self.head_size = config.error_heads, D // config.error_heads
+        self.center = nn.Parameter(torch.zeros(D))
+        self.scale = nn.Parameter(torch.ones(D))
+        self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def init_state(self, batch_size: int) -> ErrorState:
+        """Return the state before the first token: zeros."""
+        H, N = self.num_heads, self.head_size
+        dtype, device = ops.state_dtype(self.gain.dtype), self.gain.device
+        zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
+        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros)
+
+    def forward(
+        self,
+        h: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+        state: ErrorState | None,
+        packing: Packing | None = None,
+        start: ErrorState | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, ErrorState]:
+        """Return the corrected features [B, T, D] and the state after the last token.
+
+        Args:
+            h: ln_out(x), [B, T, D].
+            tokens: [B, T], those that led to h.
+            weight: of the head, [V, D].
+            state: before token 0; None means nothing was read.
+            packing: where documents start; None means nowhere.
+            start: one row that documents start from; None means zeros.
+            backend: of metastate.ops.
+        """
+        batch, length, D = h.shape
+        heads = (batch, length, self.num_heads, self.head_size)
+        state = self.init_state(batch) if state is None else state
+        fresh = self.init_state(1) if start is None else start
+        with torch.autocast(h.device.type, enabled=False):  # a state is never rounded
+            exact = h.to(state.M.dtype)
+            z = ((exact + self.center) * self.scale).view(heads)
+            key = fused.unit(z, fused=fused.can_fuse(z, backend))
+        expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
+        before = _before(key.flatten(2), state.key, fresh.key, packing).view(heads)
+        error = weight[tokens].to(expected.dtype)
+        error = error - _before(expected, state.expected, fresh.expected, packing)
+        log_w = fused.DECAY_SCALE * torch.sigmoid(self.decay.to(exact.dtype))
+        log_w, none = log_w.view(heads[2:]).expand(heads), key.new_zeros(()).expand(heads)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+
+        def run(v: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.wkv7(
+                key, log_w, before, v, none, none, M, cu_seqlens=cu_seqlens, backend=backend
+            )
+
+        v, first = error.view(heads), fresh.M[0]
+        M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
+        y, final = run(v, M if packing is None else packing.initial(M, first))
+        corrected = exact + y.flatten(2) * self.gain
+        after = ErrorState(
+            last_of_rows(final, packing), key[:, -1].flatten(1), expected[:, -1].clone()
+        )
+        return corrected.to(h.dtype), after
+
+
+def _before(x: Tensor, last: Tensor, fresh: Tensor, packing: Packing | None) -> Tensor:
+    """Return x [B, T, D] a token later: first `last` [B, D], `fresh` [1, D] where a text starts."""
+    if packing is not None and packing.group is not None:
+        last = context.last_before(x[:, -1], last, packing.group)
+    out = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
+    return out if packing is None else torch.where(packing.resets[..., None], fresh.to(x), out)
