@@ -21,6 +21,7 @@ from metastate.ops import context, fused
 from metastate.ops.softmax import expected_row
 
 FIRST_DECAY = -5.7  # logit: a half-life of 340 tokens
+FIRST_RATE = -2.2  # logit: 0.1
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,17 @@ class ErrorMemory(nn.Module):
     k_t   = unit((h_t + c) * s)  per head            h = ln_out(x); H = `error_heads`, N = D / H
     m_t   = softmax(h_t W) W                         W [V, D] the model's head, as h_t W^T by logits
     eps_t = W[x_t] - m_{t-1}                         -d(-log p(x_t)) / dh_{t-1}: the error
-    M_t   = M_{t-1} diag(w) + eps_t^T k_{t-1}        one decay a channel, learned
+    M_t   = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + eps_t^T k_{t-1}
     h'_t  = h_t + concat_h(k_t M_t^T) * g            what the head then reads
 
-    The token x_t is the last one read, so nothing looks ahead. One step of gradient descent on
-    -log p(x_t) by a matrix added to h would add eps^T k to it; M is the sum of those steps, each
-    taken from the uncorrected prediction, so that a whole text is one recurrence. M has as many
-    numbers as one block's S at the same head size.
+    The token x_t is the last one read, so nothing looks ahead. Gradient descent on -log p(x_t) by
+    a matrix that corrects h would add eps^T k to it at every token, eps taken from the corrected
+    prediction. Here it is taken from the uncorrected one, so that a whole text is one recurrence,
+    and the rate a takes away the part of it that M corrects already. w, a [D], like g, are learned
+    and the same for all tokens. M has as many numbers as one block's S at the same head size.
     """
 
-    GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(("center", "scale", "decay", "gain"), VECTOR)
+    GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(("center", "scale", "decay", "rate", "gain"), VECTOR)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class ErrorMemory(nn.Module):
         self.center = nn.Parameter(torch.zeros(D))
         self.scale = nn.Parameter(torch.ones(D))
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
+        self.rate = nn.Parameter(torch.full((D,), FIRST_RATE))
         self.gain = nn.Parameter(torch.ones(D))
 
     def init_state(self, batch_size: int) -> ErrorState:
@@ -114,13 +117,14 @@ class ErrorMemory(nn.Module):
         before = _before(key.flatten(2), state.key, fresh.key, packing).view(heads)
         error = weight[tokens].to(expected.dtype)
         error = error - _before(expected, state.expected, fresh.expected, packing)
+        a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = fused.DECAY_SCALE * torch.sigmoid(self.decay.to(exact.dtype))
-        log_w, none = log_w.view(heads[2:]).expand(heads), key.new_zeros(()).expand(heads)
+        log_w = log_w.view(heads[2:]).expand(heads)
         cu_seqlens = None if packing is None else packing.cu_seqlens
 
         def run(v: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
             return ops.wkv7(
-                key, log_w, before, v, none, none, M, cu_seqlens=cu_seqlens, backend=backend
+                key, log_w, before, v, before, a, M, cu_seqlens=cu_seqlens, backend=backend
             )
 
         v, first = error.view(heads), fresh.M[0]
