@@ -26,8 +26,9 @@ CONFIGS = {
     "rwkv7": ModelConfig(architecture="rwkv7", **SIZES),
     "transformer": ModelConfig(architecture="transformer", **SIZES),
     "tokenformer": ModelConfig(architecture="tokenformer", **SIZES),
+    "errors": ModelConfig(**SIZES, ffn_order="after", error_heads=2),
 }
-RECURRENT = ("metastate", "with-M", "rwkv7")
+RECURRENT = ("metastate", "with-M", "rwkv7", "errors")
 
 
 def language_model(name, seed=1):

@@ -88,9 +88,10 @@ def change(a, b):
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", [*READINGS, "with an error memory"])
 def test_every_axis_of_every_reading(reading, axis, dtype):
-    model = build(dtype, meta_state=READINGS[reading])
+    memory = {} if reading in READINGS else {"error_heads": 2}
+    model = build(dtype, meta_state=READINGS.get(reading, {}), **memory)
     grown = grow(model, **AXES[axis])
     tokens, resets = text()
     before, _ = model(tokens, resets=resets)

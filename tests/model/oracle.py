@@ -71,6 +71,11 @@ class Oracle:
             M = np.zeros((heads, size, size))
             last = np.zeros(self.config.hidden_size)
             layers.append({"S": S, "M": M, "time": last, "channel": last.copy()})
+        if self.config.error_heads:
+            size = self.config.hidden_size // self.config.error_heads
+            M = np.zeros((self.config.error_heads, size, size))
+            zeros = np.zeros(self.config.hidden_size)
+            layers.append({"M": M, "key": zeros, "expected": zeros})
         return layers
 
     def time_mix(self, i, x, state, v_first):
@@ -181,6 +186,27 @@ class Oracle:
             state["channel"] = raw
         return y @ p("W_o")
 
+    def error_memory(self, h, token, state):
+        """Write what was predicted wrongly of `token`; return the corrected features."""
+        head, shape = self.w["head"].T, state["M"].shape[:2]
+
+        def p(name):
+            return self.w[f"error_memory.{name}"]
+
+        error = (head[token] - state["expected"]).reshape(shape)
+        before = state["key"].reshape(shape)
+        w = np.exp(-np.exp(-0.5) * sigmoid(p("decay"))).reshape(shape)
+        a = sigmoid(p("rate")).reshape(shape)
+        key = unit(((h + p("center")) * p("scale")).reshape(shape))
+        M, y = np.empty_like(state["M"]), np.empty(shape)
+        for i in range(shape[0]):
+            transition = np.diag(w[i]) - np.outer(before[i], a[i] * before[i])
+            M[i] = state["M"][i] @ transition + np.outer(error[i], before[i])
+            y[i] = key[i] @ M[i].T
+        odds = np.exp(h @ head.T - (h @ head.T).max())
+        state |= {"M": M, "key": key.reshape(-1), "expected": odds / odds.sum() @ head}
+        return h + y.reshape(-1) * p("gain")
+
     def output_norm(self, y, p, name):
         if self.config.meta_state.output_norm == "none":
             return y
@@ -197,7 +223,7 @@ class Oracle:
             if resets is not None and resets[t]:
                 state = self.fresh_state()
             x, v_first = self.layer_norm(self.w["emb"][token], "ln0"), None
-            for i, layer in enumerate(state):
+            for i, layer in enumerate(state[: self.config.num_layers]):
                 normed = self.layer_norm(x, f"{i}.ln1")
                 out, v_first, geometry = self.time_mix(i, normed, layer, v_first)
                 x = x + out
@@ -210,5 +236,8 @@ class Oracle:
                 if self.config.architecture == "rwkv7" or self.config.ffn_size:
                     x = x + self.channel_mix(i, normed, layer | {"channel": carried})
                     layer["channel"] = normed
-            logits.append(self.layer_norm(x, "ln_out") @ self.w["head"])
+            x = self.layer_norm(x, "ln_out")
+            if self.config.error_heads:
+                x = self.error_memory(x, token, state[-1])
+            logits.append(x @ self.w["head"])
         return np.stack(logits), state

@@ -12,10 +12,16 @@ from tolerance import TOLERANCE, relative_error
     ("architecture", "backend"),
     [("metastate", "cpu"), ("metastate", "chunked"), ("rwkv7", "cpu")],
 )
-def test_a_model_is_one_graph(architecture, backend):
+@pytest.mark.parametrize("error_heads", [None, 2])
+def test_a_model_is_one_graph(architecture, backend, error_heads):
     torch.compiler.reset()  # models of other tests would count against the limit of recompilations
     config = preset(
-        f"{architecture}-tiny", vocab_size=31, hidden_size=16, num_layers=2, num_heads=2
+        f"{architecture}-tiny",
+        vocab_size=31,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        error_heads=error_heads,
     )
     model = LanguageModel(config).eval()
     for p in model.parameters():

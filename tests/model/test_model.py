@@ -35,11 +35,14 @@ MODELS = {
     "rwkv7-grown": {"architecture": "rwkv7"} | GROWN,
     "transformer": {"architecture": "transformer"},
     "tokenformer": {"architecture": "tokenformer"},
+    "errors": {"error_heads": 3},
+    "rwkv7-errors": {"architecture": "rwkv7", "error_heads": 1},
+    "transformer-errors": {"architecture": "transformer", "error_heads": 2},
 }
 RECURRENT = [name for name in MODELS if "former" not in name]
 
 
-NATIVE = ["metastate", "grown", "asked", "input", "encoding", "rwkv7"]
+NATIVE = ["metastate", "grown", "asked", "input", "encoding", "rwkv7", "errors"]
 
 
 @pytest.fixture(

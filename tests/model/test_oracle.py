@@ -70,9 +70,10 @@ def check(model, length=9, carried=True, backends=BACKENDS[:2]):
                 part, state = model(tokens[:, half], state, resets=resets[:, half])
                 parts.append(part)
         assert relative_error(torch.cat(parts, 1), expected) < TOLERANCE[torch.float64], backend
-        for i, layer in enumerate(state.layers):
-            for name, key in {"S": "S", "time_shift": "time", "M": "M"}.items():
-                mine = getattr(layer, name)
+        names = {"S": "S", "time_shift": "time", "M": "M", "key": "key", "expected": "expected"}
+        for i, part in enumerate(state.parts):
+            for name, key in names.items():
+                mine = getattr(part, name, None)
                 if mine is not None:
                     theirs = torch.from_numpy(np.stack([s[i][key] for _, s in results]))
                     assert relative_error(mine, theirs) < TOLERANCE[torch.float64], (i, name)
@@ -100,9 +101,17 @@ def test_feed_forward_layer_beside(fields):
     check(build(ffn_order="beside", **fields), backends=BACKENDS)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("fields", [{}, GROWN, {"architecture": "rwkv7"}], ids=str)
+def test_error_memory(fields, heads):
+    check(build(error_heads=heads, **fields), backends=BACKENDS)
+
+
+@pytest.mark.parametrize("heads", [None, 1])
 @pytest.mark.parametrize("options", [MetaStateConfig(), MetaStateConfig.paper()], ids=label)
-def test_longer_than_a_chunk(options):
-    check(build(meta_state=options, num_layers=1), length=75, carried=False, backends=BACKENDS)
+def test_longer_than_a_chunk(options, heads):
+    model = build(meta_state=options, num_layers=1, error_heads=heads)
+    check(model, length=75, carried=False, backends=BACKENDS)
 
 
 def test_kl_term_of_the_variational_encoder():

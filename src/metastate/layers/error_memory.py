@@ -64,7 +64,9 @@ class ErrorMemory(nn.Module):
     and the same for all tokens. M has as many numbers as one block's S at the same head size.
     """
 
-    GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(("center", "scale", "decay", "rate", "gain"), VECTOR)
+    GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("center", "scale", "decay", "rate", "gain"), VECTOR
+    )
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

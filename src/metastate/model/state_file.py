@@ -1,7 +1,8 @@
 """The file of a state: safetensors with a header that says whose it is, and a digest of it all.
 
 Tensors are named `layers.I.FIELD`, those of an error memory `errors.FIELD`. A file holds either the
-fields of a RecurrentState or an AttentionState, or the factors of a tuned start, `token_keys` and `token_values`, [H, P, N] each.
+fields of a RecurrentState or an AttentionState, or the factors of a tuned start, `token_keys` and
+`token_values`, [H, P, N] each.
 """
 
 from __future__ import annotations

@@ -1,0 +1,161 @@
+"""The error memory: what it expects, what it writes, and what that is good for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metastate.config import ModelConfig
+from metastate.convert import states
+from metastate.errors import ConfigError, StateError
+from metastate.layers.error_memory import ErrorMemory
+from metastate.model.lm import LanguageModel
+from metastate.ops import softmax
+from metastate.ops.softmax import expected_row
+from tolerance import TOLERANCE, relative_error
+
+
+def plain(x, weight):
+    return (x @ weight.T).softmax(-1) @ weight
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_the_expected_row_and_its_gradients(monkeypatch, n, rows):
+    monkeypatch.setattr(softmax, "LOGITS", rows * 37)
+    x = (2 * torch.randn(n, 11, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(37, 11, dtype=torch.float64, requires_grad=True)
+    out = torch.randn(n, 11, dtype=torch.float64)
+    expected = plain(x, weight)
+    grads = torch.autograd.grad((expected * out).sum(), (x, weight))
+    found = expected_row(x, weight)
+    assert relative_error(found, expected) < 1e-12
+    for mine, theirs in zip(
+        torch.autograd.grad((found * out).sum(), (x, weight)), grads, strict=True
+    ):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+def test_only_the_gradients_that_are_needed():
+    x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+    expected_row(x, weight).sum().backward()
+    (expected,) = torch.autograd.grad(plain(x, weight).sum(), x)
+    assert relative_error(x.grad, expected) < TOLERANCE[torch.float32]
+    with torch.no_grad():
+        assert not expected_row(x, weight).requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(5, 3, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad(
+            expected_row(x, torch.randn(4, 3)).sum(), x, create_graph=True
+        )
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    x, weight = torch.randn(600, 16).to(dtype), torch.randn(90, 16).to(dtype)
+    expected = plain(x.double(), weight.double())
+    found = expected_row(x, weight)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(expected_row(x.float(), weight.float()), expected) < 2e-2
+
+
+def test_the_error_is_the_gradient_of_the_loss():
+    """W[y] - m is minus the gradient of -log p(y) with respect to the features."""
+    h = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    weight, y = torch.randn(13, 8, dtype=torch.float64), torch.randint(13, (6,))
+    (grad,) = torch.autograd.grad(F.cross_entropy(h @ weight.T, y, reduction="sum"), h)
+    assert relative_error(weight[y] - expected_row(h, weight), -grad) < 1e-12
+
+
+def model_of(heads=2, **fields):
+    torch.manual_seed(3)
+    config = ModelConfig(vocab_size=17, hidden_size=12, num_layers=1, num_heads=2, **fields)
+    return LanguageModel(config.replace(error_heads=heads)).double().eval()
+
+
+def test_one_write_is_a_step_of_gradient_descent():
+    """After two tokens h_1 is corrected by what the loss of the second asks of h_0."""
+    model = model_of(1)
+    memory, h = model.error_memory, torch.randn(1, 2, 12, dtype=torch.float64)
+    tokens, weight = torch.tensor([[4, 9]]), model.head.weight.detach()
+    key = F.normalize((h[0] + memory.center) * memory.scale, dim=-1)
+    correction = torch.zeros(12, 12, dtype=torch.float64, requires_grad=True)
+    loss = F.cross_entropy((h[0, :1] + key[:1].detach() @ correction.T) @ weight.T, tokens[0, 1:])
+    (grad,) = torch.autograd.grad(loss, correction)
+    found, state = memory(h, tokens, weight, None)
+    assert relative_error(state.M[0, 0], -grad) < 1e-12
+    assert relative_error(found[0, 1], h[0, 1] - key[1] @ grad.T * memory.gain) < 1e-12
+    assert torch.equal(found[0, 0], h[0, 0])  # nothing is known before the first successor
+
+
+def test_a_repeated_mistake_is_mended():
+    """Untrained, and with its weights as they are made, a model finds a repeated text likelier."""
+    model = model_of(1)
+    text = torch.randint(17, (1, 12)).repeat(1, 9)
+    with torch.no_grad():
+        logits = model(text)[0][0, :-1]
+        nll = F.cross_entropy(logits, text[0, 1:], reduction="none")
+        model.error_memory.gain.zero_()
+        without = F.cross_entropy(model(text)[0][0, :-1], text[0, 1:], reduction="none")
+    assert nll[-12:].mean() < nll[:12].mean() - 0.1
+    assert abs(without[-12:].mean() - without[:12].mean()) < 0.1
+
+
+def test_its_state_is_as_large_as_config_says():
+    for heads in (1, 2, 3):
+        memory = ErrorMemory(ModelConfig(hidden_size=12, error_heads=heads))
+        state = memory.init_state(5)
+        assert state.M.shape == (5, heads, 12 // heads, 12 // heads)
+        assert state.num_bytes == 4 * 5 * (12 * 12 // heads + 2 * 12)
+
+
+def test_flops_and_state_bytes_count_it():
+    with_it, without = model_of(2), model_of(None)
+    D, V, N = 12, 17, 6
+    forward, backward = (
+        a - b for a, b in zip(with_it.flops_per_token(9), without.flops_per_token(9), strict=True)
+    )
+    assert forward == 2 * 2 * V * D + 10 * 2 * N * N
+    assert backward == 2 * 4 * V * D + 26 * 2 * N * N
+    assert with_it.state_bytes(3) - without.state_bytes(3) == 8 * 3 * (2 * N * N + 2 * D)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ConfigError, match="12 is not a multiple of error_heads 5"):
+        ModelConfig(hidden_size=12, error_heads=5)
+
+
+def test_a_config_without_it_is_written_as_before():
+    from metastate.config import to_dict
+
+    assert "error_heads" not in to_dict(ModelConfig())
+    assert to_dict(ModelConfig(error_heads=2))["error_heads"] == 2
+
+
+def test_states_of_other_models_are_refused():
+    with_it, without = model_of(2), model_of(None)
+    tokens = torch.tensor([[1, 2]])
+    own, other = with_it(tokens)[1], without(tokens)[1]
+    with pytest.raises(StateError, match="no error memory, the model has one"):
+        with_it(tokens, other)
+    with pytest.raises(StateError, match="an error memory, the model none"):
+        without(tokens, own)
+    with pytest.raises(StateError, match=r"errors\.M is \[1, 3, 4, 4\]"):
+        with_it(tokens, model_of(3)(tokens)[1])
+    with pytest.raises(StateError, match="different"):
+        own.stack([own, other])
+
+
+def test_other_layouts_have_no_place_for_it():
+    model = model_of(2, architecture="rwkv7", ffn_size=20)
+    state = model(torch.tensor([[1, 2]]))[1]
+    for convert in (states.to_rwkv, states.to_fla):
+        with pytest.raises(StateError, match="no place"):
+            convert(state)
+    with pytest.raises(StateError, match="no place"):
+        states.from_rwkv([], model.config)
