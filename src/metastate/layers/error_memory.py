@@ -20,8 +20,9 @@ from metastate.layers.common import VECTOR, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
 from metastate.ops.softmax import expected_row
 
-FIRST_DECAY = -5.7  # logit: a half-life of 340 tokens
-FIRST_RATE = -2.2  # logit: 0.1
+# Near where runs of a quarter of a million parameters ended that had begun elsewhere (docs/log.md).
+FIRST_DECAY, FIRST_RATE = -6.4, -2.0  # logits: a half-life of 690 tokens, a rate of 0.12
+FIRST_GAIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ErrorMemory(nn.Module):
         self.scale = nn.Parameter(torch.ones(D))
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
         self.rate = nn.Parameter(torch.full((D,), FIRST_RATE))
-        self.gain = nn.Parameter(torch.ones(D))
+        self.gain = nn.Parameter(torch.full((D,), FIRST_GAIN))
 
     def init_state(self, batch_size: int) -> ErrorState:
         """Return the state before the first token: zeros."""
