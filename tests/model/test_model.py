@@ -402,7 +402,7 @@ def test_no_rows_are_refused(model):
 def test_a_state_of_another_model_is_refused(model, other):
     given, own = made(other).init_state(2), model.init_state(2)
     shapes = [
-        [{k: v.shape for k, v in vars(layer).items() if torch.is_tensor(v)} for layer in s.layers]
+        [{k: v.shape for k, v in vars(layer).items() if torch.is_tensor(v)} for layer in s.parts]
         for s in (given, own)
     ]
     if shapes[0] == shapes[1]:

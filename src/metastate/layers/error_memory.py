@@ -87,6 +87,10 @@ class ErrorMemory(nn.Module):
         zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
         return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros)
 
+    def log_w(self) -> Tensor:
+        """Return the log decay of every channel, [D]: -exp(-0.5) sigmoid(decay)."""
+        return fused.DECAY_SCALE * torch.sigmoid(self.decay.to(ops.state_dtype(self.decay.dtype)))
+
     def forward(
         self,
         h: Tensor,
@@ -115,28 +119,27 @@ class ErrorMemory(nn.Module):
         with torch.autocast(h.device.type, enabled=False):  # a state is never rounded
             exact = h.to(state.M.dtype)
             z = ((exact + self.center) * self.scale).view(heads)
-            key = fused.unit(z, fused=fused.can_fuse(z, backend))
+            key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
         expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
-        before = _before(key.flatten(2), state.key, fresh.key, packing).view(heads)
+        before = _before(key, state.key, fresh.key, packing).view(heads)
         error = weight[tokens].to(expected.dtype)
         error = error - _before(expected, state.expected, fresh.expected, packing)
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
-        log_w = fused.DECAY_SCALE * torch.sigmoid(self.decay.to(exact.dtype))
-        log_w = log_w.view(heads[2:]).expand(heads)
+        log_w = self.log_w().view(heads[2:]).expand(heads)
         cu_seqlens = None if packing is None else packing.cu_seqlens
 
         def run(v: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+            q = key.view(heads)
             return ops.wkv7(
-                key, log_w, before, v, before, a, M, cu_seqlens=cu_seqlens, backend=backend
+                q, log_w, before, v, before, a, M, cu_seqlens=cu_seqlens, backend=backend
             )
 
         v, first = error.view(heads), fresh.M[0]
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))
         corrected = exact + y.flatten(2) * self.gain
-        after = ErrorState(
-            last_of_rows(final, packing), key[:, -1].flatten(1), expected[:, -1].clone()
-        )
+        last = key[:, -1].clone(), expected[:, -1].clone()  # views would keep all tokens' alive
+        after = ErrorState(last_of_rows(final, packing), *last)
         return corrected.to(h.dtype), after
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from metastate import ops
 from metastate.layers.channel_mix import ChannelMix
 from metastate.layers.common import MATRIX, GroupNorm, LowRank
+from metastate.layers.error_memory import ErrorMemory
 from metastate.layers.meta_state import MetaState
 from metastate.layers.time_mix import TimeMix
 from metastate.model.block import RecurrentBlock
@@ -30,6 +31,7 @@ GRAIN = 2**21  # bytes of weights a thread
 # What the native kernels compute: these modules as they are written, and no others.
 KNOWN = {
     *(LanguageModel, RecurrentBlock, TimeMix, MetaState, ChannelMix, GroupNorm, LowRank),
+    ErrorMemory,
     *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList),
 }
 UNCAPTURED = 2  # steps that run kernel by kernel; they compile, and few tokens need no graph
@@ -198,7 +200,9 @@ class NativeDecoder(BatchDecoder):
         ]
         names = kernels.LAYER_FIELDS
         table = [[self._address(layer.get(name)) for name in names] for layer in fields]
-        ends = (model.ln_out.weight.float(), model.ln_out.bias.float(), model.head.weight.data)
+        self._tokens = torch.zeros(rows, dtype=torch.int64)
+        own = self._ends()
+        ends = [own.get(name) for name in kernels.ENDS]
         sizes = kernels.buffer_sizes(D, H * N, F, config.vocab_size, ranks)
         buffers = [torch.zeros(rows * size) for size in sizes]
         self.x, self.logits = buffers[kernels.X].view(rows, D), buffers[kernels.LOGITS]
@@ -210,12 +214,14 @@ class NativeDecoder(BatchDecoder):
             + kernels.HAS_M * (options.readout != "encoding")
         )
         L = len(fields)
-        self._counters = np.zeros((L * kernels.NUM_PHASES + 2) * 2 * kernels.LINE, np.int64)
+        self._counters = np.zeros(
+            (L * kernels.NUM_PHASES + kernels.NUM_ENDS) * 2 * kernels.LINE, np.int64
+        )
         arrays = (table, [self._address(x) for x in ends], [self._address(x) for x in buffers])
         self._arguments: tuple[Any, ...] = (
             *(np.array(x, np.int64) for x in arrays),
             *(self._counters, np.array(ranks, np.int64)),
-            *(L, D, H, N, F, config.vocab_size, dtype.itemsize, flags),
+            *(L, D, H, N, F, config.vocab_size, dtype.itemsize, flags, config.error_heads or 0),
         )
         # Below a few MiB of weights a second thread takes longer to wake than to help.
         self._work = 1 + sum(x.nbytes for x in self._kept) // GRAIN
@@ -228,6 +234,18 @@ class NativeDecoder(BatchDecoder):
         x = x.detach().contiguous()
         self._kept.append(x)
         return x.data_ptr()
+
+    def _ends(self) -> dict[str, Tensor]:
+        """Return what comes after the blocks, by the kernel's names."""
+        model, ln_out = self.model, self.model.ln_out
+        own = {"ln_out_weight": ln_out.weight.float(), "ln_out_bias": ln_out.bias.float()}
+        own["head"] = model.head.weight.data
+        memory, errors = model.error_memory, self.state.errors
+        if memory is not None and errors is not None:
+            own |= {name: getattr(memory, name).float() for name in ("center", "scale", "gain")}
+            own |= {"decay": memory.log_w().exp(), "rate": memory.rate.float().sigmoid()}
+            own |= vars(errors) | {"tokens": self._tokens}
+        return own
 
     def _layers(
         self, block: RecurrentBlock, state: Any, dtype: torch.dtype
@@ -286,7 +304,8 @@ class NativeDecoder(BatchDecoder):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows, model = len(tokens), self.model
-        self.x[:rows] = self.ln0(model.embedding(torch.tensor(tokens)).float())
+        self._tokens[:rows] = torch.tensor(tokens)
+        self.x[:rows] = self.ln0(model.embedding(self._tokens[:rows]).float())
         self._run(rows)
         for row in range(rows):
             self.tokens_seen[row] += 1
@@ -331,7 +350,6 @@ def runs_natively(model: LanguageModel) -> bool:
         or os.name != "posix"
         or model.head.weight.dtype not in MATRICES
         or len(config.head_segments or ()) != 1
-        or config.error_heads
     ):
         return False
     if config.architecture == "rwkv7":

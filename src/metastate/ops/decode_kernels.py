@@ -13,7 +13,15 @@ threads enter one kernel, which goes through the phases of every layer and meets
     REDUCE        x += hidden W_v + y W_o                               some outputs
 
 A layer without time mixing begins at MIX_CHANNELS: the feed-forward layer after a Meta-State layer,
-with a norm of its own. At the end come ln_out and the head. Threads draw pieces from a shared
+with a norm of its own. At the end come
+
+    NORM          ln_out                                                a row
+    PREDICT       the head                                              some outputs
+    CORRECT       error memory: move M, correct the features            a row
+    EXPECT        the row of the head that the prediction expects       some channels
+    ANSWER        the head, of the corrected features                   some outputs
+
+the last three where there is an error memory. Threads draw pieces from a shared
 counter and wait only for pieces that another thread has drawn, so any number of threads, one
 included, finishes. States are changed in place. Every row's arithmetic is the same in any batch
 (see dot_kernels). float32 throughout but for the matrices, float32 or bfloat16.
@@ -36,6 +44,7 @@ from metastate.ops.fused_kernels import (
     ONE,
     TINY,
     ZERO,
+    _as_float,
     _exp,
     _inline,
     _sigmoid,
@@ -75,7 +84,16 @@ BUFFERS = (
     X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
     R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
 ) = range(len(BUFFERS))  # fmt: skip
-LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD = range(3)
+# What comes after the blocks; without an error memory the fields of one are zero.
+ENDS = (
+    *("ln_out_weight", "ln_out_bias", "head"),
+    *("center", "scale", "decay", "rate", "gain", "M", "key", "expected", "tokens"),
+)
+(
+    LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD,
+    CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, EXPECTED, TOKENS,
+) = range(len(ENDS))  # fmt: skip
+NORM, PREDICT, CORRECT, EXPECT, ANSWER, NUM_ENDS = range(6)
 MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES = range(9)
 META_STATE, BY_RECEPTANCE, READS_ENCODING, HAS_M = 1, 2, 4, 8  # flags of a model
 NONE, TANH, SIGMOID, RELU2 = range(4)
@@ -360,22 +378,93 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
             _span(buf[HIDDEN], F, at[HIDDEN_VALUE], size, D, buf[X], i, rows, 1, NONE)
 
 
+@_njit
+def _correct(ends, buf, b, size, D, A, heads, vocab_size):  # type: ignore[no-untyped-def]
+    """Write the last prediction's error, correct h, and turn the logits into probabilities."""
+    logits, h = _at(buf[LOGITS], b * vocab_size), _at(buf[Z], b * D)
+    largest = logits[0]
+    for i in range(1, vocab_size):
+        largest = max(largest, logits[i])
+    total = ZERO
+    for i in range(vocab_size):
+        logits[i] = _exp(logits[i] - largest)
+        total += logits[i]
+    for i in range(vocab_size):
+        logits[i] /= total
+    error, key, removal = _at(buf[V], b * A), _at(buf[KAPPA], b * A), _at(buf[REMOVAL], b * A)
+    before, expected = _at(ends[ERROR_KEY], b * D), _at(ends[EXPECTED], b * D)
+    center, scale, a = _at(ends[CENTER], 0), _at(ends[SCALE], 0), _at(ends[ERROR_RATE], 0)
+    came = pointer(ends[TOKENS], np.int64(0))[b]
+    _row(ends[HEAD] + came * D * size, size, D, error)
+    for j in range(D):
+        error[j] -= expected[j]
+        removal[j] = a[j] * before[j]
+        key[j] = (h[j] + center[j]) * scale[j]
+    N = D // heads
+    for i in range(heads):
+        c, o = i * N, b * A + i * N
+        own, last, gain = _at(buf[KAPPA], o), _at(ends[ERROR_KEY], b * D + c), _at(ends[GAIN], c)
+        _unit(own, own, N)
+        M, w, y = ends[ERROR_M] + (b * D + c) * N * 4, _at(ends[DECAY], c), _at(buf[Y], o)
+        _advance(M, w, last, _at(buf[REMOVAL], o), last, _at(buf[V], o), own, y, N)
+        for j in range(N):
+            h[c + j] += y[j] * gain[j]
+    for j in range(D):
+        before[j] = key[j]
+
+
+@_njit
+def _row(w, size, n, out):  # type: ignore[no-untyped-def]
+    """Write the n values of a matrix at w as float32."""
+    if size == 4:
+        exact = _at(w, 0)
+        for j in range(n):
+            out[j] = exact[j]
+    else:
+        half = pointer(w, np.uint16(0))
+        for j in range(n):
+            out[j] = _as_float(np.int32(np.uint32(half[j]) << np.uint32(16)))
+
+
+@_njit
+def _expect(ends, buf, i, size, D, vocab_size, rows):  # type: ignore[no-untyped-def]
+    """Piece i of p W for the probabilities p of every row, a row of W at a time."""
+    first, last = i * SPAN, min((i + 1) * SPAN, D)
+    n = last - first
+    part = np.empty(SPAN, np.float32)
+    for b in range(rows):
+        out = _at(ends[EXPECTED], b * D + first)
+        for j in range(n):
+            out[j] = ZERO
+    for v in range(vocab_size):
+        _row(ends[HEAD] + (v * D + first) * size, size, n, part)
+        for b in range(rows):
+            p, out = _at(buf[LOGITS], b * vocab_size)[v], _at(ends[EXPECTED], b * D + first)
+            for j in range(n):
+                out[j] += p * part[j]
+
+
 @kernel
-def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, rows):  # type: ignore[no-untyped-def]
+def token(  # type: ignore[no-untyped-def]
+    table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, error_heads, rows
+):
     """Run one token of `rows` rows; every thread calls it with the same arguments.
 
-    table [L, LAYER_FIELDS], ends [3] and buf [BUFFERS] hold addresses, `ranks` the four low-rank
+    table [L, LAYER_FIELDS], ends [ENDS] and buf [BUFFERS] hold addresses, `ranks` the four low-rank
     sizes; `counters` is zero before. x of every row lies in its buffer, the logits afterwards in
-    theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16.
+    theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16; `error_heads` is 0
+    without an error memory, and `tokens` of `ends` int64.
     """
     last = L * NUM_PHASES
     own_F, own = 0, 0
-    for p in range(last + 2):
+    for p in range(last + (NUM_ENDS if error_heads else CORRECT)):
         layer, phase = p // NUM_PHASES, p % NUM_PHASES
-        if p == last:
-            pieces = rows
-        elif p == last + 1:
-            pieces = (vocab_size + SPAN - 1) // SPAN
+        if p >= last:
+            end = p - last
+            if end in (NORM, CORRECT):
+                pieces = rows
+            else:
+                pieces = ((D if end == EXPECT else vocab_size) + SPAN - 1) // SPAN
         else:
             # What a block has: some may have no feed-forward layer, some no Meta-State layer.
             own_F = F if table[layer, HIDDEN_KEY] else 0
@@ -387,10 +476,14 @@ def token(table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, fl
         finished = drawn + LINE * 8
         i = _draw(drawn)
         while i < pieces:
-            if p == last:
+            if p == last + NORM:
                 weight, bias = _at(ends[LN_OUT_WEIGHT], 0), _at(ends[LN_OUT_BIAS], 0)
                 _layer_norm(_at(buf[X], i * D), weight, bias, _at(buf[Z], i * D), D)
-            elif p == last + 1:
+            elif p == last + CORRECT:
+                _correct(ends, buf, i, size, D, H * N, error_heads, vocab_size)
+            elif p == last + EXPECT:
+                _expect(ends, buf, i, size, D, vocab_size, rows)
+            elif p > last:
                 _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
             else:
                 at = table[layer]
