@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 CONFIG_VERSION = 1
 LARGEST_SIZE = 2**31 - 1  # of a model's sizes
+LARGEST_HEAD = 256  # channels of a head that the GPU kernels take
 MOST_LAYERS = 10_000
 SEEDS = 2**43  # of a run; times a million, as each of its steps has one, they stay below 2^64
 LARGEST = 2**53  # of all counts in a run's settings: processes tell them each other as float64
@@ -394,7 +395,16 @@ class ModelConfig:
                 data["input_slices"] = None
             if "head_size" not in changes and self.attention_size == self.hidden_size:
                 data["head_size"] = None
+        width = changes.get("hidden_size")
+        if isinstance(width, int) and self.error_heads:
+            data["error_heads"] = fewest_error_heads(width)
         return ModelConfig(**(data | changes))
+
+
+def fewest_error_heads(hidden_size: int) -> int:
+    """Return the fewest heads of an error memory that are LARGEST_HEAD channels wide at most."""
+    counts = (n for n in range(1, hidden_size + 1) if not hidden_size % n)
+    return next((n for n in counts if hidden_size // n <= LARGEST_HEAD), 1)
 
 
 @dataclass(frozen=True)

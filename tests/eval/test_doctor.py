@@ -213,9 +213,10 @@ def test_models_are_of_the_kinds_that_people_decode():
     cases = [c for c in ALL_CASES if c.layers]
     for name in ("metastate-tiny", "rwkv7-tiny"):
         own = preset(name)
-        kind = (own.architecture, own.ffn_order, own.meta_state)
+        kind = (own.architecture, own.ffn_order, own.error_heads, own.meta_state)
         configs = [c.model().config for c in cases]
-        assert kind in [(c.architecture, c.ffn_order, c.meta_state) for c in configs]
+        found = [(c.architecture, c.ffn_order, c.error_heads, c.meta_state) for c in configs]
+        assert kind in found
     assert {c.ffn_order for c in cases if c.dtype == torch.bfloat16} == {"after"}
 
 

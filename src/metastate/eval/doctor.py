@@ -52,6 +52,7 @@ class Case:
     readout: Literal["both", "encoding"] = "encoding"
     ffn_order: Literal["after"] | None = None
     architecture: Literal["metastate", "rwkv7"] = "metastate"
+    error_heads: int | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Draw inputs of realistic scale, float64 but of the dtype's precision, on the CPU."""
@@ -86,6 +87,7 @@ class Case:
                 "ffn_size": 40,
                 "ffn_order": self.ffn_order,
                 "architecture": self.architecture,
+                "error_heads": self.error_heads,
             }
             if self.architecture == "metastate":
                 shape["meta_state"] = MetaStateConfig(readout=self.readout)
@@ -109,10 +111,13 @@ CASES = (
     Case("packed documents in bfloat16", 1, 40, 1, 64, BF16, (1, 20, 19)),
     Case("read by value", 1, 33, 2, 64, update="self", by="value"),
     Case("head size 24", 1, 17, 1, 24),
-    Case("two layers", 2, 67, 2, 16, layers=2, ffn_order="after"),  # as in the presets
+    Case("two layers", 2, 67, 2, 16, layers=2, ffn_order="after", error_heads=1),  # the presets'
     Case("two layers with M", 2, 67, 2, 16, layers=2, readout="both"),
     Case("RWKV-7", 2, 17, 2, 16, layers=2, architecture="rwkv7"),
-    Case("two layers stored in bfloat16", 2, DECODED, 2, 16, BF16, layers=2, ffn_order="after"),
+    Case(
+        **{"name": "two layers stored in bfloat16", "batch": 2, "length": DECODED, "heads": 2},
+        **{"size": 16, "dtype": BF16, "layers": 2, "ffn_order": "after", "error_heads": 1},
+    ),
 )
 GPU_CASES = (
     Case("head size 128", 1, 100, 2, 128),

@@ -53,7 +53,7 @@ class ErrorMemory(nn.Module):
     """Correct the features before the head by what was predicted wrongly in like places.
 
     k_t   = unit((h_t + c) * s)  per head            h = ln_out(x); H = `error_heads`, N = D / H
-    m_t   = softmax(h_t W) W                         W [V, D] the model's head, as h_t W^T by logits
+    m_t   = softmax(h_t W^T) W                       W [V, D] the weights of the head
     eps_t = W[x_t] - m_{t-1}                         -d(-log p(x_t)) / dh_{t-1}: the error
     M_t   = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + eps_t^T k_{t-1}
     h'_t  = h_t + concat_h(k_t M_t^T) * g            what the head then reads

@@ -5,8 +5,8 @@ H, its depth comes nearest to the name (for 150m and above with the 50,304 x D e
 counted in). The others keep D and H and meet the count by depth and FFN width: Meta-State's 1.3 to
 1.6 D, which was tried at D 128 alone (docs/log.md), the others' as near to 4 D as the depth allows;
 in `tiny` RWKV-7 has 1.8 D in 3 blocks, which did better than 4.3 D in 2, and the Transformer 3 D.
-Meta-State alone has an error memory, of one head as wide as the model (measured better than two of
-half the width) up to 256 channels, the most that the GPU kernels take, and of more heads beyond.
+Meta-State alone has an error memory, of as few heads as may be: one as wide as the model measured
+better than two of half the width (docs/log.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import difflib
 import re
 from typing import Any
 
-from metastate.config import MetaStateConfig, ModelConfig, coerce_fields, merge, to_dict
+from metastate.config import (
+    MetaStateConfig,
+    ModelConfig,
+    coerce_fields,
+    fewest_error_heads,
+    merge,
+    to_dict,
+)
 from metastate.errors import ConfigError
 
 # size: D, H, depth of the paper's layer, (depth, FFN width) of Meta-State, RWKV-7, Transformer
@@ -63,7 +70,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         "ffn_size": ffn,
         "attention_slots": ffn // 4 if architecture == "tokenformer" and ffn else None,
         "ffn_order": "after" if architecture == "metastate" else None,
-        "error_heads": max(1, D // 256) if architecture == "metastate" else None,
+        "error_heads": fewest_error_heads(D) if architecture == "metastate" else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }
     return override(ModelConfig(**fields), overrides)  # type: ignore[arg-type]
