@@ -422,6 +422,7 @@ class GrowthStep:
     num_layers: int | None = None
     ffn_size: int | None = None
     attention_slots: int | None = None
+    error_heads: int | None = None
     init: Literal["zero", "random", "released"] = "zero"
     warmup: int = 0
     old_lr_scale: float | None = None

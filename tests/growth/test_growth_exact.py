@@ -33,6 +33,7 @@ AXES = {
     "parameter_tokens": {"parameter_tokens": 3},
     "num_layers": {"num_layers": 4},
     "ffn_size": {"ffn_size": 17},
+    "error_heads": {"error_heads": 2},
     "all": {
         "head_size": 11,
         "num_heads": 3,
@@ -90,6 +91,8 @@ def change(a, b):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("reading", [*READINGS, "with an error memory"])
 def test_every_axis_of_every_reading(reading, axis, dtype):
+    if reading not in READINGS and axis == "error_heads":
+        pytest.skip("there is one already")
     memory = {} if reading in READINGS else {"error_heads": 2}
     model = build(dtype, meta_state=READINGS.get(reading, {}), **memory)
     grown = grow(model, **AXES[axis])
@@ -104,8 +107,8 @@ RECURRENT = {"num_layers": 3, "head_size": 9, "num_heads": 3, "parameter_tokens"
 LARGER = {
     "metastate": RECURRENT | {"ffn_size": 17},
     "rwkv7": RECURRENT | {"ffn_size": 17},
-    "transformer": {"num_layers": 3, "ffn_size": 17},
-    "tokenformer": {"attention_slots": 13, "ffn_size": 17},
+    "transformer": {"num_layers": 3, "ffn_size": 17, "error_heads": 1},
+    "tokenformer": {"attention_slots": 13, "ffn_size": 17, "error_heads": 3},
 }
 
 

@@ -273,6 +273,7 @@ def add_grow(parser: Parser) -> None:
         ("--parameter-tokens", "pairs P that make up the first state"),
         ("--ffn-size", "hidden channels F of a feed-forward layer"),
         ("--attention-slots", "slots A of a TokenFormer's projections"),
+        ("--error-heads", "heads of an error memory, for a model without one"),
     ):
         parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
     parser.add_argument(

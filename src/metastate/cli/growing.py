@@ -48,6 +48,7 @@ def run_grow(args: argparse.Namespace) -> None:
         num_layers=args.layers,
         ffn_size=args.ffn_size,
         attention_slots=args.attention_slots,
+        error_heads=args.error_heads,
         init=args.init,
         seed=args.seed,
     )

@@ -5,7 +5,7 @@ that they own stay zero and the old channels of a read never see them; norms act
 segment alone; new heads, channels and blocks reach the residual stream only through output columns
 that are zero. New pairs of parameter tokens have v_p = 0. Everything else in the new entries is as
 in a fresh model, or in new blocks a copy of the block below, so gradients reach all of it within
-two steps.
+two steps. A model without an error memory can be given one, whose gain is zero at first.
 
 Source: arXiv:2504.08247, section 3.4, eqs 7-11, which leave the values of new entries open.
 """
@@ -39,7 +39,7 @@ from metastate.model.state import ModelState
 from metastate.model.weights import weights_hash
 
 RECURRENT = ("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size")
-AXES = (*RECURRENT, "attention_slots")
+AXES = (*RECURRENT, "attention_slots", "error_heads")
 RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
 Init = Literal["zero", "random", "released"]
 
@@ -60,7 +60,7 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
     named = {axis: n for axis, n in sizes.items() if n is not None}
     given = coerce_fields(ModelConfig, named, "growth")
-    before = {axis: getattr(config, axis) for axis in AXES}
+    before = {axis: getattr(config, axis) or 0 for axis in AXES}
     before["ffn_size"] = config.hidden_channels
     wanted = {axis: n for axis, n in given.items() if n != before[axis]}
     if not wanted:
@@ -73,10 +73,12 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         "transformer": ("num_layers", "ffn_size"),
         "tokenformer": ("ffn_size", "attention_slots"),
     }.get(kind, RECURRENT)
-    if refused := sorted(wanted.keys() - set(allowed)):
+    if before["error_heads"] and "error_heads" in wanted:
+        raise ConfigError("error_heads cannot change; a model without an error memory can get one")
+    if refused := sorted(wanted.keys() - {*allowed, "error_heads"}):
         raise ConfigError(
             f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
-            f"{', '.join(sorted(allowed))}"
+            f"{', '.join(sorted([*allowed, 'error_heads']))}"
         )
     for axis, n in wanted.items():
         if n < before[axis]:
@@ -156,6 +158,7 @@ def grow(
     num_layers: int | None = None,
     ffn_size: int | None = None,
     attention_slots: int | None = None,
+    error_heads: int | None = None,
     init: Init = "zero",
     seed: int = 0,
 ) -> LanguageModel:
@@ -170,6 +173,7 @@ def grow(
         ffn_size: F, hidden channels of a feed-forward layer; where no Meta-State block has one, all
             get one.
         attention_slots: A, slots of a TokenFormer's projections.
+        error_heads: heads of an error memory, of any model that has none.
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
             a TokenFormer only: what its released code does, new keys random and the scale that of
@@ -192,6 +196,7 @@ def grow(
         "num_layers": num_layers,
         "ffn_size": ffn_size,
         "attention_slots": attention_slots,
+        "error_heads": error_heads,
     }
     parent = model.config
     config = grown_config(parent, init=init, **sizes)
@@ -323,7 +328,8 @@ def grow_in_training(
 def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
     """Return a parent's carried state for a grown model, which then goes on as the parent would.
 
-    New rows, columns and heads of S and M are zero; new blocks have seen nothing.
+    New rows, columns and heads of S and M are zero; new blocks and a new error memory have seen
+    nothing.
 
     Args:
         state: of the model that `grown` came from, at any point of a sequence.
@@ -332,8 +338,8 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
     Raises:
         StateError: the state is larger than the grown model's, or of another architecture.
     """
-    batch = state.batch_size
-    fresh = grown.init_state(batch).layers
+    start = grown.init_state(state.batch_size)
+    fresh = start.layers
     if len(state.layers) > len(fresh):
         raise StateError(
             f"the state has {len(state.layers)} layers, the grown model {len(fresh)}: it is of "
@@ -356,7 +362,8 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
             layers.append(RecurrentState(*fields))  # type: ignore[arg-type]
         else:
             layers.append(new if old is None else old)
-    out = dataclasses.replace(state, layers=tuple(layers))
+    errors = start.errors if state.errors is None else state.errors
+    out = dataclasses.replace(state, layers=tuple(layers), errors=errors)
     out.check(grown)
     return out
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metastate import ops
 from metastate.config import ModelConfig
-from metastate.layers.common import VECTOR, Packing, handed_on, last_of_rows
+from metastate.layers.common import OUTPUT, VECTOR, Growth, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
 from metastate.ops.softmax import expected_row
 
@@ -65,6 +65,9 @@ class ErrorMemory(nn.Module):
     and the same for all tokens. M has as many numbers as one block's S at the same head size.
     """
 
+    GROWS: ClassVar[dict[str, Growth]] = {
+        "gain": ("D", OUTPUT)
+    }  # a new memory corrects nothing yet
     GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(
         ("center", "scale", "decay", "rate", "gain"), VECTOR
     )
