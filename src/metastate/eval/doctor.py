@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -104,6 +104,7 @@ BF16 = torch.bfloat16
 VOCABULARY = 64  # of a model
 DECODED = 5  # tokens a row
 MODEL = "a model's loss, gradients and decoding"
+LIKE_PRESETS = Case("two layers", 2, 67, 2, 16, layers=2, ffn_order="after", error_heads=1)
 CASES = (
     Case("float32", 2, 67, 2, 64),
     Case("bfloat16", 2, 67, 1, 64, BF16, query=True),
@@ -111,13 +112,10 @@ CASES = (
     Case("packed documents in bfloat16", 1, 40, 1, 64, BF16, (1, 20, 19)),
     Case("read by value", 1, 33, 2, 64, update="self", by="value"),
     Case("head size 24", 1, 17, 1, 24),
-    Case("two layers", 2, 67, 2, 16, layers=2, ffn_order="after", error_heads=1),  # the presets'
+    LIKE_PRESETS,
     Case("two layers with M", 2, 67, 2, 16, layers=2, readout="both"),
     Case("RWKV-7", 2, 17, 2, 16, layers=2, architecture="rwkv7"),
-    Case(
-        **{"name": "two layers stored in bfloat16", "batch": 2, "length": DECODED, "heads": 2},
-        **{"size": 16, "dtype": BF16, "layers": 2, "ffn_order": "after", "error_heads": 1},
-    ),
+    replace(LIKE_PRESETS, name="two layers stored in bfloat16", length=DECODED, dtype=BF16),
 )
 GPU_CASES = (
     Case("head size 128", 1, 100, 2, 128),

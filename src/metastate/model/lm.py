@@ -170,10 +170,9 @@ class LanguageModel(nn.Module):
             kl = kl * self.config.meta_state.kl_weight
         h, errors = self.ln_out(x), None
         if memory is not None:
-            before_it = None if state is None else state.errors
-            first_errors = None if start is None else start.errors
-            args = (h, tokens, self.head.weight, before_it, packing, first_errors, backend)
-            h, errors = self._run(memory, *args)
+            own, first = (None if s is None else s.errors for s in (state, start))
+            weight = self.head.weight
+            h, errors = self._run(memory, h, tokens, weight, own, packing, first, backend)
         return h, ModelState(tuple(layers), seen + length, errors=errors), kl
 
     def forward(
