@@ -170,9 +170,9 @@ class LanguageModel(nn.Module):
             kl = kl * self.config.meta_state.kl_weight
         h, errors = self.ln_out(x), None
         if memory is not None:
-            own, first = (None if s is None else s.errors for s in (state, start))
+            own, fresh = (None if s is None else s.errors for s in (state, start))
             weight = self.head.weight
-            h, errors = self._run(memory, h, tokens, weight, own, packing, first, backend)
+            h, errors = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
         return h, ModelState(tuple(layers), seen + length, errors=errors), kl
 
     def forward(
