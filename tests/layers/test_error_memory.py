@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from metastate.config import ModelConfig
-from metastate.convert import states
+from metastate.convert import blinkdl, fla, states
 from metastate.errors import ConfigError, StateError
+from metastate.growth import grow
 from metastate.layers.error_memory import ErrorMemory
 from metastate.model.lm import LanguageModel
+from metastate.model.loss import lm_loss
 from metastate.ops import softmax
 from metastate.ops.softmax import expected_row
 from tolerance import TOLERANCE, relative_error
@@ -159,3 +161,33 @@ def test_other_layouts_have_no_place_for_it():
             convert(state)
     with pytest.raises(StateError, match="no place"):
         states.from_rwkv([], model.config)
+
+
+def test_no_layout_of_rwkv7_can_hold_it():
+    model = model_of(2, architecture="rwkv7", ffn_size=20).float()
+    with pytest.raises(ConfigError, match="error memory, for which RWKV-7 has no keys"):
+        blinkdl.to_rwkv(model)
+    with pytest.raises(ConfigError, match="error memory, for which that layout has no keys"):
+        fla.to_fla(model)
+
+
+def test_a_grown_memory_learns():
+    """Its gain is zero at first, moves in the first step, and then all else of it does."""
+    model = grow(model_of(None).float().train(), error_heads=3)
+    tokens = torch.randint(17, (2, 20))
+    optimizer = torch.optim.SGD(model.error_memory.parameters(), lr=1.0)
+    moved = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        lm_loss(model, tokens[:, :-1], tokens[:, 1:]).loss.backward()
+        moved.append({n for n, p in model.error_memory.named_parameters() if p.grad.any()})
+        optimizer.step()
+    assert moved == [{"gain"}, {"center", "scale", "decay", "rate", "gain"}]
+
+
+def test_it_is_added_once():
+    with pytest.raises(ConfigError, match="error_heads cannot change"):
+        grow(model_of(2), error_heads=4)
+    with pytest.raises(ConfigError, match="not a multiple of error_heads"):
+        grow(model_of(None), error_heads=5)
+    assert grow(model_of(2), num_layers=2).config.error_heads == 2

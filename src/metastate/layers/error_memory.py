@@ -65,9 +65,8 @@ class ErrorMemory(nn.Module):
     and the same for all tokens. M has as many numbers as one block's S at the same head size.
     """
 
-    GROWS: ClassVar[dict[str, Growth]] = {
-        "gain": ("D", OUTPUT)
-    }  # a new memory corrects nothing yet
+    # A model that is given a memory is not corrected by it at first.
+    GROWS: ClassVar[dict[str, Growth]] = {"gain": ("D", OUTPUT)}
     GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(
         ("center", "scale", "decay", "rate", "gain"), VECTOR
     )
