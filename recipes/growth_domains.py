@@ -33,13 +33,8 @@ from metastate.train.checkpoint import has_run
 from metastate.train.trainer import LOG, train
 
 NEW = ("code", "math")
-SMALL = {
-    "hidden_size": 128,
-    "num_heads": 4,
-    "num_layers": 4,
-    "vocab_size": 256,
-    "error_heads": None,
-}
+SMALL: dict[str, Any] = {"hidden_size": 128, "num_heads": 4, "num_layers": 4}
+SMALL |= {"vocab_size": 256, "error_heads": None}
 ARMS: dict[str, tuple[int, float]] = {  # name: (N, old_lr_scale)
     "not grown": (32, 1.0),
     "grown, old free": (64, 1.0),
