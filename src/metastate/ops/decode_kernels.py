@@ -16,12 +16,12 @@ A layer without time mixing begins at MIX_CHANNELS: the feed-forward layer after
 with a norm of its own. At the end come
 
     NORM          ln_out                                                a row
-    PREDICT       the head                                              some outputs
     CORRECT       error memory: move M, correct the features            a row
-    EXPECT        the row of the head that the prediction expects       some channels
-    ANSWER        the head, of the corrected features                   some outputs
+    PREDICT       the head, of both where there is an error memory      some outputs
+    SOFTMAX       error memory: probabilities without its correction    a row
+    EXPECT        error memory: the row of the head that they expect    some channels
 
-the last three where there is an error memory. Threads draw pieces from a shared
+Threads draw pieces from a shared
 counter and wait only for pieces that another thread has drawn, so any number of threads, one
 included, finishes. States are changed in place. Every row's arithmetic is the same in any batch
 (see dot_kernels). float32 throughout but for the matrices, float32 or bfloat16.
@@ -93,7 +93,7 @@ ENDS = (
     LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD,
     CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, EXPECTED, TOKENS,
 ) = range(len(ENDS))  # fmt: skip
-NORM, PREDICT, CORRECT, EXPECT, ANSWER, NUM_ENDS = range(6)
+NORM, CORRECT, PREDICT, SOFTMAX, EXPECT, NUM_ENDS = range(6)
 MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES = range(9)
 META_STATE, BY_RECEPTANCE, READS_ENCODING, HAS_M = 1, 2, 4, 8  # flags of a model
 NONE, TANH, SIGMOID, RELU2 = range(4)
@@ -104,7 +104,7 @@ _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int]) -> list[int]:
     """Return how many float32 values a row of each of BUFFERS has; A = H N."""
-    return [D, 6 * D, *ranks, F, vocab_size, *[A] * 12, D, A]
+    return [D, 6 * D, *ranks, F, 2 * vocab_size, *[A] * 12, 2 * D, A]
 
 
 def _add_one(typing_context, address):  # type: ignore[no-untyped-def]
@@ -379,18 +379,11 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
 
 
 @_njit
-def _correct(ends, buf, b, size, D, A, heads, vocab_size):  # type: ignore[no-untyped-def]
-    """Write the last prediction's error, correct h, and turn the logits into probabilities."""
-    logits, h = _at(buf[LOGITS], b * vocab_size), _at(buf[Z], b * D)
-    largest = logits[0]
-    for i in range(1, vocab_size):
-        largest = max(largest, logits[i])
-    total = ZERO
-    for i in range(vocab_size):
-        logits[i] = _exp(logits[i] - largest)
-        total += logits[i]
-    for i in range(vocab_size):
-        logits[i] /= total
+def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-def]
+    """Write the last prediction's error, and correct h; what it was is kept behind all rows."""
+    h, plain = _at(buf[Z], b * D), _at(buf[Z], (rows + b) * D)
+    for j in range(D):
+        plain[j] = h[j]
     error, key, removal = _at(buf[V], b * A), _at(buf[KAPPA], b * A), _at(buf[REMOVAL], b * A)
     before, expected = _at(ends[ERROR_KEY], b * D), _at(ends[EXPECTED], b * D)
     center, scale, a = _at(ends[CENTER], 0), _at(ends[SCALE], 0), _at(ends[ERROR_RATE], 0)
@@ -411,6 +404,19 @@ def _correct(ends, buf, b, size, D, A, heads, vocab_size):  # type: ignore[no-un
             h[c + j] += y[j] * gain[j]
     for j in range(D):
         before[j] = key[j]
+
+
+@_njit
+def _softmax(x, n):  # type: ignore[no-untyped-def]
+    largest = x[0]
+    for i in range(1, n):
+        largest = max(largest, x[i])
+    total = ZERO
+    for i in range(n):
+        x[i] = _exp(x[i] - largest)
+        total += x[i]
+    for i in range(n):
+        x[i] /= total
 
 
 @_njit
@@ -439,7 +445,8 @@ def _expect(ends, buf, i, size, D, vocab_size, rows):  # type: ignore[no-untyped
     for v in range(vocab_size):
         _row(ends[HEAD] + (v * D + first) * size, size, n, part)
         for b in range(rows):
-            p, out = _at(buf[LOGITS], b * vocab_size)[v], _at(ends[EXPECTED], b * D + first)
+            p = _at(buf[LOGITS], (rows + b) * vocab_size)[v]
+            out = _at(ends[EXPECTED], b * D + first)
             for j in range(n):
                 out[j] += p * part[j]
 
@@ -457,14 +464,16 @@ def token(  # type: ignore[no-untyped-def]
     """
     last = L * NUM_PHASES
     own_F, own = 0, 0
-    for p in range(last + (NUM_ENDS if error_heads else CORRECT)):
+    for p in range(last + (NUM_ENDS if error_heads else SOFTMAX)):
         layer, phase = p // NUM_PHASES, p % NUM_PHASES
         if p >= last:
             end = p - last
-            if end in (NORM, CORRECT):
-                pieces = rows
+            if end == PREDICT:
+                pieces = (vocab_size + SPAN - 1) // SPAN
+            elif end == EXPECT:
+                pieces = (D + SPAN - 1) // SPAN
             else:
-                pieces = ((D if end == EXPECT else vocab_size) + SPAN - 1) // SPAN
+                pieces = rows if end == NORM or error_heads else 0
         else:
             # What a block has: some may have no feed-forward layer, some no Meta-State layer.
             own_F = F if table[layer, HIDDEN_KEY] else 0
@@ -480,11 +489,14 @@ def token(  # type: ignore[no-untyped-def]
                 weight, bias = _at(ends[LN_OUT_WEIGHT], 0), _at(ends[LN_OUT_BIAS], 0)
                 _layer_norm(_at(buf[X], i * D), weight, bias, _at(buf[Z], i * D), D)
             elif p == last + CORRECT:
-                _correct(ends, buf, i, size, D, H * N, error_heads, vocab_size)
+                _correct(ends, buf, i, size, D, H * N, error_heads, rows)
+            elif p == last + PREDICT:
+                both = 2 * rows if error_heads else rows
+                _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, both, 0, NONE)
+            elif p == last + SOFTMAX:
+                _softmax(_at(buf[LOGITS], (rows + i) * vocab_size), vocab_size)
             elif p == last + EXPECT:
                 _expect(ends, buf, i, size, D, vocab_size, rows)
-            elif p > last:
-                _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
             else:
                 at = table[layer]
                 _work(at, buf, phase, layer, i, size, D, H, N, own_F, ranks, rows, own)
