@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 CONFIG_VERSION = 1
 LARGEST_SIZE = 2**31 - 1  # of a model's sizes
-LARGEST_HEAD = 256  # channels of a head that the GPU kernels take
+SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # channels of a head that the GPU kernels take
 MOST_LAYERS = 10_000
 SEEDS = 2**43  # of a run; times a million, as each of its steps has one, they stay below 2^64
 LARGEST = 2**53  # of all counts in a run's settings: processes tell them each other as float64
@@ -385,7 +385,10 @@ class ModelConfig:
         return self.ffn_size or (0 if self.architecture == "metastate" else 4 * self.hidden_size)
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """Return a copy with `changes`; derived fields follow unless they are given."""
+        """Return a copy with `changes`; derived fields follow unless they are given.
+
+        So do the heads of an error memory, of which there are as few as may be in a new width.
+        """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if {"hidden_size", "attention_slots", "ffn_size"} & changes.keys():
             data["first_slots"] = None
@@ -402,9 +405,12 @@ class ModelConfig:
 
 
 def fewest_error_heads(hidden_size: int) -> int:
-    """Return the fewest heads of an error memory that are LARGEST_HEAD channels wide at most."""
-    counts = (n for n in range(1, hidden_size + 1) if not hidden_size % n)
-    return next((n for n in counts if hidden_size // n <= LARGEST_HEAD), 1)
+    """Return the fewest heads of an error memory that LARGEST_HEAD channels at most allow.
+
+    A width without such divisors gets one head, which only the CPU's kernels take.
+    """
+    sizes = range(min(hidden_size, LARGEST_HEAD), SMALLEST_HEAD - 1, -1)
+    return next((hidden_size // n for n in sizes if not hidden_size % n), 1)
 
 
 @dataclass(frozen=True)

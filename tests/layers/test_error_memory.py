@@ -1,10 +1,12 @@
 """The error memory: what it expects, what it writes, and what that is good for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from metastate.config import ModelConfig
+from metastate.config import ModelConfig, fewest_error_heads, to_dict
 from metastate.convert import blinkdl, fla, states
 from metastate.errors import ConfigError, StateError
 from metastate.growth import grow
@@ -133,8 +135,6 @@ def test_heads_must_divide_the_width():
 
 
 def test_a_config_without_it_is_written_as_before():
-    from metastate.config import to_dict
-
     assert "error_heads" not in to_dict(ModelConfig())
     assert to_dict(ModelConfig(error_heads=2))["error_heads"] == 2
 
@@ -191,3 +191,54 @@ def test_it_is_added_once():
     with pytest.raises(ConfigError, match="not a multiple of error_heads"):
         grow(model_of(None), error_heads=5)
     assert grow(model_of(2), num_layers=2).config.error_heads == 2
+
+
+def test_a_head_that_is_no_plain_one_is_refused():
+    """Its weights alone would not be what the logits come from."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = model_of(2)
+    head = Doubled(12, 17, bias=False).double()
+    head.weight = model.head.weight
+    model.head = head
+    with pytest.raises(ConfigError, match="reads the weights of the head"):
+        model(torch.tensor([[1, 2]]))
+
+
+def test_a_document_takes_m_of_its_start_and_no_last_token():
+    model, tokens = model_of(2), torch.randint(17, (1, 9))
+    start = model(torch.randint(17, (1, 5)))[1]
+    resets = torch.zeros(1, 9, dtype=torch.bool)
+    resets[0, 4] = True
+    packed, _, _ = model.features(tokens, model.init_state(1), resets=resets, start=start)
+    fresh = model.init_state(1)
+    errors = replace(fresh.errors, M=start.errors.M)
+    layers = [replace(a, S=b.S) for a, b in zip(fresh.layers, start.layers, strict=True)]
+    alone, _, _ = model.features(tokens[:, 4:], fresh.with_parts([*layers, errors]))
+    assert relative_error(packed[:, 4:], alone) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"),
+    [(1, 1), (88, 1), (256, 1), (288, 2), (768, 3), (3072, 12), (514, 1), (10**12, 10**12 // 256)],
+)
+def test_as_few_heads_as_the_kernels_allow(width, heads):
+    assert fewest_error_heads(width) == heads
+
+
+def test_a_new_width_has_new_heads():
+    config = ModelConfig(hidden_size=768, num_heads=12, error_heads=3)
+    assert config.replace(hidden_size=1536).error_heads == 6
+    assert config.replace(hidden_size=1536, error_heads=12).error_heads == 12
+    with pytest.raises(ConfigError, match="2147483647 at most"):
+        config.replace(hidden_size=12 * 10**12)
+
+
+def test_the_gpu_kernels_are_told_of_wide_heads():
+    memory = ErrorMemory(ModelConfig(hidden_size=288, num_heads=4, error_heads=1))
+    h, tokens = torch.zeros(1, 1, 288), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="288 wide here, the GPU kernels take 256"):
+        memory(h, tokens, torch.zeros(5, 288), None, backend="triton")

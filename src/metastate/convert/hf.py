@@ -202,7 +202,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache; None: if one was given, and outside training.
             output_attentions: refused.
             output_hidden_states: whether to return what enters each block, [B, T, D] each, and
-                ln_out of the last; zero at padding behind a cache.
+                what the head reads; zero at padding behind a cache.
             return_dict: False returns a tuple.
             logits_to_keep: make only the last so many logits, or those at these indices; 0: all.
             num_items_in_batch: what to divide the loss by, as transformers' Trainer asks.
@@ -321,7 +321,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
     def _run(
         self, tokens: Tensor, state: ModelState | None, resets: Tensor | None, every: bool
     ) -> tuple[list[Tensor], ModelState, Tensor | None]:
-        """Return ln_out(x) [B, T, D], before it what enters each block if `every`; state and KL."""
+        """Return what the head reads [B, T, D], before it the blocks' if `every`; state and KL."""
         entering: list[Tensor] = []
         hooks = []
         if every:

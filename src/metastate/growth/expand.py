@@ -60,13 +60,13 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
         raise ConfigError(f"{unknown[0]} cannot grow; the axes are {', '.join(AXES)}")
     named = {axis: n for axis, n in sizes.items() if n is not None}
     given = coerce_fields(ModelConfig, named, "growth")
-    before = {axis: getattr(config, axis) or 0 for axis in AXES}
+    before = {axis: getattr(config, axis) for axis in AXES}
     before["ffn_size"] = config.hidden_channels
     wanted = {axis: n for axis, n in given.items() if n != before[axis]}
     if not wanted:
         raise ConfigError(
             f"nothing grows: give at least one of {', '.join(AXES)} above its present size "
-            f"({', '.join(f'{k} {v}' for k, v in before.items())})"
+            f"({', '.join(f'{k} {v}' for k, v in before.items() if v is not None)})"
         )
     kind, meta = config.architecture, config.meta_state
     allowed = {
@@ -81,7 +81,7 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
             f"{', '.join(sorted([*allowed, 'error_heads']))}"
         )
     for axis, n in wanted.items():
-        if n < before[axis]:
+        if n < (before[axis] or 0):
             raise ConfigError(f"{axis} {n} is below the present {before[axis]}; growth never drops")
     if kind == "metastate" and "head_size" in wanted and (reason := _inexact(meta)):
         raise ConfigError(f"head_size cannot grow with {reason}; grow num_heads instead")

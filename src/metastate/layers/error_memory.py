@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from metastate import ops
-from metastate.config import ModelConfig
+from metastate.config import LARGEST_HEAD, ModelConfig
+from metastate.errors import ConfigError
 from metastate.layers.common import OUTPUT, VECTOR, Growth, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
 from metastate.ops.softmax import expected_row
@@ -87,7 +88,7 @@ class ErrorMemory(nn.Module):
         H, N = self.num_heads, self.head_size
         dtype, device = ops.state_dtype(self.gain.dtype), self.gain.device
         zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
-        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros)
+        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros.clone())
 
     def log_w(self) -> Tensor:
         """Return the log decay of every channel, [D]: -exp(-0.5) sigmoid(decay)."""
@@ -111,21 +112,29 @@ class ErrorMemory(nn.Module):
             weight: of the head, [V, D].
             state: before token 0; None means nothing was read.
             packing: where documents start; None means nowhere.
-            start: one row that documents start from; None means zeros.
+            start: one row whose M documents start from; None means zeros.
             backend: of metastate.ops.
+
+        Raises:
+            ConfigError: heads wider than the backend takes.
         """
+        if backend == "triton" and self.head_size > LARGEST_HEAD:
+            raise ConfigError(
+                f"{self.num_heads} heads of an error memory are {self.head_size} wide here, the "
+                f"GPU kernels take {LARGEST_HEAD}; use more, or the backend 'chunked'"
+            )
         batch, length, D = h.shape
         heads = (batch, length, self.num_heads, self.head_size)
         state = self.init_state(batch) if state is None else state
-        fresh = self.init_state(1) if start is None else start
+        first = (self.init_state(1) if start is None else start).M[0]
         with torch.autocast(h.device.type, enabled=False):  # a state is never rounded
             exact = h.to(state.M.dtype)
             z = ((exact + self.center) * self.scale).view(heads)
             key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
         expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
-        before = _before(key, state.key, fresh.key, packing).view(heads)
+        before = _before(key, state.key, packing).view(heads)
         error = weight[tokens].to(expected.dtype)
-        error = error - _before(expected, state.expected, fresh.expected, packing)
+        error = error - _before(expected, state.expected, packing)
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = self.log_w().view(heads[2:]).expand(heads)
         cu_seqlens = None if packing is None else packing.cu_seqlens
@@ -136,7 +145,7 @@ class ErrorMemory(nn.Module):
                 q, log_w, before, v, before, a, M, cu_seqlens=cu_seqlens, backend=backend
             )
 
-        v, first = error.view(heads), fresh.M[0]
+        v = error.view(heads)
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))
         corrected = exact + y.flatten(2) * self.gain
@@ -145,9 +154,9 @@ class ErrorMemory(nn.Module):
         return corrected.to(h.dtype), after
 
 
-def _before(x: Tensor, last: Tensor, fresh: Tensor, packing: Packing | None) -> Tensor:
-    """Return x [B, T, D] a token later: first `last` [B, D], `fresh` [1, D] where a text starts."""
+def _before(x: Tensor, last: Tensor, packing: Packing | None) -> Tensor:
+    """Return x [B, T, D] a token later: first `last` [B, D], zeros where a document starts."""
     if packing is not None and packing.group is not None:
         last = context.last_before(x[:, -1], last, packing.group)
     out = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
-    return out if packing is None else torch.where(packing.resets[..., None], fresh.to(x), out)
+    return out if packing is None else out.masked_fill(packing.resets[..., None], 0)

@@ -114,7 +114,8 @@ class LanguageModel(nn.Module):
         Raises:
             ShapeError: tokens or resets have the wrong shape, dtype or range.
             StateError: the state is of another model or batch size, or `start` not of one row.
-            ConfigError: a `group` for a model that is not recurrent.
+            ConfigError: a `group` for a model that is not recurrent; an error memory before a head
+                that is no plain nn.Linear.
         """
         self._check_tokens(tokens, resets)
         batch, length = tokens.shape
@@ -171,6 +172,11 @@ class LanguageModel(nn.Module):
         h, errors = self.ln_out(x), None
         if memory is not None:
             own, fresh = (None if s is None else s.errors for s in (state, start))
+            if type(self.head) is not nn.Linear or hasattr(self.head, "_hf_hook"):
+                raise ConfigError(
+                    "an error memory reads the weights of the head, and this head is not a plain "
+                    "one (an adapter, quantised, elsewhere); leave the head as it is, or merge it"
+                )
             weight = self.head.weight
             h, errors = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
         return h, ModelState(tuple(layers), seen + length, errors=errors), kl
@@ -188,7 +194,7 @@ class LanguageModel(nn.Module):
         return self.head(x), state
 
     def read(self, tokens: Tensor, state: ModelState | None = None) -> ModelState:
-        """Return the state after the tokens, as `features` does, without the last feed-forward."""
+        """Return the state after the tokens, as `features` does, without what it does not need."""
         return self.features(tokens, state, state_only=True)[1]
 
     def _run(self, block: nn.Module, *args: Any) -> Any:

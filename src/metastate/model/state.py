@@ -232,6 +232,8 @@ class ModelState:
         if len(file.layers) > len(layers):
             raise StateError(f"{path} holds {len(file.layers)} layers, the model {len(layers)}")
         own = fields(ERRORS)
+        if file.is_start and own:
+            raise StateError(f"{path} holds a tuned start and an error memory's state; of no model")
         try:
             errors = first.errors if file.is_start else ErrorState(**own) if own else None
         except TypeError:

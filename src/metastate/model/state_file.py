@@ -26,7 +26,10 @@ from metastate.model.weights import digest_of
 
 FORMAT = "metastate-state"
 VERSION = 2  # 1 had neither weights nor digest
-LAYOUT = "S, M [B, H, N_v, N_k]; keys, values [B, H, T, N]; shifts [B, D]; token_* [H, P, N]"
+LAYOUT = (
+    "S, M [B, H, N_v, N_k]; keys, values [B, H, T, N]; shifts, key, expected [B, D]; "
+    "token_* [H, P, N]"
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FIELDS = "S|M|time_shift|channel_shift|keys|values|start|token_keys|token_values"
 NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})|errors\.(M|key|expected)")

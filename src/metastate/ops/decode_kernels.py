@@ -102,9 +102,12 @@ _njit: Any = nb.njit(**INNER)
 _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
-def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int]) -> list[int]:
-    """Return how many float32 values a row of each of BUFFERS has; A = H N."""
-    return [D, 6 * D, *ranks, F, 2 * vocab_size, *[A] * 12, 2 * D, A]
+def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int], n: int) -> list[int]:
+    """Return how many float32 values a row of each of BUFFERS has; A = H N.
+
+    `n` is 2 with an error memory, which has the head read two kinds of features, and 1 without.
+    """
+    return [D, 6 * D, *ranks, F, n * vocab_size, *[A] * 12, n * D, A]
 
 
 def _add_one(typing_context, address):  # type: ignore[no-untyped-def]

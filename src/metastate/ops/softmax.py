@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metastate.ops.links import differentiable_once
 
-LOGITS = 2**25  # logits of one chunk: 128 MiB in float32, one buffer in all
+LOGITS = 2**25  # logits of one chunk: 128 MiB in float32
 FLOAT16_ROWS = 512  # of a chunk in float16, which holds their sum where features are below 128
 
 
@@ -77,7 +77,7 @@ class _ExpectedRow(torch.autograd.Function):
             for i in range(0, len(x), rows):
                 part, dm = x[i : i + rows].to(product), grad[i : i + rows].to(product)
                 p = _probabilities(part, W, exact)
-                dz = (p * ((dm @ W.T).to(exact) - inner[i : i + rows])).to(product)
+                dz = (dm @ W.T).to(exact).sub_(inner[i : i + rows]).mul_(p).to(product)
                 if dx is not None:
                     dx[i : i + rows] = dz @ W
                 if dW is not None:
@@ -87,4 +87,6 @@ class _ExpectedRow(torch.autograd.Function):
 
 
 def _probabilities(x: Tensor, W: Tensor, exact: torch.dtype) -> Tensor:
-    return (x.to(W.dtype) @ W.T).to(exact).softmax(-1)
+    p = (x.to(W.dtype) @ W.T).to(exact)  # in place: fresh memory costs more than the arithmetic
+    p.sub_(p.amax(-1, keepdim=True)).exp_()
+    return p.div_(p.sum(-1, keepdim=True))

@@ -128,8 +128,8 @@ class Team:
     def shard(self, model: LanguageModel) -> None:
         """Split the model's weights over the processes, where the run says so: FSDP2.
 
-        A block's weights are gathered while it runs, forward and backward; those of embedding, head
-        and outer norms stay gathered from the first to the last use of a step.
+        A block's weights are gathered while it runs, forward and backward; all others stay
+        gathered from the first to the last use of a step.
         """
         if self.saver is None:
             return
