@@ -74,7 +74,8 @@ def inspect_state(state: ModelState, config: ModelConfig) -> dict[str, Any]:
         same width, depth and number format would hold by now; `reads`, which layer of a block
         reads which matrix; `layers`, one mapping from "S" (and "M" where there is one) to a list
         by head of `norm` (Frobenius), `effective_rank` and the heat map's fields. A Transformer
-        has no such matrix: its layers are empty.
+        has no such matrix: its layers are empty. An error memory's M, of no layer, is counted in
+        state_bytes and not shown.
 
     Raises:
         ConfigError: the state has several rows.
