@@ -27,7 +27,7 @@ TEXT = "über den Zustand 🙂"
 DIGITS = 1e-4  # relative; the answers are rounded to five digits
 
 
-def make(architecture="metastate", dtype=torch.float32, **options):
+def make(architecture="metastate", dtype=torch.float32, error_heads=None, **options):
     model = LanguageModel(
         ModelConfig(
             architecture=architecture,
@@ -35,6 +35,7 @@ def make(architecture="metastate", dtype=torch.float32, **options):
             hidden_size=16,
             num_layers=2,
             num_heads=2,
+            error_heads=error_heads,
             meta_state=MetaStateConfig(**options),
         )
     )
@@ -45,11 +46,18 @@ def make(architecture="metastate", dtype=torch.float32, **options):
     return model.to(dtype).eval()
 
 
-@pytest.fixture(params=["encoding", "both", "rwkv7"])
+@pytest.fixture(params=["encoding", "both", "errors", "rwkv7"])
 def model(request):
     if request.param == "rwkv7":
         return make("rwkv7")
+    if request.param == "errors":
+        return make(error_heads=1, readout="encoding")
     return make(readout=request.param)
+
+
+def with_errors(told):
+    """Return what an answer tells of all matrices: of the layers', then of the error memory's."""
+    return [*told["layers"], *([] if told["errors"] is None else [told["errors"]])]
 
 
 def direct_map(x, size):
@@ -79,7 +87,12 @@ def test_a_cell_is_the_largest_entry_of_its_block(n, size, seed):
 
 
 def test_a_zero_matrix_is_a_blank_picture_of_rank_zero():
-    assert heat_map(torch.zeros(3, 3)) == {"scale": 0.0, "block": 1, "cells": [[0] * 3] * 3}
+    assert heat_map(torch.zeros(3, 3)) == {
+        "size": 3,
+        "scale": 0.0,
+        "block": 1,
+        "cells": [[0] * 3] * 3,
+    }
     assert effective_rank(torch.zeros(2, 3, 3)).tolist() == [0, 0]
 
 
@@ -96,16 +109,17 @@ def test_a_state_is_described_as_it_is(model):
     _, state = model(torch.randint(1, 256, (1, 7)))
     found = inspect_state(state.detach(), model.config)
     json.dumps(found, allow_nan=False)
-    assert found["tokens_seen"] == 7 and found["head_size"] == 8
+    assert found["tokens_seen"] == 7
     assert found["state_bytes"] == state.num_bytes == model.state_bytes()
     # keys and values, float32, of 2 layers of width 16, 7 tokens
     assert found["cache_bytes"] == 2 * 4 * 2 * 16 * 7
     assert len(found["layers"]) == 2
-    for layer, shown in zip(state.layers, found["layers"], strict=True):
-        assert set(shown) == ({"S", "M"} if layer.M is not None else {"S"})
+    assert (found["errors"] is None) == (model.config.error_heads is None)
+    for part, shown in zip(state.parts, with_errors(found), strict=True):
+        assert set(shown) == {name for name in ("S", "M") if getattr(part, name, None) is not None}
         for name, heads in shown.items():
-            matrices = getattr(layer, name)[0].detach().double()
-            assert len(heads) == 2
+            matrices = getattr(part, name)[0].detach().double()
+            assert [head["size"] for head in heads] == [x.shape[0] for x in matrices]
             for x, head in zip(matrices, heads, strict=True):
                 norm = sum(float(entry) ** 2 for entry in x.flatten()) ** 0.5
                 assert head["norm"] == pytest.approx(norm, rel=DIGITS)
@@ -131,16 +145,23 @@ def test_who_reads_what_follows_the_config():
     part = readers(make(encoder_size=4).config)["S"][1]
     assert part == "the Meta-State layer (its top-left 4 x 4 block)"
     assert readers(make("transformer").config) == {}
+    corrects = ["what corrects the features before the head"]
+    assert readers(make(error_heads=1).config) == {"S": both, "errors": corrects}
+    assert readers(make("transformer", error_heads=2).config) == {"errors": corrects}
 
 
 def test_a_transformers_state_has_no_pictures_but_bytes():
     model = make("transformer")
     _, state = model(torch.ones(1, 5, dtype=torch.int64))
     found = inspect_state(state.detach(), model.config)
-    assert found["layers"] == [] and found["reads"] == {}
+    assert found["layers"] == [] and found["reads"] == {} and found["errors"] is None
     assert found["state_bytes"] == found["cache_bytes"] == 2 * 4 * 2 * 16 * 5
     with pytest.raises(ConfigError, match="keeps keys and values"):
         inspect_prompt(model, TOKENIZER, "ab")
+    given = make("transformer", error_heads=2)
+    _, state = given(torch.ones(1, 5, dtype=torch.int64))
+    found = inspect_state(state.detach(), given.config)
+    assert found["layers"] == [] and [head["size"] for head in found["errors"]["M"]] == [8, 8]
 
 
 def test_several_rows_are_refused(model):
@@ -165,10 +186,11 @@ def test_a_prompt_token_by_token_equals_the_whole_text_run_again(model):
     assert found["tokens"][0]["nats"] is None
     shown = torch.tensor([token["nats"] for token in found["tokens"][1:]])
     assert relative_error(shown, nats) < DIGITS
-    for i, layer in enumerate(found["layers"]):
-        assert set(layer) == ({"S", "M"} if states[0].layers[i].M is not None else {"S"})
-        for name, record in layer.items():
-            run = torch.stack([getattr(s.layers[i], name)[0] for s in states]).double()
+    for i, told in enumerate(with_errors(found)):
+        first = states[0].parts[i]
+        assert set(told) == {name for name in ("S", "M") if getattr(first, name, None) is not None}
+        for name, record in told.items():
+            run = torch.stack([getattr(s.parts[i], name)[0] for s in states]).double()
             norms = run[1:].square().sum((-1, -2)).sqrt()
             changes = (run[1:] - run[:-1]).square().sum((-1, -2)).sqrt()
             assert relative_error(torch.tensor(record["norms"]), norms) < DIGITS
@@ -176,7 +198,7 @@ def test_a_prompt_token_by_token_equals_the_whole_text_run_again(model):
     at_end = inspect_state(states[-1], model.config)
     assert found["state"].keys() == at_end.keys()
     assert found["state"]["tokens_seen"] == at_end["tokens_seen"] == len(ids)
-    for shown, expected in zip(found["state"]["layers"], at_end["layers"], strict=True):
+    for shown, expected in zip(with_errors(found["state"]), with_errors(at_end), strict=True):
         for name in expected:
             for a, b in zip(shown[name], expected[name], strict=True):
                 cells = torch.tensor(a.pop("cells")) - torch.tensor(b.pop("cells"))
@@ -192,7 +214,7 @@ def test_going_on_from_a_state_is_the_same_run(model):
     kept = {name: x.clone() for name, x in state.tensors().items()}
     rest = inspect_prompt(model, TOKENIZER, "def", state)
     assert [token["text"] for token in rest["tokens"]] == ["d", "e", "f"]
-    for long, short in zip(whole["layers"], rest["layers"], strict=True):
+    for long, short in zip(with_errors(whole), with_errors(rest), strict=True):
         for name in long:
             for key in ("norms", "changes"):
                 a, b = torch.tensor(short[name][key]), torch.tensor(long[name][key][4:])

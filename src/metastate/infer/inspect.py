@@ -14,9 +14,10 @@ from metastate.config import ModelConfig
 from metastate.data.tokenizer import StreamDecoder, Tokenizer
 from metastate.errors import ConfigError
 from metastate.infer.generate import inference
+from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
 from metastate.model.lm import LanguageModel
-from metastate.model.state import ModelState
+from metastate.model.state import ERRORS, ModelState
 
 MAP_SIZE = 32  # rows and columns of a heat map, at most
 MAX_TOKENS = 512  # that one call reads token by token
@@ -34,15 +35,17 @@ def heat_map(x: Tensor, size: int = MAP_SIZE) -> dict[str, Any]:
         size: most rows and columns of the picture.
 
     Returns:
-        `scale` (max |x|), `block` (b), and `cells`: rows of whole numbers, an entry's share of the
-        scale in steps of 1/127.
+        `size` (N), `scale` (max |x|), `block` (b), and `cells`: rows of whole numbers, an entry's
+        share of the scale in steps of 1/127.
     """
     x = x.detach().to("cpu", torch.float64)
-    block = -(-max(x.shape) // size)
+    longest = max(x.shape)
+    block = -(-longest // size)
     high, low = (F.max_pool2d(y[None, None], block, ceil_mode=True)[0, 0] for y in (x, -x))
     peaks, scale = torch.where(high >= low, high, -low), float(x.abs().max())
     cells = (peaks * (LEVELS / scale if scale else 0.0)).round().to(torch.int64)
-    return {"scale": _short(scale), "block": block, "cells": cells.tolist()}
+    picture = {"scale": _short(scale), "block": block, "cells": cells.tolist()}
+    return {"size": longest, **picture}
 
 
 def effective_rank(x: Tensor) -> Tensor:
@@ -71,21 +74,21 @@ def inspect_state(state: ModelState, config: ModelConfig) -> dict[str, Any]:
 
     Returns:
         tokens_seen; state_bytes; cache_bytes, of the keys and values that a Transformer of the
-        same width, depth and number format would hold by now; `reads`, which layer of a block
-        reads which matrix; `layers`, one mapping from "S" (and "M" where there is one) to a list
-        by head of `norm` (Frobenius), `effective_rank` and the heat map's fields. A Transformer
-        has no such matrix: its layers are empty. An error memory's M, of no layer, is counted in
-        state_bytes and not shown.
+        same width, depth and number format would hold by now; `reads`, who reads which matrix;
+        `layers`, one mapping from "S" (and "M" where there is one) to a list by head of `norm`
+        (Frobenius), `effective_rank` and the heat map's fields; `errors`, such a mapping for the M
+        of the error memory, None where there is none. A Transformer has no such matrix: its layers
+        are empty.
 
     Raises:
         ConfigError: the state has several rows.
     """
     if state.batch_size != 1:
         raise ConfigError(f"the state has {state.batch_size} rows; inspect one, state[i]")
-    layers = []
+    parts = []
     for matrices in _matrices(state):
         ranks = {name: effective_rank(x).tolist() for name, x in matrices.items()}
-        layers.append(
+        parts.append(
             {
                 name: [
                     {"norm": _short(float(x.norm())), "effective_rank": _short(rank), **heat_map(x)}
@@ -98,9 +101,8 @@ def inspect_state(state: ModelState, config: ModelConfig) -> dict[str, Any]:
         "tokens_seen": state.tokens_seen,
         "state_bytes": state.num_bytes,
         "cache_bytes": cache_bytes(state, config),
-        "head_size": config.head_size,
         "reads": readers(config),
-        "layers": layers,
+        **_named(parts, state),
     }
 
 
@@ -129,7 +131,8 @@ def inspect_prompt(
     Returns:
         `tokens`: per token its `id`, its `text` (empty inside a character) and `nats`, the
         negative log-likelihood under the tokens before it (None for the first);
-        `layers`: per layer "S" (and "M") to `norms` and `changes`, [tokens][heads] each;
+        `layers`: per layer "S" (and "M") to `norms` and `changes`, [tokens][heads] each, and
+        `errors`, the same for the error memory's M (None without one);
         `state`: what `inspect_state` says of the state after the last token.
 
     Raises:
@@ -152,7 +155,7 @@ def inspect_prompt(
     decoder, device = StreamDecoder(tokenizer), next(model.parameters()).device
     before = state or model.init_state(1)
     tokens: list[dict[str, Any]] = []
-    layers: list[dict[str, dict[str, list[list[float]]]]] = [
+    parts: list[dict[str, dict[str, list[list[float]]]]] = [
         {name: {"norms": [], "changes": []} for name in matrices} for matrices in _matrices(before)
     ]
     predicted: Tensor | None = None
@@ -162,7 +165,7 @@ def inspect_prompt(
             tokens.append({"id": token, "text": decoder.push(token), "nats": nats})
             x, after, _ = model.features(torch.tensor([[token]], device=device), before)
             predicted = model.head(x)[0, 0].double().log_softmax(-1)
-            for record, old, new in zip(layers, _matrices(before), _matrices(after), strict=True):
+            for record, old, new in zip(parts, _matrices(before), _matrices(after), strict=True):
                 for name, x in new.items():
                     norms, changes = _norms(x), _norms(x - old[name])
                     record[name]["norms"].append(norms)
@@ -173,21 +176,25 @@ def inspect_prompt(
     tokens[-1]["text"] += decoder.finish()
     return {
         "tokens": tokens,
-        "layers": layers,
+        **_named(parts, before),
         "state": inspect_state(before, model.config),
     }
 
 
 def readers(config: ModelConfig) -> dict[str, list[str]]:
-    """Return by matrix the layers of a block that read it; a Meta-State layer may have no M."""
+    """Return by matrix who reads it, layers of a block but for `errors`, the error memory's M."""
+    reads: dict[str, list[str]] = {}
     if config.architecture == "rwkv7":
-        return {"S": ["time mixing"]}
-    if config.architecture != "metastate":
-        return {}
-    layer, size = "the Meta-State layer", config.meta_state.encoder_size
-    encoder = layer if size is None else f"{layer} (its top-left {size} x {size} block)"
-    reads = {"S": ["time mixing", encoder]}
-    return reads if config.meta_state.readout == "encoding" else reads | {"M": [layer]}
+        reads["S"] = ["time mixing"]
+    elif config.architecture == "metastate":
+        layer, size = "the Meta-State layer", config.meta_state.encoder_size
+        encoder = layer if size is None else f"{layer} (its top-left {size} x {size} block)"
+        reads["S"] = ["time mixing", encoder]
+        if config.meta_state.readout != "encoding":
+            reads["M"] = [layer]
+    if config.error_heads is not None:
+        reads[ERRORS] = ["what corrects the features before the head"]
+    return reads
 
 
 def cache_bytes(state: ModelState, config: ModelConfig) -> int:
@@ -202,12 +209,19 @@ def cache_bytes(state: ModelState, config: ModelConfig) -> int:
 
 
 def _matrices(state: ModelState) -> list[dict[str, Tensor]]:
-    """Return by layer the matrices of the first row, [H, N, N] each."""
+    """Return by layer, then of the error memory, the matrices of the first row, [H, N, N] each."""
     return [
-        {name: x[0] for name, x in (("S", layer.S), ("M", layer.M)) if x is not None}
-        for layer in state.layers
-        if isinstance(layer, RecurrentState)
+        {name: x[0] for name in ("S", "M") if (x := getattr(part, name, None)) is not None}
+        for part in state.parts
+        if not isinstance(part, AttentionState)
     ]
+
+
+def _named(parts: list[Any], state: ModelState) -> dict[str, Any]:
+    """Return what `_matrices` counts up by the names of an answer: `layers` and `errors`."""
+    if state.errors is None:
+        return {"layers": parts, ERRORS: None}
+    return {"layers": parts[:-1], ERRORS: parts[-1]}
 
 
 def _norms(x: Tensor) -> list[float]:

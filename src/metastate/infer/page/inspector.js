@@ -8,6 +8,16 @@ const number = (x) => NUMBER.format(x);
 const together = (values) => Math.hypot(...values);
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "▯";
 
+const ERRORS = "errors";
+const MATRICES = { S: ["S", "S, the WKV state"], M: ["M", "M, the meta state"],
+  [ERRORS]: ["M of the error memory", "M of the error memory, which corrects what the head reads"] };
+
+/** What an answer tells of each matrix: a record for every layer, or the error memory's alone. */
+function byMatrix({ layers, errors }) {
+  const found = Object.keys(layers[0] ?? {}).map((name) => [name, layers.map((layer) => layer[name])]);
+  return Object.fromEntries(errors ? [...found, [ERRORS, [errors.M]]] : found);
+}
+
 const inside = document.getElementById("inside");
 let shown = []; // redraw functions of what stands in `inside`
 
@@ -20,7 +30,7 @@ export function showInside(answer, heading) {
     parts.push(make("p", {}, "This model keeps keys and values of every token, no matrix of constant size."));
   }
   if (answer.tokens) parts.push(tokensPanel(answer));
-  if (state.layers.length) parts.push(mapsPanel(state));
+  if (state.layers.length || state.errors) parts.push(mapsPanel(state));
   inside.replaceChildren(...parts);
   redraw();
 }
@@ -57,11 +67,11 @@ function select(label, options, onChange) {
   return [make("label", { className: "field" }, label, menu), menu];
 }
 
-function tokensPanel({ tokens, layers }) {
-  const names = Object.keys(layers[0]);
-  const [matrixField, matrix] = select("Matrix", names.map((n) => [n, n]), update);
+function tokensPanel(answer) {
+  const { tokens } = answer, records = byMatrix(answer);
+  const [matrixField, matrix] = select("Matrix", Object.keys(records).map((n) => [n, MATRICES[n][0]]), update);
   const [layerField, layer] = select("Layer",
-    [["", "all"], ...layers.map((_, i) => [i, `${i + 1}`])], update);
+    [["", "all"], ...answer.layers.map((_, i) => [i, `${i + 1}`])], update);
   const [measureField, measure] = select("Colour",
     [["changes", "how much a token wrote"], ["nats", "how unexpected it was"]], update);
   const spans = tokens.map((token, i) =>
@@ -78,19 +88,21 @@ function tokensPanel({ tokens, layers }) {
   let values = [], lines = [], at = null;
 
   function update() {
-    const chosen = layer.value === "" ? layers : [layers[layer.value]];
-    const over = (key, i) => together(chosen.flatMap((l) => l[matrix.value][key][i]));
+    const all = records[matrix.value], [name] = MATRICES[matrix.value];
+    layer.disabled = matrix.value === ERRORS; // it belongs to no layer
+    const one = !layer.disabled && layer.value !== "";
+    const chosen = one ? [all[layer.value]] : all;
+    const over = (key, i) => together(chosen.flatMap((record) => record[key][i]));
     values = measure.value === "nats" ? tokens.map((t) => t.nats ?? 0) : tokens.map((_, i) => over("changes", i));
     const [least, peak] = [Math.min(...values), Math.max(...values)];
     spans.forEach((span, i) => span.style.setProperty("--wrote", (100 * (values[i] - least)) / (peak - least || 1)));
     const order = values.map((_, i) => i).sort((a, b) => values[b] - values[a]).slice(0, 6);
-    const unit = measure.value === "nats" ? "Least expected" : `Wrote most to ${matrix.value}`;
+    const unit = measure.value === "nats" ? "Least expected" : `Wrote most to ${name}`;
     most.textContent = `${unit}: ` + order.map((i) => `${visible(tokens[i].text)} (token ${i + 1}, ${number(values[i])})`).join(", ");
-    lines = layer.value === ""
-      ? layers.map((l, i) => ({ name: `layer ${i + 1}`, values: l[matrix.value].norms.map(together) }))
-      : chosen[0][matrix.value].norms[0].map((_, h) => (
-        { name: `head ${h + 1}`, values: chosen[0][matrix.value].norms.map((heads) => heads[h]) }));
-    title.textContent = `Norm of ${matrix.value} over the tokens${layer.value === "" ? "" : `, layer ${Number(layer.value) + 1}`}`;
+    lines = one || layer.disabled
+      ? chosen[0].norms[0].map((_, h) => ({ name: `head ${h + 1}`, values: chosen[0].norms.map((heads) => heads[h]) }))
+      : all.map((record, i) => ({ name: `layer ${i + 1}`, values: record.norms.map(together) }));
+    title.textContent = `Norm of ${name} over the tokens${one ? `, layer ${Number(layer.value) + 1}` : ""}`;
     chart.setAttribute("aria-label", `${title.textContent}. ` + lines.map((line) =>
       `${line.name}: from ${number(line.values[0])} to ${number(line.values.at(-1))}, at most ${number(Math.max(...line.values))}`).join("; "));
     legend.replaceChildren(...lines.map((line, i) => {
@@ -107,10 +119,10 @@ function tokensPanel({ tokens, layers }) {
     if (i !== null) {
       spans[i].classList.add("here");
       const { text, id, nats } = tokens[i];
-      const wrote = together(layers.flatMap((l) => l[matrix.value].changes[i]));
+      const wrote = together(records[matrix.value].flatMap((record) => record.changes[i]));
       const name = i === 0 && !text ? "end of document, where every text begins" : visible(text);
       detail.textContent = `Token ${i + 1} of ${tokens.length}, id ${id}: ${name}. ` +
-        `It changed ${matrix.value} by ${number(wrote)} over all layers` +
+        `It changed ${MATRICES[matrix.value][0]} by ${number(wrote)}${layer.disabled ? "" : " over all layers"}` +
         (nats === null ? "." : `; it cost ${number(nats)} nats.`);
     } else {
       detail.textContent = "Choose a token, or go through them with the arrow keys.";
@@ -204,17 +216,15 @@ function drawChart(canvas, lines, at) {
 }
 
 function mapsPanel(state) {
-  const first = state.layers[0];
-  const who = Object.entries(state.reads).map(([name, by]) => `${name} is read by ${by.join(" and ")}`).join("; ");
-  const twice = !first.M && state.reads.S.length > 1
-    ? ". This model keeps no meta state M: its Meta-State layer asks S a second time, so that one matrix is all there is to see"
+  const who = Object.entries(state.reads).map(([name, by]) => `${MATRICES[name][0]} is read by ${by.join(" and ")}`).join("; ");
+  const twice = !state.reads.M && state.reads.S?.length > 1
+    ? ". The layers of this model keep no meta state M: the Meta-State layer asks S a second time"
     : "";
-  const kinds = { S: "S, the WKV state", M: "M, the meta state" };
-  const groups = Object.keys(first).map((name) =>
-    make("section", { className: "matrix" }, make("h4", {}, kinds[name]),
-      ...state.layers.map((layer, l) => make("div", { className: "layer" },
-        make("p", { className: "note" }, `Layer ${l + 1}`),
-        make("div", { className: "heads" }, ...layer[name].map((head, h) => picture(head, name, l, h, state.head_size)))))));
+  const groups = Object.entries(byMatrix(state)).map(([name, records]) =>
+    make("section", { className: "matrix" }, make("h4", {}, MATRICES[name][1]),
+      ...records.map((heads, l) => make("div", { className: "layer" },
+        ...(name === ERRORS ? [] : [make("p", { className: "note" }, `Layer ${l + 1}`)]),
+        make("div", { className: "heads" }, ...heads.map((head, h) => picture(head, place(name, l), h)))))));
   return make("div", { className: "panel" },
     make("p", { className: "note" }, `${who}${twice}. Rows are value channels, columns key channels. A cell shows the ` +
       "largest entry of its block; colour grows with the square root of its share of the map's own largest entry."),
@@ -223,10 +233,12 @@ function mapsPanel(state) {
     numbers(state));
 }
 
-function picture(head, name, l, h, size) {
+const place = (name, l) => (name === ERRORS ? MATRICES[name][0] : `${name} of layer ${l + 1}`);
+
+function picture(head, where, h) {
   const canvas = make("canvas", { className: "map", role: "img",
-    "aria-label": `${name} of layer ${l + 1}, head ${h + 1}: norm ${number(head.norm)}, effective rank ` +
-      `${number(head.effective_rank)} of ${size}, largest entry ${number(head.scale)}` });
+    "aria-label": `${where}, head ${h + 1}: norm ${number(head.norm)}, effective rank ` +
+      `${number(head.effective_rank)} of ${head.size}, largest entry ${number(head.scale)}` });
   shown.push(() => drawMap(canvas, head.cells));
   return make("figure", {}, canvas, make("figcaption", { className: "note" },
     make("span", {}, `head ${h + 1}`), make("span", {}, `norm ${number(head.norm)}`),
@@ -248,8 +260,9 @@ function drawMap(canvas, cells) {
 
 /** The same figures as a table, for who cannot see the pictures. */
 function numbers(state) {
-  const rows = state.layers.flatMap((layer, l) => Object.entries(layer).flatMap(([name, heads]) =>
-    heads.map((head, h) => make("tr", {}, ...[name, l + 1, h + 1, number(head.norm), number(head.effective_rank), number(head.scale)]
+  const rows = Object.entries(byMatrix(state)).flatMap(([name, records]) => records.flatMap((heads, l) =>
+    heads.map((head, h) => make("tr", {}, ...[MATRICES[name][0], name === ERRORS ? "" : l + 1, h + 1,
+      number(head.norm), number(head.effective_rank), number(head.scale)]
       .map((text) => make("td", {}, `${text}`))))));
   const head = ["Matrix", "Layer", "Head", "Norm", "Effective rank", "Largest entry"];
   return make("details", {}, make("summary", {}, "As numbers"),
