@@ -95,7 +95,9 @@ def recipe(name, data):
     return from_dict(Suite, yaml.safe_load(text) | {"data": str(data)})
 
 
-@pytest.mark.parametrize("name", ["compare.yaml", "depth.yaml", "gain.yaml", "tokens.yaml"])
+@pytest.mark.parametrize(
+    "name", ["compare.yaml", "depth.yaml", "eight-million.yaml", "gain.yaml", "tokens.yaml"]
+)
 def test_the_recipes_shapes_are_equal(name, few_words, tmp_path):
     suite = recipe(name, few_words)
     for c in plan(suite, tmp_path):
