@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from metastate.cli.progress import bar
-from metastate.config import to_dict
 from metastate.data.files import write_json
 from metastate.errors import ConfigError
 from metastate.eval.loss import token_losses
+from metastate.mapping import to_dict
 from metastate.model.io import load, tokenizer_of
 from metastate.model.lm import LanguageModel
 from metastate.model.weights import weights_hash

@@ -20,6 +20,7 @@ MODULES = {
 LEVEL = {
     "config": 0,
     "errors": 0,
+    "mapping": 0,
     "data": 1,
     "ops": 2,
     "layers": 3,
@@ -39,7 +40,7 @@ CORE = {"torch", "numpy", "safetensors"}
 # the files named here. Some stand at the top of their files, which are imported when they are
 # needed: kernels (numba, Triton), subclasses of lm_eval's and transformers' types, the server.
 SERVER = ("metastate.infer.server", "metastate.infer.gate", "metastate.infer.openai_")
-KERNELS = ("jit", "fused_kernels", "decode_kernels", "dot_kernels")
+KERNELS = ("jit", "fused_kernels", "decode_kernels", "dot_kernels", "row_kernels")
 EXTRAS = {
     "yaml": ("metastate.cli",),
     "tqdm": ("metastate.cli",),

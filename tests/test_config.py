@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from metastate.config import GrowthStep, MetaStateConfig, ModelConfig, TrainConfig, from_dict
+from metastate.config import GrowthStep, MetaStateConfig, ModelConfig, TrainConfig
 from metastate.errors import ConfigError
+from metastate.mapping import from_dict
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from test_cli_compare import SUITE
 import zero_shot_files
 from metastate.cli import build_parser
 from metastate.cli.options import PATHS
-from metastate.config import to_dict
 from metastate.errors import ConfigError
 from metastate.infer.sampling import SamplingConfig
+from metastate.mapping import to_dict
 
 DRAWN = ("--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--repetition-penalty", "1.5")
 SAMPLING = SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5, seed=7)

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from metastate.cli import build_parser, main, tasks
-from metastate.config import ModelConfig, from_dict
+from metastate.config import ModelConfig
 from metastate.data.files import alone_in
 from metastate.errors import ConfigError
 from metastate.eval.suite import count
+from metastate.mapping import from_dict
 from metastate.model.presets import ARCHITECTURES
 
 SMALL = ["--width", "8", "--steps", "3", "--batch-size", "4", "--out"]

@@ -2,8 +2,9 @@
 
 import torch
 
-from metastate.config import MetaStateConfig, ModelConfig, to_dict
+from metastate.config import MetaStateConfig, ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
+from metastate.mapping import to_dict
 from metastate.model.lm import LanguageModel
 
 SIZES = {

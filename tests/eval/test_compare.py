@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metastate.config import TrainConfig, from_dict
+from metastate.config import TrainConfig
 from metastate.data.files import alone_in
 from metastate.data.loader import PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval import compare as harness
 from metastate.eval.compare import chosen_rate, collect, compare, curve, estimate
 from metastate.eval.suite import Suite, count, fit_parameters, plan, uneven
+from metastate.mapping import from_dict
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
 from metastate.train.trainer import train

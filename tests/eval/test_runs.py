@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import metastate
-from metastate.config import TrainConfig, to_dict
+from metastate.config import TrainConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import ConfigError
 from metastate.eval import runs
 from metastate.eval.runs import is_finished
+from metastate.mapping import to_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.train.trainer import train

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import metastate
-from metastate.config import GrowthStep, ModelConfig, TrainConfig, from_dict
+from metastate.config import GrowthStep, ModelConfig, TrainConfig
 from metastate.errors import CheckpointError, ConfigError
 from metastate.growth import grow, grow_in_training, grow_moments
+from metastate.mapping import from_dict
 from metastate.model.io import read_tensors
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss

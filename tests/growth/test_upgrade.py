@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import metastate
-from metastate.config import MetaStateConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from metastate.config import MetaStateConfig, ModelConfig, TrainConfig
 from metastate.errors import ConfigError, StateError
 from metastate.growth import grow, grow_moments, grow_state, upgrade
+from metastate.mapping import from_dict, to_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import regions
 from metastate.model.state import ModelState, config_hash

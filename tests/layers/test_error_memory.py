@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metastate.config import ModelConfig, fewest_error_heads, to_dict
+from metastate.config import ModelConfig, fewest_error_heads
 from metastate.convert import blinkdl, fla, states
 from metastate.errors import ConfigError, StateError
 from metastate.growth import grow
 from metastate.layers.error_memory import ErrorMemory
+from metastate.mapping import to_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.ops import softmax

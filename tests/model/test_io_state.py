@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from small_models import GROWN, SIZES, WITH_M, build
 
 import metastate
-from metastate.config import MetaStateConfig, ModelConfig, to_dict
+from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import CheckpointError, StateError
 from metastate.growth import grow
+from metastate.mapping import to_dict
 from metastate.model.decode import store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState

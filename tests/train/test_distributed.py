@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 import metastate
-from metastate.config import GrowthStep, TrainConfig, to_dict
+from metastate.config import GrowthStep, TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.eval import loss
 from metastate.growth import grow_in_training
+from metastate.mapping import to_dict
 from metastate.model.io import read_tensors
 from metastate.train import checkpoint, distributed
 from metastate.train.checkpoint import Writer, read_trainer

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import metastate
 from metastate import cli
-from metastate.config import GrowthStep, TrainConfig, from_dict, to_dict
+from metastate.config import GrowthStep, TrainConfig
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import (
@@ -34,6 +34,7 @@ from metastate.errors import (
 )
 from metastate.eval import plots
 from metastate.growth import grow_in_training
+from metastate.mapping import from_dict, to_dict
 from metastate.model.io import checkpoint_folder, read_tensors, tokenizer_of
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
@@ -594,7 +595,8 @@ SCRIPT = """
     import json, sys, torch
     sys.path[:0] = [sys.argv[2] + "/train", sys.argv[2]]
     from test_train_trainer import evaluate
-    from metastate.config import TrainConfig, from_dict
+    from metastate.config import TrainConfig
+    from metastate.mapping import from_dict
     from metastate.errors import TrainingError
     from metastate.train.trainer import train
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from metastate.cli.options import read_yaml
 from metastate.cli.progress import bar, log, print_json, told_if_interrupted
-from metastate.config import from_dict
 from metastate.data.files import in_turn
 from metastate.errors import ConfigError, DataError
 from metastate.eval.compare import collect, compare, estimate
 from metastate.eval.report import main_table, markdown, remarks, write_report
 from metastate.eval.suite import Cell, Suite, plan, uneven
+from metastate.mapping import from_dict
 
 BUSY = 0.8  # share of the time with a processor, under which the machine is called busy
 

@@ -15,7 +15,7 @@ import torch
 
 from metastate.cli.progress import bar, log, print_json
 from metastate.cli.training import CURVE, train_with_bar
-from metastate.config import TrainConfig, from_dict, to_dict
+from metastate.config import TrainConfig
 from metastate.data.files import write_json
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
@@ -23,6 +23,7 @@ from metastate.errors import ConfigError
 from metastate.eval.loss import evaluate
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
+from metastate.mapping import from_dict, to_dict
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset

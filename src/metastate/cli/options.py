@@ -13,8 +13,9 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from metastate.config import TrainConfig, merge
+from metastate.config import TrainConfig
 from metastate.errors import ConfigError
+from metastate.mapping import merge
 
 HELP = {
     "preset": "model to train: ARCHITECTURE-SIZE, as in metastate-tiny, rwkv7-mini",

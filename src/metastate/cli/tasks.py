@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from metastate.cli.progress import bar, log, print_json, told_if_interrupted
-from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
+from metastate.config import ModelConfig, TrainConfig
 from metastate.data.files import alone_in, atomic_write, write_json
 from metastate.errors import ConfigError, DataError
 from metastate.eval.plots import task_figure
 from metastate.eval.report import markdown as table
 from metastate.eval.suite import count, fit_parameters
 from metastate.eval.tasks import Problem, Recall, WordProblem, task_model, train_and_score
+from metastate.mapping import from_dict, to_dict
 from metastate.model.presets import ARCHITECTURES
 from metastate.train.distributed import device_of
 from metastate.train.memory import keep_freed_memory

@@ -9,12 +9,13 @@ from typing import Any
 
 from metastate.cli.options import settings_of
 from metastate.cli.progress import bar, log, print_json
-from metastate.config import TrainConfig, from_dict, merge, to_dict
+from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
 from metastate.eval.loss import held_out
 from metastate.eval.plots import loss_curve
 from metastate.growth import grow_in_training, grown_config
+from metastate.mapping import from_dict, merge, to_dict
 from metastate.model.io import read_config
 from metastate.model.presets import preset
 from metastate.train.checkpoint import saved_config

@@ -8,7 +8,8 @@ import signal
 from metastate.cli.models import load_model
 from metastate.cli.progress import bar, log, print_json
 from metastate.cli.training import validation
-from metastate.config import TrainConfig, to_dict
+from metastate.config import TrainConfig
+from metastate.mapping import to_dict
 from metastate.train.tune import tune
 
 SETTINGS = (

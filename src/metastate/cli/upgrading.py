@@ -16,12 +16,13 @@ from metastate.cli.growing import (
 )
 from metastate.cli.options import parse_override
 from metastate.cli.progress import bar, print_json
-from metastate.config import MetaStateConfig, from_dict
+from metastate.config import MetaStateConfig
 from metastate.data.files import check_free
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError
 from metastate.eval.loss import evaluate
 from metastate.growth import growth_report, upgrade
+from metastate.mapping import from_dict
 from metastate.model.lm import LanguageModel
 
 VALID_TOKENS, CONTEXT = 65_536, 512  # what the loss before and after --replace is measured on

@@ -22,9 +22,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from metastate.config import ModelConfig, unknown_key_message
+from metastate.config import ModelConfig
 from metastate.data.files import atomic_write
 from metastate.errors import CheckpointError, ConfigError
+from metastate.mapping import unknown_key_message
 from metastate.model.io import check_finite, one_dtype
 from metastate.model.lm import LanguageModel, sketch
 

@@ -17,11 +17,12 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 
-from metastate.config import ModelConfig, from_dict, to_dict
+from metastate.config import ModelConfig
 from metastate.convert import fla
 from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
+from metastate.mapping import from_dict, to_dict
 from metastate.model.io import (
     adopt_record,
     check_finite,

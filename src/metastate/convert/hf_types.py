@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metastate.config import ModelConfig, from_dict, to_dict
+from metastate.config import ModelConfig
 from metastate.convert.hf_folder import AUTO_MAP, MODEL_TYPE, write_modeling
 from metastate.errors import ConfigError, StateError
+from metastate.mapping import from_dict, to_dict
 from metastate.model.state import ModelState
 
 try:

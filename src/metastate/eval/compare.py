@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from metastate.config import to_dict
 from metastate.data.files import alone_in, in_turn, write_json
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
@@ -32,6 +31,7 @@ from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
 from metastate.eval.runs import check_settings, settings, source
 from metastate.eval.suite import Cell, Suite, plan
+from metastate.mapping import to_dict
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel, sketch
 from metastate.model.loss import lm_loss

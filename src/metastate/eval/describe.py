@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from metastate.config import ModelConfig, to_dict
+from metastate.config import ModelConfig
+from metastate.mapping import to_dict
 from metastate.model.io import not_finite
 from metastate.model.lm import LanguageModel, sketch
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from metastate import __version__
-from metastate.config import TrainConfig, to_dict
+from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError
+from metastate.mapping import to_dict
 from metastate.train.checkpoint import FREE, find_checkpoint, has_run, read_trainer, saved_config
 
 

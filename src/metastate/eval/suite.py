@@ -14,16 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from metastate.config import (
-    ModelConfig,
-    TrainConfig,
-    from_dict,
-    merge,
-    to_dict,
-    unknown_key_message,
-)
+from metastate.config import ModelConfig, TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
+from metastate.mapping import from_dict, merge, to_dict, unknown_key_message
 from metastate.model.lm import sketch
 from metastate.model.presets import preset
 

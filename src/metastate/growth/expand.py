@@ -21,18 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.config import (
-    ATTENTION,
-    GrowthStep,
-    MetaStateConfig,
-    ModelConfig,
-    coerce_fields,
-    to_dict,
-)
+from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
 from metastate.layers.time_mix import TimeMix
+from metastate.mapping import coerce_fields, to_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
 from metastate.model.state import ModelState

@@ -14,10 +14,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from metastate.config import ATTENTION, ModelConfig, from_dict, to_dict
+from metastate.config import ATTENTION, ModelConfig
 from metastate.data.files import atomic_write, write_json
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
+from metastate.mapping import from_dict, to_dict
 from metastate.model import presets
 from metastate.model.lm import LanguageModel, sketch
 

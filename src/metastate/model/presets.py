@@ -15,15 +15,9 @@ import difflib
 import re
 from typing import Any
 
-from metastate.config import (
-    MetaStateConfig,
-    ModelConfig,
-    coerce_fields,
-    fewest_error_heads,
-    merge,
-    to_dict,
-)
+from metastate.config import MetaStateConfig, ModelConfig, fewest_error_heads
 from metastate.errors import ConfigError
+from metastate.mapping import coerce_fields, merge, to_dict
 
 # size: D, H, depth of the paper's layer, (depth, FFN width) of Meta-State, RWKV-7, Transformer
 SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, int], tuple[int, int]]] = {

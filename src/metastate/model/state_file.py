@@ -19,9 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from metastate.config import ModelConfig, to_dict
+from metastate.config import ModelConfig
 from metastate.data.files import atomic_write
 from metastate.errors import StateError
+from metastate.mapping import to_dict
 from metastate.model.weights import digest_of
 
 FORMAT = "metastate-state"

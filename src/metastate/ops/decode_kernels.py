@@ -29,7 +29,6 @@ included, finishes. States are changed in place. Every row's arithmetic is the s
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numba as nb
@@ -42,19 +41,31 @@ from metastate.ops.dot_kernels import multiply
 from metastate.ops.fused_kernels import (
     DECAY_SCALE,
     ONE,
-    TINY,
     ZERO,
-    _as_float,
     _exp,
     _inline,
     _sigmoid,
 )
 from metastate.ops.jit import INNER, kernel, pointer
+from metastate.ops.row_kernels import (
+    NONE,
+    RELU2,
+    SIGMOID,
+    TANH,
+    activate,
+    advance,
+    head_norm,
+    layer_norm,
+    mix,
+    softmax,
+    unit,
+    vector,
+    widened,
+)
 
 SPAN = 32  # outputs of a piece
 LINE = 16  # int64 between counters, so that no two share a cache line
 SPINS = 2000  # looks at a counter before the processor is offered to others
-LN_EPS, GROUP_EPS = np.float32(1e-5), np.float32(64e-5)
 
 # Where a layer's addresses stand in its row of the table.
 LAYER_FIELDS = (
@@ -96,7 +107,6 @@ ENDS = (
 NORM, CORRECT, PREDICT, SOFTMAX, EXPECT, NUM_ENDS = range(6)
 MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES = range(9)
 META_STATE, BY_RECEPTANCE, READS_ENCODING, HAS_M = 1, 2, 4, 8  # flags of a model
-NONE, TANH, SIGMOID, RELU2 = range(4)
 
 _njit: Any = nb.njit(**INNER)
 _yield: Any = types.ExternalFunction("sched_yield", types.int32())
@@ -135,107 +145,21 @@ _look: Any = intrinsic(_load)
 
 
 @_njit
-def _at(address, index):  # type: ignore[no-untyped-def]
-    """Return a pointer to value `index` of the float32 array at `address`."""
-    return pointer(address + index * 4, ZERO)
-
-
-@_njit
-def _standardise(x, n, eps):  # type: ignore[no-untyped-def]
-    """Return the mean of x and 1 / sqrt(var + eps)."""
-    total = ZERO
-    for j in range(n):
-        total += x[j]
-    mean = total / np.float32(n)
-    square = ZERO
-    for j in range(n):
-        square += (x[j] - mean) * (x[j] - mean)
-    return mean, ONE / np.float32(math.sqrt(square / np.float32(n) + eps))
-
-
-@_njit
-def _layer_norm(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
-    mean, scale = _standardise(x, n, LN_EPS)
-    for j in range(n):
-        out[j] = (x[j] - mean) * scale * weight[j] + bias[j]
-
-
-@_njit
-def _head_norm(y, weight, bias, out, n):  # type: ignore[no-untyped-def]
-    """Add the group norm of one head to `out`."""
-    mean, scale = _standardise(y, n, GROUP_EPS)
-    for j in range(n):
-        out[j] += (y[j] - mean) * scale * weight[j] + bias[j]
-
-
-@_njit
-def _mix(x, shift, mu, num_mixes, out, rows, b, D):  # type: ignore[no-untyped-def]
-    """out_i = x + (shift - x) mu_i for every mix i, then shift = x, of one row."""
-    for i in range(num_mixes):
-        to, factor = _at(out, (i * rows + b) * D), _at(mu, i * D)
-        for j in range(D):
-            to[j] = x[j] + (shift[j] - x[j]) * factor[j]
-    for j in range(D):
-        shift[j] = x[j]
-
-
-@_njit
-def _activate(kind, y, n):  # type: ignore[no-untyped-def]
-    if kind == TANH:
-        for j in range(n):
-            y[j] = math.tanh(y[j])
-    elif kind == SIGMOID:
-        for j in range(n):
-            y[j] = _sigmoid(y[j])
-    elif kind == RELU2:
-        for j in range(n):
-            y[j] = max(y[j], ZERO) * max(y[j], ZERO) + (y[j] - y[j])  # the last term keeps a NaN
-
-
-@_njit
-def _unit(x, out, n):  # type: ignore[no-untyped-def]
-    """Write x / max(|x|, 1e-12) to `out`."""
-    square = ZERO
-    for j in range(n):
-        square += x[j] * x[j]
-    scale = ONE / max(np.float32(math.sqrt(square)), TINY)
-    for j in range(n):
-        out[j] = x[j] * scale
-
-
-@_njit
-def _advance(S, w, kappa, b, k, v, r, y, N):  # type: ignore[no-untyped-def]
-    """S = S (diag(w) - kappa^T b) + v^T k;  y = r S^T;  one head, S [N_v, N_k] at an address."""
-    for i in range(N):
-        row = _at(S, i * N)
-        u = ZERO
-        for j in range(N):
-            u += row[j] * kappa[j]
-        vi = v[i]
-        for j in range(N):
-            row[j] = row[j] * w[j] - u * b[j] + vi * k[j]
-        total = ZERO
-        for j in range(N):
-            total += row[j] * r[j]
-        y[i] = total
-
-
-@_njit
 def _mix_time(at, buf, layer, h, b, A, N):  # type: ignore[no-untyped-def]
     """What time mixing does to one head of one row, from its projections to what W_o takes."""
     c, o = h * N, b * A + h * N  # the head's place among channels and in the batch's buffers
-    r, k, v, g = _at(buf[R], o), _at(buf[K], o), _at(buf[V], o), _at(buf[G], o)
-    w, a, out = _at(buf[W], o), _at(buf[RATE], o), _at(buf[ATT], o)
-    kappa, removal, y = _at(buf[KAPPA], o), _at(buf[REMOVAL], o), _at(buf[Y], o)
-    w0, a0, k_k, k_a = _at(at[W0], c), _at(at[A0], c), _at(at[K_K], c), _at(at[K_A], c)
-    r_k, v_first = _at(at[R_K], c), _at(buf[V_FIRST], o)
+    r, k, v, g = vector(buf[R], o), vector(buf[K], o), vector(buf[V], o), vector(buf[G], o)
+    w, a, out = vector(buf[W], o), vector(buf[RATE], o), vector(buf[ATT], o)
+    kappa, removal, y = vector(buf[KAPPA], o), vector(buf[REMOVAL], o), vector(buf[Y], o)
+    w0, a0, k_k, k_a = vector(at[W0], c), vector(at[A0], c), vector(at[K_K], c), vector(at[K_A], c)
+    r_k, v_first = vector(at[R_K], c), vector(buf[V_FIRST], o)
     for j in range(N):
         w[j] = _exp(DECAY_SCALE * _sigmoid(w[j] + w0[j]))
     for j in range(N):
         a[j] = _sigmoid(a[j] + a0[j])
     for j in range(N):
         removal[j] = k[j] * k_k[j]
-    _unit(removal, kappa, N)
+    unit(removal, kappa, N)
     for j in range(N):
         removal[j] = a[j] * kappa[j]
     for j in range(N):
@@ -244,16 +168,16 @@ def _mix_time(at, buf, layer, h, b, A, N):  # type: ignore[no-untyped-def]
         for j in range(N):
             v_first[j] = v[j]
     else:
-        m, v0 = _at(buf[VALUE_MIX], o), _at(at[V0], c)
+        m, v0 = vector(buf[VALUE_MIX], o), vector(at[V0], c)
         for j in range(N):
             v[j] = v[j] + (v_first[j] - v[j]) * _sigmoid(m[j] + v0[j])
-    _advance(at[STATE] + o * N * 4, w, kappa, removal, k, v, r, y, N)
+    advance(at[STATE] + o * N * 4, w, kappa, removal, k, v, r, y, N)
     bonus = ZERO
     for j in range(N):
         bonus += r[j] * k[j] * r_k[j]
     for j in range(N):
         out[j] = bonus * v[j]
-    _head_norm(y, _at(at[NORM_WEIGHT], c), _at(at[NORM_BIAS], c), out, N)
+    head_norm(y, vector(at[NORM_WEIGHT], c), vector(at[NORM_BIAS], c), out, N)
     for j in range(N):
         out[j] *= g[j]
 
@@ -262,10 +186,10 @@ def _mix_time(at, buf, layer, h, b, A, N):  # type: ignore[no-untyped-def]
 def _meta_state(at, buf, h, b, A, N, flags):  # type: ignore[no-untyped-def]
     """What the Meta-State layer does to one head of one row, up to what its W_o takes."""
     c, o = h * N, b * A + h * N
-    z, out, e, y = _at(buf[Z], o), _at(buf[ATT], o), _at(buf[V], o), _at(buf[Y], o)
-    q = _at(buf[QUERY], o) if flags & BY_RECEPTANCE else z
+    z, out, e, y = vector(buf[Z], o), vector(buf[ATT], o), vector(buf[V], o), vector(buf[Y], o)
+    q = vector(buf[QUERY], o) if flags & BY_RECEPTANCE else z
     for i in range(N):
-        row = _at(at[STATE], (o + i) * N)
+        row = vector(at[STATE], (o + i) * N)
         total = ZERO
         for j in range(N):
             total += row[j] * q[j]
@@ -273,16 +197,16 @@ def _meta_state(at, buf, h, b, A, N, flags):  # type: ignore[no-untyped-def]
     for j in range(N):
         out[j] = ZERO
     if flags & HAS_M:
-        w, a, written = _at(buf[W], o), _at(buf[RATE], o), _at(buf[R], o)
-        key, removal = _at(buf[KAPPA], o), _at(buf[REMOVAL], o)
-        _unit(e, written, N)
-        _unit(z, key, N)
+        w, a, written = vector(buf[W], o), vector(buf[RATE], o), vector(buf[R], o)
+        key, removal = vector(buf[KAPPA], o), vector(buf[REMOVAL], o)
+        unit(e, written, N)
+        unit(z, key, N)
         for j in range(N):
             removal[j] = a[j] * key[j]
-        _advance(at[META] + o * N * 4, w, key, removal, removal, written, key, y, N)
-        _head_norm(y, _at(at[META_WEIGHT], c), _at(at[META_BIAS], c), out, N)
+        advance(at[META] + o * N * 4, w, key, removal, removal, written, key, y, N)
+        head_norm(y, vector(at[META_WEIGHT], c), vector(at[META_BIAS], c), out, N)
     if flags & READS_ENCODING:
-        _head_norm(e, _at(at[ENC_WEIGHT], c), _at(at[ENC_BIAS], c), out, N)
+        head_norm(e, vector(at[ENC_WEIGHT], c), vector(at[ENC_BIAS], c), out, N)
     for j in range(N):
         out[j] *= z[j]
 
@@ -293,7 +217,7 @@ def _span(x, K, w, size, n, y, i, rows, add, act):  # type: ignore[no-untyped-de
     first, last = i * SPAN, min((i + 1) * SPAN, n)
     multiply(x, w, size, K, first, last, y, n * 4, rows, add)
     for b in range(rows):
-        _activate(act, _at(y, b * n + first), last - first)
+        activate(act, vector(y, b * n + first), last - first)
 
 
 @_inline
@@ -351,9 +275,9 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
     """Do piece i of a phase."""
     A = H * N
     if phase == MIX_TIME:
-        x = _at(buf[Z], i * D)
-        _layer_norm(_at(buf[X], i * D), _at(at[LN1_WEIGHT], 0), _at(at[LN1_BIAS], 0), x, D)
-        _mix(x, _at(at[TIME_SHIFT], i * D), at[MU], 6, buf[MIX], rows, i, D)
+        x = vector(buf[Z], i * D)
+        layer_norm(vector(buf[X], i * D), vector(at[LN1_WEIGHT], 0), vector(at[LN1_BIAS], 0), x, D)
+        mix(x, vector(at[TIME_SHIFT], i * D), at[MU], 6, buf[MIX], rows, i, D)
     elif phase == PROJECT:
         _project(at, buf, i, size, D, A, ranks, rows)
     elif phase == HEADS:
@@ -361,10 +285,10 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
     elif phase == OUTPUT:
         _span(buf[ATT], A, at[ATT_OUTPUT], size, D, buf[X], i, rows, 1, NONE)
     elif phase == MIX_CHANNELS:
-        x = _at(buf[Z], i * D)
-        _layer_norm(_at(buf[X], i * D), _at(at[LN2_WEIGHT], 0), _at(at[LN2_BIAS], 0), x, D)
+        x = vector(buf[Z], i * D)
+        layer_norm(vector(buf[X], i * D), vector(at[LN2_WEIGHT], 0), vector(at[LN2_BIAS], 0), x, D)
         if F:
-            _mix(x, _at(at[CHANNEL_SHIFT], i * D), at[MU2], 1, buf[MIX], rows, i, D)
+            mix(x, vector(at[CHANNEL_SHIFT], i * D), at[MU2], 1, buf[MIX], rows, i, D)
     elif phase == EXPAND:
         pieces = (F + SPAN - 1) // SPAN
         if i < pieces:
@@ -384,14 +308,18 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
 @_njit
 def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-def]
     """Write the last prediction's error, and correct h; what it was is kept behind all rows."""
-    h, plain = _at(buf[Z], b * D), _at(buf[Z], (rows + b) * D)
+    h, plain = vector(buf[Z], b * D), vector(buf[Z], (rows + b) * D)
     for j in range(D):
         plain[j] = h[j]
-    error, key, removal = _at(buf[V], b * A), _at(buf[KAPPA], b * A), _at(buf[REMOVAL], b * A)
-    before, expected = _at(ends[ERROR_KEY], b * D), _at(ends[EXPECTED], b * D)
-    center, scale, a = _at(ends[CENTER], 0), _at(ends[SCALE], 0), _at(ends[ERROR_RATE], 0)
+    error, key, removal = (
+        vector(buf[V], b * A),
+        vector(buf[KAPPA], b * A),
+        vector(buf[REMOVAL], b * A),
+    )
+    before, expected = vector(ends[ERROR_KEY], b * D), vector(ends[EXPECTED], b * D)
+    center, scale, a = vector(ends[CENTER], 0), vector(ends[SCALE], 0), vector(ends[ERROR_RATE], 0)
     came = pointer(ends[TOKENS], np.int64(0))[b]
-    _row(ends[HEAD] + came * D * size, size, D, error)
+    widened(ends[HEAD] + came * D * size, size, D, error)
     for j in range(D):
         error[j] -= expected[j]
         removal[j] = a[j] * before[j]
@@ -399,40 +327,18 @@ def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-
     N = D // heads
     for i in range(heads):
         c, o = i * N, b * A + i * N
-        own, last, gain = _at(buf[KAPPA], o), _at(ends[ERROR_KEY], b * D + c), _at(ends[GAIN], c)
-        _unit(own, own, N)
-        M, w, y = ends[ERROR_M] + (b * D + c) * N * 4, _at(ends[DECAY], c), _at(buf[Y], o)
-        _advance(M, w, last, _at(buf[REMOVAL], o), last, _at(buf[V], o), own, y, N)
+        own, last, gain = (
+            vector(buf[KAPPA], o),
+            vector(ends[ERROR_KEY], b * D + c),
+            vector(ends[GAIN], c),
+        )
+        unit(own, own, N)
+        M, w, y = ends[ERROR_M] + (b * D + c) * N * 4, vector(ends[DECAY], c), vector(buf[Y], o)
+        advance(M, w, last, vector(buf[REMOVAL], o), last, vector(buf[V], o), own, y, N)
         for j in range(N):
             h[c + j] += y[j] * gain[j]
     for j in range(D):
         before[j] = key[j]
-
-
-@_njit
-def _softmax(x, n):  # type: ignore[no-untyped-def]
-    largest = x[0]
-    for i in range(1, n):
-        largest = max(largest, x[i])
-    total = ZERO
-    for i in range(n):
-        x[i] = _exp(x[i] - largest)
-        total += x[i]
-    for i in range(n):
-        x[i] /= total
-
-
-@_njit
-def _row(w, size, n, out):  # type: ignore[no-untyped-def]
-    """Write the n values of a matrix at w as float32."""
-    if size == 4:
-        exact = _at(w, 0)
-        for j in range(n):
-            out[j] = exact[j]
-    else:
-        half = pointer(w, np.uint16(0))
-        for j in range(n):
-            out[j] = _as_float(np.int32(np.uint32(half[j]) << np.uint32(16)))
 
 
 @_njit
@@ -442,14 +348,14 @@ def _expect(ends, buf, i, size, D, vocab_size, rows):  # type: ignore[no-untyped
     n = last - first
     part = np.empty(SPAN, np.float32)
     for b in range(rows):
-        out = _at(ends[EXPECTED], b * D + first)
+        out = vector(ends[EXPECTED], b * D + first)
         for j in range(n):
             out[j] = ZERO
     for v in range(vocab_size):
-        _row(ends[HEAD] + (v * D + first) * size, size, n, part)
+        widened(ends[HEAD] + (v * D + first) * size, size, n, part)
         for b in range(rows):
-            p = _at(buf[LOGITS], (rows + b) * vocab_size)[v]
-            out = _at(ends[EXPECTED], b * D + first)
+            p = vector(buf[LOGITS], (rows + b) * vocab_size)[v]
+            out = vector(ends[EXPECTED], b * D + first)
             for j in range(n):
                 out[j] += p * part[j]
 
@@ -489,15 +395,15 @@ def token(  # type: ignore[no-untyped-def]
         i = _draw(drawn)
         while i < pieces:
             if p == last + NORM:
-                weight, bias = _at(ends[LN_OUT_WEIGHT], 0), _at(ends[LN_OUT_BIAS], 0)
-                _layer_norm(_at(buf[X], i * D), weight, bias, _at(buf[Z], i * D), D)
+                weight, bias = vector(ends[LN_OUT_WEIGHT], 0), vector(ends[LN_OUT_BIAS], 0)
+                layer_norm(vector(buf[X], i * D), weight, bias, vector(buf[Z], i * D), D)
             elif p == last + CORRECT:
                 _correct(ends, buf, i, size, D, H * N, error_heads, rows)
             elif p == last + PREDICT:
                 both = 2 * rows if error_heads else rows
                 _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, both, 0, NONE)
             elif p == last + SOFTMAX:
-                _softmax(_at(buf[LOGITS], (rows + i) * vocab_size), vocab_size)
+                softmax(vector(buf[LOGITS], (rows + i) * vocab_size), vocab_size)
             elif p == last + EXPECT:
                 _expect(ends, buf, i, size, D, vocab_size, rows)
             else:

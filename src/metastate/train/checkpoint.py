@@ -31,9 +31,10 @@ import safetensors.torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metastate.config import ModelConfig, TrainConfig, from_dict, to_dict
+from metastate.config import ModelConfig, TrainConfig
 from metastate.data.files import atomic_write, sync_folder, write_json
 from metastate.errors import CheckpointError, ConfigError, TrainingError, remedy
+from metastate.mapping import from_dict, to_dict
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset

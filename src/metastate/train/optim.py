@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metastate.config import ModelConfig, TrainConfig, from_dict
+from metastate.config import ModelConfig, TrainConfig
 from metastate.errors import ConfigError
 from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
+from metastate.mapping import from_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import Region, Regions, regions
 from metastate.train.distributed import placed, whole

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from metastate import __version__
-from metastate.config import GrowthStep, TrainConfig, to_dict
+from metastate.config import GrowthStep, TrainConfig
 from metastate.data.files import write_json
 from metastate.data.loader import Batch, BatchSource, PreparedData
 from metastate.errors import ConfigError, DivergedError
+from metastate.mapping import to_dict
 from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from metastate.config import TrainConfig, from_dict, to_dict
+from metastate.config import TrainConfig
 from metastate.data.files import alone_in, atomic_write
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
+from metastate.mapping import from_dict, to_dict
 from metastate.model.io import dense
 from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.loss import IGNORE, lm_loss
