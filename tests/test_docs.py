@@ -25,11 +25,22 @@ def names_of(path):
     return out
 
 
+def anchors(page):
+    """Return the names that GitHub gives the headings of a page."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    missing = [x for x in links if "://" not in x and not (page.parent / x).exists()]
+    links = [x for x in re.findall(r"\]\(([^)]+)\)", text) if "://" not in x]
+    missing = []
+    for link in links:
+        file, _, place = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (place and place not in anchors(target)):
+            missing.append(link)
     assert not missing
 
 
