@@ -23,7 +23,7 @@ from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, ConfigError, TrainingError
 from metastate.eval import loss
 from metastate.growth import grow_in_training
-from metastate.mapping import to_dict
+from metastate.mapping import from_dict, to_dict
 from metastate.model.io import read_tensors
 from metastate.train import checkpoint, distributed
 from metastate.train.checkpoint import Writer, read_trainer
@@ -462,7 +462,7 @@ def test_mistakes_are_said_before_anything_is_written(
     for name, value in ({"RANK": "0"} | environment if environment else {}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        run(metastate.config.from_dict(TrainConfig, to_dict(config()) | changes))
+        run(from_dict(TrainConfig, to_dict(config()) | changes))
     assert not Path(config().out).exists()
 
 
