@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from metastate.config import TrainConfig
@@ -460,6 +461,29 @@ def test_the_estimate_is_of_the_fastest_batch_and_knows_what_others_took(
     steps = cells[0].train.steps
     assert 0.2 * steps < seconds < 0.9 * steps and own < seconds - 0.15 * steps
     assert next(naps, None) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "mixed"),
+    [
+        ("float32", torch.float32, False),
+        ("bfloat16", torch.float32, True),
+        ("float64", torch.float64, False),
+    ],
+)
+def test_the_estimate_times_the_arithmetic_of_the_run(
+    few_words, tmp_path, monkeypatch, dtype, weights, mixed
+):
+    seen = set()
+
+    def look(model, *args, **settings):
+        seen.add((model.embedding.weight.dtype, torch.is_autocast_enabled("cpu")))
+        return lm_loss(model, *args, **settings)
+
+    monkeypatch.setattr("metastate.eval.compare.lm_loss", look)
+    train = {"batch_size": 2, "context": 32, "warmup": 1, "dtype": dtype}
+    estimate(plan(suite_of(few_words, train=train), tmp_path))
+    assert seen == {(weights, mixed)}
 
 
 def test_the_estimate_counts_what_is_scored(finished, few_words, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from metastate.cli.models import arithmetic, load_model, sampling_of
+from metastate.cli.models import load_model, sampling_of
 from metastate.cli.progress import log
 from metastate.data.files import expanded
 from metastate.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from metastate.errors import ConfigError, MetaStateError
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.io import tokenizer_of
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, arithmetic
 
 MESSAGE = "{message}"
 TURN = "\n\n"  # between a reply and the next message
@@ -298,7 +298,7 @@ def run_chat(args: argparse.Namespace) -> None:
     while going:
         try:
             line = input(f"{chat.name}> " if interactive else "")
-            with arithmetic(args):
+            with arithmetic(args.device, args.dtype):
                 going = answer(chat, line)
         except EOFError:
             break

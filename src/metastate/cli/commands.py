@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metastate.cli.models import arithmetic, load_model, sampling_of
+from metastate.cli.models import load_model, sampling_of
 from metastate.cli.options import check_file
 from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.data.loader import PreparedData
@@ -18,6 +18,7 @@ from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate
 from metastate.model import presets
 from metastate.model.io import checkpoint_folder, load, not_finite, tokenizer_of
+from metastate.model.lm import arithmetic
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile
 
@@ -104,7 +105,7 @@ def run_eval(args: argparse.Namespace) -> None:
         ).expand(1)
     results = []
     for mode, context in (("stateful", None), ("windowed", args.context)):
-        with bar(f"eval, {mode}", "tokens") as show, arithmetic(args):
+        with bar(f"eval, {mode}", "tokens") as show, arithmetic(args.device, args.dtype):
             result = evaluate(
                 model,
                 split,

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator
-
-import torch
 
 from metastate.errors import ConfigError
 from metastate.infer.sampling import SamplingConfig
@@ -45,11 +41,3 @@ def sampling_of(args: argparse.Namespace) -> SamplingConfig:
     """Return how tokens are drawn, as the options of `add_sampling` say."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     return SamplingConfig(**{name: getattr(args, name) for name in names})
-
-
-@contextlib.contextmanager
-def arithmetic(args: argparse.Namespace) -> Iterator[None]:
-    """Run the matrix products in bfloat16 where `--dtype bfloat16` asks for it."""
-    on = args.dtype == "bfloat16"
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=on):
-        yield

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
 
-from metastate.cli.models import arithmetic, load_model
+from metastate.cli.models import load_model
 from metastate.cli.options import check_file
 from metastate.cli.progress import bar, print_json
 from metastate.data.files import write_json
@@ -18,6 +18,7 @@ from metastate.errors import ConfigError, DataError
 from metastate.eval.zero_shot import evaluate_items
 from metastate.eval.zero_shot_data import TASKS, check_tasks, load_items
 from metastate.model.io import tokenizer_of
+from metastate.model.lm import arithmetic
 
 Row = tuple[str, str, float, float | None, float | None, int | None]
 
@@ -39,7 +40,7 @@ def run_eval_tasks(args: argparse.Namespace) -> None:
     }
     rows: list[Row] = []
     for name in names:
-        with bar(name, "tokens") as show, arithmetic(args):
+        with bar(name, "tokens") as show, arithmetic(args.device, args.dtype):
             result = evaluate_items(
                 model, tokenizer, name, items[name], batch_size=args.batch_size, progress=show
             )
@@ -66,7 +67,7 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     lm = MetaStateLM(model, tokenizer_of(model, args.checkpoint), batch_size=args.batch_size)
     lm.watch = bar
     # lm-eval prints as it goes; standard output is for the result.
-    with arithmetic(args), contextlib.redirect_stdout(sys.stderr):
+    with arithmetic(args.device, args.dtype), contextlib.redirect_stdout(sys.stderr):
         tasks = evaluate_tasks(lm, names, limit=args.limit, include_path=args.include_path)
     values = {
         "checkpoint": args.checkpoint,

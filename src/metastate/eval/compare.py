@@ -33,10 +33,10 @@ from metastate.eval.runs import check_settings, settings, source
 from metastate.eval.suite import Cell, Suite, plan
 from metastate.mapping import to_dict
 from metastate.model.io import load
-from metastate.model.lm import LanguageModel, sketch
+from metastate.model.lm import LanguageModel, arithmetic, sketch
 from metastate.model.loss import lm_loss
 from metastate.train.checkpoint import find_checkpoint, has_run, step_of
-from metastate.train.trainer import LOG, train
+from metastate.train.trainer import DTYPES, LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
 CLAIM = "claim"  # folder in a cell's, held from the look to the score; training holds the other
@@ -383,12 +383,13 @@ def _time_batch(cell: Cell) -> tuple[float, float]:
     batch = BatchSource(split, run.batch_size, run.context, 0).batch(0)
     parts = (batch.tokens, batch.targets, batch.resets)
     laps: list[tuple[float, float]] = []
-    model = LanguageModel(cell.config).to(run.device)
+    model = LanguageModel(cell.config).to(run.device, DTYPES[run.dtype])
     model.backend = run.backend
     while len(laps) <= LAPS and sum(seconds for seconds, _ in laps[1:]) < LAPS_S:
         begin, begin_own = time.monotonic(), time.thread_time()
         tokens, targets, resets = (part.to(run.device) for part in parts)
-        loss = lm_loss(model, tokens, targets, resets=resets).loss
+        with arithmetic(run.device, run.dtype):
+            loss = lm_loss(model, tokens, targets, resets=resets).loss
         loss.backward()
         float(loss.detach())
         seconds, own = time.monotonic() - begin, time.thread_time() - begin_own

@@ -311,6 +311,15 @@ def sketch(config: ModelConfig) -> LanguageModel:
         return LanguageModel(config)
 
 
+def arithmetic(device: torch.device | str, dtype: str) -> torch.autocast:
+    """Return the context in which a model runs whose products are in `dtype`: autocast or nothing.
+
+    bfloat16 is of the matrix products alone, the weights stay as they are; the other names do
+    nothing here.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and then every module of it back in the mode it had."""

@@ -19,7 +19,7 @@ from metastate.data.loader import Batch, BatchSource, PreparedData
 from metastate.errors import ConfigError, DivergedError
 from metastate.mapping import to_dict
 from metastate.model import io
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, arithmetic
 from metastate.model.loss import IGNORE
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
@@ -386,7 +386,7 @@ class _Run:
         def own(x: Tensor) -> Tensor:
             return self.team.columns(x).to(self.device)
 
-        with self.arithmetic():
+        with arithmetic(self.device, self.config.dtype):
             out = self.objective(
                 own(batch.tokens),
                 own(batch.targets),
@@ -400,11 +400,6 @@ class _Run:
             self.carried = self.team.carried(out.state)
         # A loss that is not finite shows here even if only the z-loss or the KL term is to blame.
         return float(out.nll if torch.isfinite(out.loss) else out.loss.detach())
-
-    def arithmetic(self) -> torch.autocast:
-        """Return the context in which the model runs."""
-        on = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def refuse(self, figures: dict[str, float]) -> None:
         """Stop before the weights are touched; say where the gradient is largest."""
@@ -462,7 +457,7 @@ class _Run:
     def scores(self, model: LanguageModel) -> dict[str, Any]:
         """Score `model` on held-out text."""
         assert self.evaluate is not None
-        with self.arithmetic(), torch.no_grad():
+        with arithmetic(self.device, self.config.dtype), torch.no_grad():
             scores = self.evaluate(model)
         self.team.rest(model)
         model.train()

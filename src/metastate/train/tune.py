@@ -22,7 +22,7 @@ from metastate.errors import CheckpointError, ConfigError, DivergedError, Traini
 from metastate.layers.common import VECTOR, RecurrentState
 from metastate.mapping import from_dict, to_dict
 from metastate.model.io import dense
-from metastate.model.lm import LanguageModel, evaluating
+from metastate.model.lm import LanguageModel, arithmetic, evaluating
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile, config_hash
@@ -265,7 +265,7 @@ class _Tuning:
         device = next(self.model.parameters()).device
         nats = 0.0
         for batch, count in zip(batches, counts, strict=True):
-            with self.arithmetic():
+            with arithmetic(device, config.dtype):
                 out = lm_loss(
                     self.model,
                     batch.tokens.to(device),
@@ -288,16 +288,11 @@ class _Tuning:
         tokens = self.at.tokens + sum(b.tokens.numel() for b in batches)
         self.at = replace(self.at, step=step + 1, tokens=tokens)
 
-    def arithmetic(self) -> torch.autocast:
-        """Return the context in which the model runs."""
-        on = self.config.dtype == "bfloat16"
-        kind = next(self.model.parameters()).device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=on)
-
     def score(self, start: ModelState | None) -> float:
         """Return the held-out loss from a start, None for the model's own."""
         assert self.evaluate is not None
-        with torch.no_grad(), self.arithmetic():
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), arithmetic(device, self.config.dtype):
             return float(self.evaluate(self.model, start)["nats_per_token"])
 
     def write(self) -> None:
