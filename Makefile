@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/metastate demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
