@@ -19,10 +19,12 @@ from metastate.eval import compare as harness
 from metastate.eval.compare import chosen_rate, collect, compare, curve, estimate
 from metastate.eval.suite import Suite, count, fit_parameters, plan, uneven
 from metastate.mapping import from_dict
+from metastate.model.io import load
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
 from metastate.train.trainer import train
 
+SUITES = ["compare.yaml", "depth.yaml", "eight-million.yaml", "gain.yaml", "tokens.yaml"]
 TINY = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
 
 
@@ -97,14 +99,29 @@ def recipe(name, data):
     return from_dict(Suite, yaml.safe_load(text) | {"data": str(data)})
 
 
-@pytest.mark.parametrize(
-    "name", ["compare.yaml", "depth.yaml", "eight-million.yaml", "gain.yaml", "tokens.yaml"]
-)
+@pytest.mark.parametrize("name", SUITES)
 def test_the_recipes_shapes_are_equal(name, few_words, tmp_path):
     suite = recipe(name, few_words)
     for c in plan(suite, tmp_path):
         target = suite.sizes[c.size].parameters
         assert abs(c.parameters - target) <= 0.01 * target, c.title
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_run_trains_the_model_that_was_planned(name, few_words, tmp_path):
+    for c in plan(recipe(name, few_words), tmp_path):
+        assert preset(c.train.preset, **c.train.model) == c.config, c.title
+
+
+def test_a_suite_takes_from_a_preset_what_the_preset_adds(few_words, tmp_path):
+    without = {"model": TINY | {"error_heads": None, "ffn_order": "beside"}}
+    suite = suite_of(few_words, models={"a": without, "b": {"model": TINY}}, sizes={"tiny": {}})
+    results = compare(suite, tmp_path)
+    a, b = (load(cell.folder).config for cell in plan(suite, tmp_path))
+    assert (a.error_heads, a.ffn_order) == (None, None)  # "beside" is what none says
+    assert (b.error_heads, b.ffn_order) == (1, "after")
+    small, large = (row["state_bytes"] for row in results["rows"])
+    assert small < large
 
 
 def test_the_recipe_s_shapes_are_those_that_its_own_fit_would_choose(few_words, tmp_path):

@@ -209,6 +209,22 @@ def test_a_head_that_is_no_plain_one_is_refused():
         model(torch.tensor([[1, 2]]))
 
 
+def test_its_gradients_are_the_same_whichever_thread_comes_first():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        h, tokens = torch.randn(8, 512, 64), torch.randint(64, (8, 512))
+        weight = torch.randn(64, 64, requires_grad=True)
+        memory = ErrorMemory(ModelConfig(hidden_size=64, num_heads=1, error_heads=1))
+        seen = set()
+        for _ in range(20):
+            loss = memory(h, tokens, weight, None)[0].square().sum()
+            seen.add(torch.autograd.grad(loss, weight)[0].numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 1
+
+
 def test_a_document_takes_m_of_its_start_and_no_last_token():
     model, tokens = model_of(2), torch.randint(17, (1, 9))
     start = model(torch.randint(17, (1, 5)))[1]

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,12 @@ class Cell:
         return self.tokens * sum(sketch(self.config).flops_per_token(self.train.context))
 
 
+def _all_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return what makes `config` of any preset: every field, those at None too."""
+    every = {f.name: None for f in fields(config)} | to_dict(config)
+    return {name: value for name, value in every.items() if name != "version"}
+
+
 def _folder(model: str, size: str) -> str:
     """Return how the folders of a model's and size's runs begin."""
     slugs = (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in (model, size))
@@ -308,7 +314,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
             base = replace(
                 base,
                 preset=origin,
-                model={k: v for k, v in to_dict(config).items() if k != "version"},
+                model=_all_fields(config),
                 data=suite.data,
                 steps=steps,
                 valid_every=max(1, steps // suite.points),

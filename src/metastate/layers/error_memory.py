@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate import ops
@@ -133,7 +134,8 @@ class ErrorMemory(nn.Module):
             key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
         expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
         before = _before(key, state.key, packing).view(heads)
-        error = weight[tokens].to(expected.dtype)
+        # Not weight[tokens], whose gradient several threads add up in the order in which they come.
+        error = F.embedding(tokens, weight).to(expected.dtype)
         error = error - _before(expected, state.expected, packing)
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = self.log_w().view(heads[2:]).expand(heads)
