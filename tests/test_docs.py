@@ -3,9 +3,15 @@
 import ast
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+
+from metastate.config import TrainConfig
+from metastate.eval.suite import Suite
+from metastate.mapping import from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,15 +67,28 @@ def test_architecture_points_to_code():
     assert len(re.findall(r"`[\w/]+\.py: [\w.]+`", text)) >= 10
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "makes"), [("README.md", "models/first"), ("docs/training.md", "runs/texts/best")]
+)
+def test_the_python_of_pages_runs(page, makes, few_words, tmp_path, monkeypatch):
+    shutil.copytree(few_words.parent, tmp_path / "texts", ignore=shutil.ignore_patterns("data"))
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
-    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "models" / "first" / "model.safetensors").is_file()
+        exec(compile(block, page, "exec"), {})
+    assert (tmp_path / makes / "model.safetensors").is_file()
+
+
+def test_the_yaml_of_the_page_on_runs_is_read(tmp_path):
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    growth, suite = (yaml.safe_load(x) for x in re.findall(r"```yaml\n(.*?)```", text, re.S))
+    assert [g.step for g in from_dict(TrainConfig, growth | {"steps": 3000}).growth] == [1000, 2000]
+    suite = from_dict(Suite, suite)
+    assert suite.baseline == "RWKV-7" and list(suite.sizes) == ["tiny", "wide"]
+    plain = from_dict(Suite, {"models": {"a": {}}, "sizes": {"tiny": {}}})
+    for name in ("tokens_per_parameter", "points", "test_tokens"):  # shown as defaults
+        assert getattr(suite, name) == getattr(plain, name)
 
 
 def commands_of(text):

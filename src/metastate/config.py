@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from metastate.errors import ConfigError
 from metastate.mapping import LATER, give_types
@@ -350,6 +350,11 @@ class TrainConfig:
     With `from_checkpoint` the run starts from those weights, and preset and model are not used. A ~
     at the start of a path is the home of a person.
     """
+
+    MEANT: ClassVar[dict[str, str]] = {
+        **{f.name: f"model.{f.name}" for f in dataclasses.fields(ModelConfig)},
+        **{"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "max_steps": "steps"},
+    }
 
     preset: str = "metastate-tiny"
     from_checkpoint: str = ""

@@ -27,7 +27,7 @@ LATER = {"written_if_set": True}
 
 def unknown_key_message(key: str, known: list[str], where: str) -> str:
     """Say that `key` is unknown in `where` and name the nearest known key."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     near = near or [name for name in known if name.startswith(f"{key}_")]  # as `from` is a flag
     hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
     return f"unknown key {key!r} in {where}{hint}"
@@ -89,13 +89,18 @@ def give_types(config: Any, where: str) -> None:
 
 
 def coerce_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """Check the keys and types of settings for the dataclass `cls`; return them typed."""
+    """Check the keys and types of settings for the dataclass `cls`; return them typed.
+
+    A class may name in MEANT what keys of other programs, or of other mappings, are called in it.
+    """
     if not isinstance(data, dict):
         raise ConfigError(f"{where} is {data!r}; a mapping of settings is needed")
     hints = _hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in known:
+            if meant := getattr(cls, "MEANT", {}).get(key):
+                raise ConfigError(f"unknown key {key!r} in {where}; did you mean {meant!r}?")
             raise ConfigError(unknown_key_message(str(key), known, where))
     return {k: _coerce(v, hints[k], f"{where}.{k}") for k, v in data.items()}
 

@@ -317,6 +317,29 @@ def test_a_reader_that_goes_away_is_no_traceback(checkpoint):
     assert process.returncode == 141 and err == ""
 
 
+def test_a_reader_that_goes_away_leaves_a_state_to_go_on_from(checkpoint, tmp_path, run):
+    at = tmp_path / "at.state"
+    argv = ("generate", checkpoint, "--prompt", "a", "--max-tokens", 100_000, "--state-out", at)
+    reader, writer = os.pipe()
+    process = start(*argv, stdout=writer)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 141 and "goes on from here" in err
+    assert run("generate", checkpoint, "--state-in", at, "--max-tokens", 2)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_full_disk_behind_standard_output_is_an_error(checkpoint, more):
+    with open("/dev/full", "w") as full:
+        process = start("info", checkpoint, *more, stdout=full)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err == "error: standard output could not be written: No space left on device\n"
+
+
 def test_ctrl_c_is_exit_code_130(checkpoint, tmp_path):
     model = metastate.load(checkpoint)
     with torch.no_grad():  # no document ends: the logit of its end is about -1,600

@@ -45,6 +45,17 @@ def test_a_suite_is_planned_run_and_reported(suite, tmp_path, data, run, capsys)
     assert "unknown (1 cells)" in said
 
 
+def test_data_without_a_test_split_are_said(suite, tmp_path, corpus, capsys):
+    argv = ["prepare", corpus, "--out", tmp_path / "d", "--valid-fraction", 0.1]
+    assert main([str(a) for a in (*argv, "--test-fraction", 0)]) == 0
+    argv = ["compare", suite, "--data", tmp_path / "d", "--out", tmp_path / "out"]
+    assert main([str(a) for a in argv]) == 0
+    assert capsys.readouterr().err.count("warning: the data has no test split") == 2
+    for page in ("table.md", "report.html"):
+        text = (tmp_path / "out" / page).read_text()
+        assert "text of the split valid" in text and "no test split" in text
+
+
 def test_unequal_counts_are_said_before_the_run(suite, tmp_path, data, capsys):
     argv = ["compare", suite, "--data", data, "--out", tmp_path / "out", "--dry-run"]
     assert main([str(a) for a in argv]) == 0

@@ -68,6 +68,10 @@ def test_mistakes_name_what_was_meant(argv, words, refused):
         (["generate", "x", "--temp", "1"], "--temperature"),
         (["tasks", "recall", "--hidden-size", "64"], None),  # as near to --batch-size as to --width
         (["train", "--gpu"], None),
+        (["train", "--hidden-size", "9"], "--set model.hidden_size=..."),
+        (["train", "--set", "learning_rate=1"], "'lr'"),
+        (["train", "--set", "num_layers=1"], "'model.num_layers'"),
+        (["eval", "x", "--hidden-size", "9"], None),  # it has no --set
         (["eval", "x", "--learning-rate", "1"], None),  # it has none
         (["train", "--valid", "9"], None),  # several begin so
         (["info", "a", "help"], None),  # no flag was meant

@@ -26,6 +26,13 @@ def test_lines_without_a_terminal(capsys, monkeypatch):
     assert "3/3" in lines[2] and " 0 s left" in lines[2]
 
 
+def test_the_end_is_said_once(capsys):
+    with progress.bar("compare", "GFLOP") as show:
+        for _ in range(5):
+            show(12, 12)
+    assert capsys.readouterr().err.count("compare: ") == 1
+
+
 def test_quiet_between_lines_but_not_at_the_end(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", math.inf)
     with progress.bar("eval", "tokens") as show:

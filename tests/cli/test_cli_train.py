@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import metastate
 from metastate.cli import demo, main, training
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
@@ -66,6 +67,47 @@ def test_resume_needs_only_the_folder_and_goes_on_exactly(settings, tmp_path, ru
     run("train", "--resume", "--out", parts, "--steps", 4)
     weights = [(f / "last" / "model.safetensors").read_bytes() for f in (parts, whole, straight)]
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_it_says_what_is_trained_and_for_how_long(settings, tmp_path, data, capsys):
+    def said(*argv):
+        assert main(["train", *map(str, argv)]) == 0
+        return capsys.readouterr().err
+
+    first = said("--config", settings, "--warmup", 4)
+    count = metastate.load(tmp_path / "run").count_parameters()["total"]
+    assert f"metastate of width 16 and depth 1: {count:,} parameters" in first
+    passes = 4 * 2 * 16 / PreparedData.open(data).split("train").num_tokens
+    assert f"steps 1 to 4 of 2 x 16 tokens: 128 tokens in all, {passes:.1%} of the" in first
+    assert "the warm-up of 4 steps is not over" in first and "laid anew" not in first
+    more = said("--resume", "--out", tmp_path / "run", "--steps", 400)
+    assert "steps 5 to 400 of" in more and "12800 tokens" in more.replace(",", "")
+    assert " times the training text" in more
+    assert "the cosine schedule is laid anew over 400 steps in place of 4: a learning" in more
+
+
+def test_a_run_that_cannot_go_on_says_what_can_be_done(
+    settings, tmp_path, data, run, refused, monkeypatch
+):
+    losses = iter([1.0, 2.0, 3.0])  # the first checkpoint stays the best
+    monkeypatch.setattr(
+        training, "validation", lambda config: lambda model: {"nats_per_token": next(losses)}
+    )
+    assert refused("train", "--resume").startswith("error: --out is missing: the folder of the run")
+    run("train", "--config", settings, "--valid-every", 3, "--steps", 3)
+    out = tmp_path / "run"
+    plain = (out / "run.json").read_text()
+    (out / "run.json").write_text(plain.replace(json.dumps(str(data)), '"data/mine"'))
+    moved = refused("train", "--resume", "--out", out)
+    assert "started with --data data/mine, which is not there from here" in moved
+    run("train", "--resume", "--out", out, "--data", data, "--steps", 4, "--valid-every", 99)
+    log = read_log(out)
+    assert [r["seconds"] for r in log] == sorted(r["seconds"] for r in log)
+    os.truncate(out / "last" / "model.safetensors", 100)
+    message = refused("train", "--resume", "--out", out, "--steps", 5)
+    assert "cut off" in message and f"--from {out / 'best'} with another --out" in message
+    new = tmp_path / "new"
+    run("train", "--from", out / "best", "--data", data, "--out", new, "--steps", 1)
 
 
 def test_a_home_is_meant_also_where_the_shell_leaves_it(settings, tmp_path, run, monkeypatch, data):
@@ -186,6 +228,7 @@ def ended(monkeypatch, tmp_path):
         result = TrainResult(out=tmp_path, **({"interrupted": None} | values))
         monkeypatch.setattr(training, "train", lambda *_, **__: result)
         monkeypatch.setattr(training, "validation", lambda _: None)
+        monkeypatch.setattr(training, "say_plan", lambda *_: None)  # there are no data
 
     return set_result
 

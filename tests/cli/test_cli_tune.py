@@ -97,6 +97,7 @@ def test_mistakes(checkpoint, data, tuned, tmp_path, refused):
     out = ["--out", tmp_path / "s"]
     assert "exists already" in refused(*argv, "--out", tuned)
     assert "nothing to go on from" in refused(*argv, *out, "--resume")
+    assert "has come to its end" in refused(*argv, "--out", tuned, "--resume")
     assert "parameter_tokens is 0" in refused(*argv, *out, "--parameter-tokens", "0")
     assert "train.steps is 0" in refused(*argv, *out, "--steps", "0")
     assert "not prepared data" in refused("tune-state", checkpoint, "--data", tmp_path, *out)

@@ -52,6 +52,7 @@ def results():
             "lr": {"values": [0.001, 0.01]},
         },
         "environment": {"torch": "x"},
+        "split": "test",
         "cells": 8,
         "sweep": [
             {"model": "old", "lr": 0.001, "loss": 2.25},

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import CheckpointError, StateError
 from metastate.growth import grow
 from metastate.mapping import to_dict
+from metastate.model import io
 from metastate.model.decode import store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
@@ -115,14 +117,21 @@ def refused(path, message):
 def test_nothing_there(tmp_path):
     refused(tmp_path / "none", "no checkpoint at .* no config.json there")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no config.json there; name the folder of a run, RUN, RUN/best")
+    refused(tmp_path / "empty", "no config.json there; name the folder of a run, RUN .*RUN/best")
     with pytest.raises(CheckpointError) as caught:
         metastate.load("runs/mine/bst")
     assert len(str(caught.value)) < 150  # it once listed every preset
     with pytest.raises(CheckpointError, match="did you mean the preset 'metastate-tiny'"):
         metastate.load("metastate-tinny")
-    (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", "no config.json there")
+    with pytest.raises(CheckpointError, match="is a preset, which nothing has trained"):
+        io.read_config("metastate-tiny")
+    (tmp_path / "file.pth").write_text("x")
+    refused(tmp_path / "file.pth", "no config.json there; .*`metastate convert`")
+
+
+def test_a_run_without_a_best_checkpoint_has_a_last_one(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run" / "last")
+    refused(tmp_path / "run" / "best", "not been validated yet, its last checkpoint is .*last")
 
 
 def test_missing_weights(saved):

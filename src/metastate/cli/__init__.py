@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -17,6 +18,7 @@ from metastate.cli.options import PATHS, Parser
 from metastate.cli.progress import hear_kernels
 from metastate.errors import ConfigError, MetaStateError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of what could not be written
 QUICK_START = """\
 quick start:
   metastate demo                                          five minutes, nothing to download
@@ -192,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # as standard error does: a file name may hold what no encoding can say
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except MetaStateError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -200,9 +204,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python would complain again when it flushes standard output at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return 141
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        print(f"error: standard output could not be written: {error.strerror}", file=sys.stderr)
+        _leave_stdout()
+        return 2
+
+
+def _leave_stdout() -> None:
+    """Let Python flush standard output into nothing at its end, or it would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json
 from metastate.config import TrainConfig
 
@@ -81,7 +83,8 @@ key and value, say the value when the key comes again; passed above 99 %. The de
 minutes and show how far S3 is learned; to solve it, and S5, A5, A4xZ5 and Z60 all the more, raise
 --steps. A model that stays at one right answer in PAIRS names some value of the sequence, a stage
 before recall: that says how it was trained (--steps, --batch-size, --lr, the vocabulary), not what
-its architecture can do.
+its architecture can do. No model has an error memory here: its errors are those of predicting the
+next token, which is not what a task asks for.
 
 Each cell (problem, architecture, depth, learning rate) is written to OUT/results.json when it is
 finished, so Ctrl-C loses one cell at most and the same command goes on. More layers, and further
@@ -182,7 +185,7 @@ def add_train(parser: Parser) -> None:
         help=HELP["growth"],
     )
     add_json(parser)
-    names = (n for n in TrainConfig.__dataclass_fields__ if n not in ("model", "growth"))
+    names = (f.name for f in fields(TrainConfig) if f.name not in ("model", "growth"))
     add_flags(parser, *names, layered=True)
 
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metastate.cli.models import load_model, sampling_of
 from metastate.cli.options import check_file
 from metastate.cli.progress import bar, log, print_json, told_if_interrupted
@@ -15,7 +17,7 @@ from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
 from metastate.eval.describe import describe, describe_table, not_finite_lines
 from metastate.eval.loss import EvalResult, evaluate
-from metastate.infer.generate import Continuation, generate
+from metastate.infer.generate import Continuation, generate, inference
 from metastate.model import presets
 from metastate.model.io import checkpoint_folder, load, not_finite, tokenizer_of
 from metastate.model.lm import arithmetic
@@ -162,6 +164,8 @@ def run_generate(args: argparse.Namespace) -> None:
         leave = args.allow_other_weights
         state = Continuation.load(args.state_in, model, allow_other_weights=leave)
     prompt = read_prompt(args.prompt, use_stdin=not state)
+    with inference(model):  # loads the kernels, whose time is no part of reading the prompt
+        model.read(torch.zeros(1, 2, dtype=torch.int64, device=model.embedding.weight.device))
     pieces = []
     text = generate(
         model,
@@ -172,7 +176,8 @@ def run_generate(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         stop=args.stop,
     )
-    at = None  # a continuation is never changed: the last one is whole wherever Ctrl-C strikes
+    # A continuation is never changed: the last is whole wherever Ctrl-C strikes or the output ends.
+    at = None
     try:
         for piece in text:
             pieces.append(piece)
@@ -180,7 +185,7 @@ def run_generate(args: argparse.Namespace) -> None:
                 at = text.continuation
             if not args.json:
                 print(piece, end="", flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         if at is not None:
             at.save(args.state_out, model)
             log(f"\n{args.state_out} goes on from here")

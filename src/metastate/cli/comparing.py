@@ -8,9 +8,10 @@ from pathlib import Path
 from metastate.cli.options import read_yaml
 from metastate.cli.progress import bar, log, print_json, told_if_interrupted
 from metastate.data.files import in_turn
+from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError, DataError
 from metastate.eval.compare import collect, compare, estimate
-from metastate.eval.report import main_table, markdown, remarks, write_report
+from metastate.eval.report import NO_TEST, main_table, markdown, remarks, write_report
 from metastate.eval.suite import Cell, Suite, plan, uneven
 from metastate.mapping import from_dict
 
@@ -27,7 +28,10 @@ def run_compare(args: argparse.Namespace) -> None:
     suite, out = from_dict(Suite, settings, "suite"), Path(args.out)
     cells = plan(suite, out, match_params=args.match_params)
     log(plan_text(cells))
-    for warning in uneven(cells):
+    warnings = uneven(cells)
+    if not PreparedData.open(suite.data).has("test"):
+        warnings.append(NO_TEST)
+    for warning in warnings:
         log(f"warning: {warning}")
     if args.dry_run:
         log("Measuring the speed of this machine, a few batches of every model ...")

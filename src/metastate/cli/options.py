@@ -61,9 +61,6 @@ HELP = {
 }
 
 
-# Flags of other programs: what they are called here.
-ELSEWHERE = {"learning-rate": "--lr", "wd": "--weight-decay", "bs": "--batch-size"}
-
 # Arguments that are paths: a ~ is a home in them also where the shell leaves it, as in --out=~/x.
 PATHS = (
     *("checkpoint", "model", "source", "suite", "config", "growth_file", "data", "out"),
@@ -95,13 +92,17 @@ class Parser(argparse.ArgumentParser):
         given = unknown[0].split("=")[0]
         kind = "option" if given.startswith("-") else "argument"
         near = self._nearest(given) if kind == "option" else None
+        meant = TrainConfig.MEANT.get(given.lstrip("-").replace("-", "_"), "")
+        if not near and meant.startswith("model.") and "--set" in self._option_string_actions:
+            near = f"--set {meant}=..."
         hint = f"; did you mean {near}? See" if near else "; see"
         raise ConfigError(f"unknown {kind} {given!r}{hint} `{self.prog} --help`")
 
     def _nearest(self, given: str) -> str | None:
         """Return the flag that `given` was meant to be; None where that would be a far guess."""
         flags = {flag.lstrip("-"): flag for flag in self._option_string_actions if flag != "-h"}
-        names = flags | {k: v for k, v in ELSEWHERE.items() if v in flags.values()}
+        meant = {k.replace("_", "-"): flag_of(v) for k, v in TrainConfig.MEANT.items()}
+        names = flags | {k: v for k, v in meant.items() if v in flags.values()}
         name = given.lstrip("-")
         # Dashes count for nothing: with them any two short flags are alike.
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)

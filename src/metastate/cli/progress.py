@@ -72,9 +72,10 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
     painted: Any = None
     started = said = time.monotonic()
     first: tuple[int, float] | None = None
+    ended = False
 
     def show(done: int, total: int | None, **figures: str) -> None:
-        nonlocal painted, said, first
+        nonlocal painted, said, first, ended
         if make is not None:
             if painted is None:
                 # What was done before the first call is not part of the speed.
@@ -86,9 +87,10 @@ def bar(what: str, unit: str) -> Iterator[Callable[..., None]]:
         now = time.monotonic()
         # Neither what a resumed run had before nor the start-up of the first call is the speed.
         first = first or (done, now)
-        if now - said < LINE_EVERY_S and (total is None or done < total):
+        last = total is not None and done >= total and not ended
+        if now - said < LINE_EVERY_S and not last:
             return
-        said = now
+        said, ended = now, ended or last
         text = "".join(f", {key} {value}" for key, value in figures.items())
         if total is not None and done > first[0]:
             left = (now - first[1]) * (total - done) / (done - first[0])

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from metastate.cli.options import settings_of
 from metastate.cli.progress import bar, log, print_json
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
-from metastate.errors import ConfigError, DataError
+from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.eval.loss import held_out
 from metastate.eval.plots import loss_curve
 from metastate.growth import grow_in_training, grown_config
 from metastate.mapping import from_dict, merge, to_dict
-from metastate.model.io import read_config
+from metastate.model.io import checkpoint_folder, read_config
+from metastate.model.lm import sketch
 from metastate.model.presets import preset
-from metastate.train.checkpoint import saved_config
+from metastate.train.checkpoint import find_checkpoint, saved_config, step_of
 from metastate.train.distributed import is_first
+from metastate.train.optim import learning_rate
 from metastate.train.trainer import LOG, TrainResult, train
 
 CURVE = "loss.png"
@@ -27,9 +33,18 @@ CURVE = "loss.png"
 
 def run_train(args: argparse.Namespace) -> int:
     """`metastate train`: one run, from settings to checkpoint, log and curve."""
-    settings = settings_of(args)
-    if args.resume and (out := from_dict(TrainConfig, {"out": settings.get("out", "")}).out):
-        settings = merge(to_dict(saved_config(out)), settings)
+    settings, saved = settings_of(args), None
+    if args.resume:
+        out = from_dict(TrainConfig, {"out": settings.get("out", "")}).out
+        if not out:
+            raise ConfigError("--out is missing: the folder of the run that --resume goes on with")
+        saved = saved_config(out)
+        if not (settings.get("data") or os.path.exists(saved.data)):
+            raise ConfigError(
+                f"the run in {out} was started with --data {saved.data}, which is not there from "
+                "here; say with --data where it is"
+            )
+        settings = merge(to_dict(saved), settings)
     elif settings.get("from_checkpoint") and (unused := {"preset", "model"} & settings.keys()):
         raise ConfigError(
             f"--from brings its own model, so {min(unused)} has no meaning; leave one of them out"
@@ -38,7 +53,19 @@ def run_train(args: argparse.Namespace) -> int:
     for name in ("data", "out"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing; see `metastate train --help`")
-    result = train_with_bar(config, args.resume)
+    if is_first():
+        say_plan(config, saved)
+    try:
+        result = train_with_bar(config, args.resume)
+    except CheckpointError as error:
+        best, last = (checkpoint_folder(Path(config.out, name)) for name in ("best", "last"))
+        other = (best / "config.json").exists() and not os.path.samefile(best, last)
+        if not (args.resume and other):
+            raise
+        raise CheckpointError(
+            f"{error}. To begin another run with the weights of its best checkpoint: --from {best} "
+            "with another --out, and no --resume"
+        ) from None
     if not is_first():
         return 0
     if args.json:
@@ -49,6 +76,40 @@ def run_train(args: argparse.Namespace) -> int:
         # torchrun would start again what ends with an error.
         return 128 + result.interrupted if config.parallel == "none" else 0
     return 0
+
+
+def say_plan(config: TrainConfig, saved: TrainConfig | None) -> None:
+    """Say what will be trained, and how long; `saved` are the settings of a run that goes on."""
+    found, data = find_checkpoint(config.out), PreparedData.open(config.data)
+    done = step_of(found) if saved and found else 0
+    if saved and found:
+        model = read_config(found)["model"]
+    elif config.from_checkpoint:
+        model = read_config(config.from_checkpoint)["model"]
+    else:
+        model = preset(config.preset, **{"vocab_size": data.vocab_size} | config.model)
+    counts = sketch(model).count_parameters()
+    log(
+        f"{model.architecture} of width {model.hidden_size} and depth {model.num_layers}: "
+        f"{counts['total']:,} parameters, {counts['non_embedding']:,} without embedding and head; "
+        f"{config.dtype} on {config.device}, {torch.get_num_threads()} threads"
+    )
+    rows = config.batch_size * config.accumulate
+    tokens = config.steps * rows * config.context
+    share = tokens / data.split("train").num_tokens
+    passes = f"{share:.1f} times" if share >= 1 else f"{share:.1%} of"
+    log(
+        f"steps {done + 1:,} to {config.steps:,} of {rows} x {config.context:,} tokens: "
+        f"{tokens:,} tokens in all, {passes} the training text"
+    )
+    if saved and saved.steps != config.steps and config.schedule != "constant":
+        rates = [learning_rate(done, c) for c in (saved, config)]
+        log(
+            f"the {config.schedule} schedule is laid anew over {config.steps:,} steps in place of "
+            f"{saved.steps:,}: a learning rate of {rates[1]:.3g} now in place of {rates[0]:.3g}"
+        )
+    if config.warmup >= config.steps:
+        log(f"warning: the warm-up of {config.warmup:,} steps is not over when the run ends")
 
 
 def check_schedule(config: TrainConfig) -> None:

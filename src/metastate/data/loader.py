@@ -221,8 +221,9 @@ class PreparedData:
         if vocab_size != self.vocab_size:
             raise DataError(
                 f"{self.path} was prepared with tokenizer {mine['name']!r} (vocabulary "
-                f"{self.vocab_size:,}), but the model has a vocabulary of {vocab_size:,}; set "
-                f"vocab_size to {self.vocab_size} or prepare the data with the model's tokenizer"
+                f"{self.vocab_size:,}), but the model has a vocabulary of {vocab_size:,}; take "
+                f"a model with vocab_size {self.vocab_size}, or prepare the data with this one's "
+                "tokenizer"
             )
 
 

@@ -197,7 +197,7 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
         raise KeyboardInterrupt
     model = load(cell.folder)
     model.backend = run.backend
-    split = "test" if data.has("test") else "valid"
+    split = _scored_split(data)
     score = made | {"split": split}
     if cell.rate is None:
         score["test_tokens"] = cell.test_tokens
@@ -267,8 +267,8 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
     """Read finished cells back, write results.json, and return it.
 
     Returns:
-        {"suite", "environment", "data", "cells", "sweep": [...], "rows": [...]}; a row has model,
-        size, seed, lr, parameters, tokens, flops, loss (nats a token of the test split),
+        {"suite", "environment", "data", "split", "cells", "sweep": [...], "rows": [...]}; a row has
+        model, size, seed, lr, parameters, tokens, flops, loss (nats a token of `split`),
         bits_per_byte, domains, domain_tokens, state_bytes, tokens_per_s, config, curve, and what it
         was made of: data (fingerprint), test_tokens and source, None where an older score does not
         say. One that failed says so in `failed`; lr is None where every rate of a sweep diverged.
@@ -319,6 +319,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
         "suite": to_dict(suite),
         "environment": environment(),
         "data": cells[0].data,
+        "split": _scored_split(PreparedData.open(suite.data)),
         "cells": sum(c.rate is None for c in cells),
         "sweep": sweep,
         "rows": rows,
@@ -326,6 +327,11 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
     with in_turn(out, error=DataError):  # whoever ran the other cells may end in the same moment
         write_json(out / RESULTS, results, error=DataError)
     return results
+
+
+def _scored_split(data: PreparedData) -> str:
+    """Return the split that finished models are scored on: held-out text is better than none."""
+    return "test" if data.has("test") else "valid"
 
 
 def environment() -> dict[str, Any]:
@@ -371,8 +377,7 @@ def _scored(cell: Cell, done: int) -> int:
     checks = -(-run.steps // run.valid_every) - done // run.valid_every
     tokens = checks * min(run.valid_tokens, data.split("valid").num_tokens)
     if cell.rate is None:
-        split = "test" if data.has("test") else "valid"
-        tokens += min(cell.test_tokens, data.split(split).num_tokens)
+        tokens += min(cell.test_tokens, data.split(_scored_split(data)).num_tokens)
     return tokens
 
 

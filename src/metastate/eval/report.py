@@ -27,8 +27,12 @@ FIGURES = {  # x of a figure: (title, file)
     "seconds": ("Loss against training time", "loss-by-seconds"),
 }
 MEANING = (
-    "Loss: held-out test text, windows of the training length. Mean ± standard deviation over "
-    "seeds; gains are paired by seed."
+    "Loss: text of the split {split}, windows of the training length. Mean ± standard deviation "
+    "over seeds; gains are paired by seed."
+)
+NO_TEST = (
+    "the data has no test split, so losses are of the validation text, by which learning rates are "
+    "chosen too: `metastate prepare` makes one"
 )
 
 
@@ -243,13 +247,15 @@ def sweep_table(results: dict[str, Any]) -> Table:
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
-    """Return what a reader must know: cells that failed or are not run, or differ in their making.
+    """Return what a reader must know: cells that failed, are not run or differ in their making.
 
     Cells of several sources, or scored on several pieces of the test text, are named as such, and
     models whose best learning rate is the last of a sweep of three or more, on either side.
     """
     made, pieces = _counted(results, _source), _counted(results, _piece)
     said = [*failures(results), *_at_edges(results)]
+    if results["split"] != "test":
+        said.append(NO_TEST)
     if len(made) > 1:
         each = ", ".join(f"{name} ({n} cells)" for name, n in made.items())
         said.append(f"finished cells come from different sources: {each}")
@@ -348,7 +354,7 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
         for size in results["suite"]["sizes"]
         if len(domain_table(results, size)) > 2
     ]
-    notes = [MEANING, budget(results), *remarks(results)]
+    notes = [MEANING.format(split=results["split"]), budget(results), *remarks(results)]
     text = [f"### {title}\n\n{markdown(t)}" if title else markdown(t) for title, t in tables]
     paths = [out / "table.md"]
     atomic_write(paths[0], "\n\n".join([*text, *notes, ""]).encode("utf-8"), error=DataError)

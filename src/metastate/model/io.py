@@ -154,10 +154,7 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
     """
     if model.tokenizer_info is None:
         if not os.path.exists(path):
-            raise CheckpointError(
-                f"{path} is a preset, which nothing has trained: `metastate train --preset {path}` "
-                "makes a checkpoint that can write"
-            )
+            raise CheckpointError(_untrained(path))
         raise CheckpointError(
             f"{path} does not say which tokenizer it was trained with; `metastate convert --to "
             "metastate --tokenizer ...` writes a copy that does"
@@ -192,6 +189,27 @@ def _followed(path: Path) -> Path:
     return path
 
 
+def _untrained(name: str | os.PathLike[str]) -> str:
+    return (
+        f"{name} is a preset, which nothing has trained: `metastate train --preset {name}` "
+        "makes a checkpoint of it"
+    )
+
+
+def _what_else(path: Path) -> str:
+    """Return what to do where `path` is no checkpoint."""
+    if path.is_file():
+        return "a file of weights becomes a checkpoint by `metastate convert`"
+    if path.name == "best" and os.path.exists(_followed(path.parent / "last") / "config.json"):
+        last = path.parent / "last"
+        return f"this run has not been validated yet, its last checkpoint is {last}"
+    if not os.path.exists(path) and (near := presets.near(str(path))):
+        if near == str(path):
+            return _untrained(path)
+        return f"did you mean the preset {near!r}?"
+    return "name the folder of a run, RUN (its last checkpoint), RUN/best or RUN/last"
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a checkpoint's config.json with `model` as a ModelConfig.
 
@@ -203,16 +221,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        hint = "name the folder of a run, RUN, RUN/best or RUN/last"
-        if not os.path.exists(path) and (near := presets.near(str(path))):
-            hint = f"did you mean the preset {near!r}?"
-        raise CheckpointError(f"no checkpoint at {path}: no config.json there; {hint}") from None
+        raise CheckpointError(
+            f"no checkpoint at {path}: no config.json there; {_what_else(path)}"
+        ) from None
     except (OSError, ValueError, RecursionError) as cause:
         raise CheckpointError(
             f"{file} cannot be read ({cause}); the checkpoint is corrupt"
         ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is no metastate checkpoint's config")
+        hint = ""
+        if isinstance(info, dict) and "model_type" in info:
+            hint = "; a Hugging Face folder: make a checkpoint of it with `metastate convert`"
+        raise CheckpointError(f"{file} is no metastate checkpoint's config{hint}")
     if type(info.get("version")) is not int or not 1 <= info["version"] <= VERSION:
         raise CheckpointError(
             f"{file} has version {info.get('version')}, this program reads up to {VERSION}; "

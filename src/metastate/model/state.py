@@ -209,8 +209,8 @@ class ModelState:
             raise StateError(
                 f"{path} was made with other weights of this configuration (before more training, "
                 "or converted to another number format), to which its numbers need not mean the "
-                "same; use that checkpoint, or allow it with allow_other_weights, "
-                "--allow-other-weights"
+                "same; use that checkpoint (or allow_other_weights, which Python and the commands "
+                "that continue a text have as --allow-other-weights)"
             )
         kind = AttentionState if model.config.architecture in ATTENTION else RecurrentState
         device = next(model.parameters()).device

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from metastate.config import ModelConfig, TrainConfig
 from metastate.data.files import atomic_write, sync_folder, write_json
-from metastate.errors import CheckpointError, ConfigError, TrainingError, remedy
+from metastate.errors import CheckpointError, ConfigError, TrainingError, is_full, remedy
 from metastate.mapping import from_dict, to_dict
 from metastate.model import io
 from metastate.model.lm import LanguageModel
@@ -180,9 +180,11 @@ def write_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         before = find_checkpoint(out)
         kept = f"{before} is whole" if before else "there was none before"
+        why = "the disk is full" if is_full(cause) else str(cause)
+        goes_on = "then go on with --resume" if before else "then --resume begins again"
         raise TrainingError(
-            f"the checkpoint of step {trainer.step} could not be written ({cause}); {kept}; "
-            f"{remedy(cause)}, then go on with --resume"
+            f"the checkpoint of step {trainer.step} could not be written: {why}; {kept}; "
+            f"{remedy(cause)}, {goes_on}"
         ) from cause
     return final
 

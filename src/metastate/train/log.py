@@ -15,7 +15,9 @@ from metastate.errors import ConfigError, TrainingError, remedy
 
 
 class RunLog:
-    """The log of a run, a JSON object a line; every line gets the `seconds` since the start.
+    """The log of a run, a JSON object a line; every line gets the `seconds` of the run.
+
+    These go on from the last line, so the time between a stop and --resume is no part of them.
 
     Args:
         path: log.jsonl in the run's folder.
@@ -27,7 +29,8 @@ class RunLog:
     """
 
     def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
-        self.path, self.started = path, time.monotonic()
+        before = _last_seconds(path) if step else 0.0
+        self.path, self.started = path, time.monotonic() - before
         self.board: Any = None
         if tensorboard:
             try:
@@ -74,6 +77,12 @@ class RunLog:
                 f"cannot write {self.path}: {cause.strerror}; the last checkpoint is whole, "
                 f"{remedy(cause)} and go on with --resume"
             ) from cause
+
+
+def _last_seconds(path: Path) -> float:
+    """Return the seconds in the last line of a log that `cut_log` has seen, 0 without one."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return float(json.loads(lines[-1]).get("seconds", 0)) if lines else 0.0
 
 
 def cut_log(path: Path, step: int) -> None:

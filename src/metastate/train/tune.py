@@ -174,6 +174,10 @@ def tune(
     """
     run = _Tuning(model, config, Start(model, what, parameter_tokens, config.seed), evaluate)
     with alone_in(run.out.with_name(f".{run.out.name}.lock")):  # other files there may be others'
+        if resume and run.out.exists() and not run.kept.exists():
+            raise ConfigError(
+                f"the tuning of {run.out} has come to its end; for another one choose another --out"
+            )
         if resume:
             run.restore()
         elif run.kept.exists():
