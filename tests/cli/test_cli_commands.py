@@ -62,6 +62,13 @@ def test_prepare_reads_another_field_and_says_what_it_leaves_out(tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["out"] == str(folder / "d")
 
 
+def test_info_of_prepared_data_is_what_prepare_said(tmp_path, corpus, run):
+    said = run("prepare", corpus, "--out", tmp_path / "d")
+    assert run("info", tmp_path / "d") == said
+    facts = json.loads(run("info", tmp_path / "d", "--json"))
+    assert facts["data"] == str(tmp_path / "d") and facts["splits"]["train"]["tokens"] > 0
+
+
 def test_prepare_refuses_a_missing_file_and_a_missing_tokenizer(tmp_path, corpus, refused):
     out = tmp_path / "d"
     assert "none.txt" in refused("prepare", tmp_path / "none.txt", "--out", out)

@@ -151,7 +151,7 @@ COMMANDS = (
     ),
     Command(
         "info",
-        "parameters, FLOPs and state bytes of a model; what a state file holds",
+        "parameters, FLOPs and state bytes of a model; what a state file or prepared data hold",
         a.add_info,
         "commands:run_info",
     ),

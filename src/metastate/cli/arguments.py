@@ -366,9 +366,9 @@ def add_info(parser: Parser) -> None:
     """Add the options of `metastate info`."""
     parser.add_argument(
         "model",
-        metavar="CKPT|PRESET|STATE",
-        help="a checkpoint's folder, a preset, or a state file; every number in a file is read, to "
-        "say where any is not finite",
+        metavar="CKPT|PRESET|STATE|DATA",
+        help="a checkpoint's folder, a preset, or a state file, of which every number is read to "
+        "say where any is not finite; or prepared data",
     )
     add_flags(parser, "context", context=1024)
     add_json(parser)

@@ -12,7 +12,7 @@ import torch
 from metastate.cli.models import load_model, sampling_of
 from metastate.cli.options import check_file
 from metastate.cli.progress import bar, log, print_json, told_if_interrupted
-from metastate.data.loader import PreparedData
+from metastate.data.loader import RECORD, PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
 from metastate.eval.describe import describe, describe_table, not_finite_lines
@@ -47,10 +47,15 @@ def run_prepare(args: argparse.Namespace) -> None:
             progress=show,
             say=log,
         )
+    print_data(data, args.json, "out")
+
+
+def print_data(data: PreparedData, as_json: bool, name: str) -> None:
+    """Print what prepared data hold; `name` is what JSON calls their folder."""
     record = data.record
-    if args.json:
+    if as_json:
         values = {key: record[key] for key in ("tokenizer", "domains", "splits")}
-        print_json({"out": str(data.path)} | values)
+        print_json({name: str(data.path)} | values)
         return
     print(f"{data.path}: {record['tokenizer']['name']}, vocabulary {data.vocab_size:,}")
     print(f"{'':<20} {'documents':>12} {'tokens':>15} {'bytes of text':>15}")
@@ -62,7 +67,10 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    """`metastate info`: what a checkpoint, a preset or a state file is."""
+    """`metastate info`: what a checkpoint, a preset, a state file or prepared data are."""
+    if (Path(args.model) / RECORD).is_file():
+        print_data(PreparedData.open(args.model), args.json, "data")
+        return
     if checkpoint_folder(args.model).is_file():
         print_state(args)
         return
