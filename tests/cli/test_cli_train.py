@@ -106,6 +106,8 @@ def test_a_run_that_cannot_go_on_says_what_can_be_done(
     os.truncate(out / "last" / "model.safetensors", 100)
     message = refused("train", "--resume", "--out", out, "--steps", 5)
     assert "cut off" in message and f"--from {out / 'best'} with another --out" in message
+    (out / "last").unlink()
+    assert f"--from {out / 'best'} with" in refused("train", "--resume", "--out", out)
     new = tmp_path / "new"
     run("train", "--from", out / "best", "--data", data, "--out", new, "--steps", 1)
 

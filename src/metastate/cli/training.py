@@ -59,8 +59,8 @@ def run_train(args: argparse.Namespace) -> int:
         result = train_with_bar(config, args.resume)
     except CheckpointError as error:
         best, last = (checkpoint_folder(Path(config.out, name)) for name in ("best", "last"))
-        other = (best / "config.json").exists() and not os.path.samefile(best, last)
-        if not (args.resume and other):
+        same = last.exists() and best.exists() and os.path.samefile(best, last)
+        if same or not (args.resume and (best / "config.json").exists()):
             raise
         raise CheckpointError(
             f"{error}. To begin another run with the weights of its best checkpoint: --from {best} "
