@@ -187,7 +187,17 @@ def test_what_a_command_cannot_do_without_is_asked_for(command, name, refused):
 
 
 def test_a_tilde_is_a_home_in_every_path():
-    kinds = {"CKPT", "CKPT|PRESET|STATE", "SRC", "DST", "SUITE.yaml", "FILE", "DIR", "DATA", "OUT"}
+    kinds = {
+        "CKPT",
+        "CKPT|PRESET|STATE|DATA",
+        "SRC",
+        "DST",
+        "SUITE.yaml",
+        "FILE",
+        "DIR",
+        "DATA",
+        "OUT",
+    }
     _, commands = build_parser()
     paths = {a.dest for c in commands.values() for a in c._actions if a.metavar in kinds}
     assert paths == {*PATHS, "template"}  # which is expanded where it is read
