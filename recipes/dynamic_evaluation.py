@@ -111,13 +111,12 @@ def main() -> None:
             weights = chosen(model, what)
             for form, rates in RATES.items():
                 scale = scales(model, weights, tokens["train"]) if form == "scaled" else None
-
                 settings = (model, weights, args.segment, scale)
                 found = {
                     rate: adapted(*settings, tokens["valid"], rate, f"{what}, {form}, {rate:g}")
                     for rate in rates
                 }
-                best = min(found, key=found.__getitem__)
+                best = rates[int(np.nanargmin([*found.values()]))]  # nan: it diverged
                 log(f"{what}, {form}: " + ", ".join(f"{r:g} {x:.4f}" for r, x in found.items()))
                 loss = adapted(*settings, tokens["test"], best, f"{what}, {form}, test")
                 gain = 100 * (1 - loss / plain)

@@ -21,7 +21,7 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":  # Triton looks once, when it is imported
         os.environ["TRITON_INTERPRET"] = "1"
     if hasattr(config, "workerinput"):  # one of several processes: a share of the cores for each
-        share = max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"])
+        share = max(1, torch.get_num_threads() // config.workerinput["workercount"])
         torch.set_num_threads(share)
         os.environ["OMP_NUM_THREADS"] = str(share)  # of the processes that tests start
     # What a shell starts with `&` ignores Ctrl-C, what nohup starts SIGHUP, and so would all that

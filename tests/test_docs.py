@@ -80,7 +80,7 @@ def test_the_python_of_pages_runs(page, makes, few_words, tmp_path, monkeypatch)
     assert (tmp_path / makes / "model.safetensors").is_file()
 
 
-def test_the_yaml_of_the_page_on_runs_is_read(tmp_path):
+def test_the_yaml_of_the_page_on_runs_is_read():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     growth, suite = (yaml.safe_load(x) for x in re.findall(r"```yaml\n(.*?)```", text, re.S))
     assert [g.step for g in from_dict(TrainConfig, growth | {"steps": 3000}).growth] == [1000, 2000]

@@ -7,13 +7,13 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from metastate.cli.options import settings_of
 from metastate.cli.progress import bar, log, print_json
-from metastate.config import TrainConfig
+from metastate.config import ModelConfig, TrainConfig
 from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.eval.loss import held_out
@@ -78,16 +78,21 @@ def run_train(args: argparse.Namespace) -> int:
     return 0
 
 
+def first_model(config: TrainConfig, **fields: Any) -> ModelConfig:
+    """Return the model that a run begins with; `fields` are what a preset's gets where unsaid."""
+    if config.from_checkpoint:
+        return cast(ModelConfig, read_config(config.from_checkpoint)["model"])
+    return preset(config.preset, **fields | config.model)
+
+
 def say_plan(config: TrainConfig, saved: TrainConfig | None) -> None:
     """Say what will be trained, and how long; `saved` are the settings of a run that goes on."""
     found, data = find_checkpoint(config.out), PreparedData.open(config.data)
     done = step_of(found) if saved and found else 0
     if saved and found:
         model = read_config(found)["model"]
-    elif config.from_checkpoint:
-        model = read_config(config.from_checkpoint)["model"]
     else:
-        model = preset(config.preset, **{"vocab_size": data.vocab_size} | config.model)
+        model = first_model(config, vocab_size=data.vocab_size)
     counts = sketch(model).count_parameters()
     log(
         f"{model.architecture} of width {model.hidden_size} and depth {model.num_layers}: "
@@ -114,10 +119,7 @@ def say_plan(config: TrainConfig, saved: TrainConfig | None) -> None:
 
 def check_schedule(config: TrainConfig) -> None:
     """Refuse growth that is impossible before the run begins, not at its step."""
-    if config.from_checkpoint:
-        model = read_config(config.from_checkpoint)["model"]
-    else:
-        model = preset(config.preset, **config.model)
+    model = first_model(config)
     for growth in config.growth:
         model = grown_config(model, init=growth.init, **growth.sizes())
 
