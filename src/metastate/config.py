@@ -41,6 +41,9 @@ _TRAIN_SIZES = (
 )
 
 
+Writes = Literal["errors", "tokens"]  # of an error memory
+
+
 @dataclass(frozen=True)
 class MetaStateConfig:
     """The options of the Meta-State layer; docs/architecture.md gives the equation of each.
@@ -113,11 +116,12 @@ class ModelConfig:
     beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
     have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
     attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With error_heads a
-    meta state of so many heads stands before the head of the model, of any architecture, and is
-    written with its errors (layers/error_memory.py). Growth sets
-    input_slices (slices that the Meta-State heads cut x into, H unless given; head h reads slice h
-    mod input_slices), head_segments (a head's channels by growth step), and first_slots
-    (attention_slots and ffn_size that a TokenFormer began with).
+    meta state of so many heads stands before the head of the model, of any architecture;
+    memory_writes says what is written there, the model's errors (None means these) or the
+    tokens themselves, which costs no second reading of the head (layers/error_memory.py).
+    Growth sets input_slices (slices that the Meta-State heads cut x into, H unless given; head
+    h reads slice h mod input_slices), head_segments (a head's channels by growth step), and
+    first_slots (attention_slots and ffn_size that a TokenFormer began with).
     """
 
     architecture: Literal["metastate", "rwkv7", "transformer", "tokenformer"] = "metastate"
@@ -141,6 +145,7 @@ class ModelConfig:
     ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_order: Literal["beside", "after"] | None = field(default=None, metadata=LATER)
     error_heads: int | None = field(default=None, metadata=LATER)
+    memory_writes: Writes | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -213,6 +218,10 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is not a multiple of error_heads "
                 f"{self.error_heads}; change one of them"
             )
+        if self.memory_writes == "tokens" and not self.error_heads:
+            raise ConfigError("model.memory_writes needs model.error_heads: there is no memory")
+        if self.memory_writes == "errors":
+            object.__setattr__(self, "memory_writes", None)
         self._check_layers()
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
@@ -323,6 +332,7 @@ class GrowthStep:
     ffn_size: int | None = None
     attention_slots: int | None = None
     error_heads: int | None = None
+    memory_writes: Writes | None = None
     init: Literal["zero", "random", "released"] = "zero"
     warmup: int = 0
     old_lr_scale: float | None = None
@@ -339,7 +349,7 @@ class GrowthStep:
 
     def sizes(self) -> dict[str, int | None]:
         """Return the sizes to grow to, None where an axis stays."""
-        other = ("step", "init", "warmup", "old_lr_scale")
+        other = ("step", "memory_writes", "init", "warmup", "old_lr_scale")
         return {key: n for key, n in vars(self).items() if key not in other}
 
 

@@ -28,8 +28,9 @@ CONFIGS = {
     "transformer": ModelConfig(architecture="transformer", **SIZES),
     "tokenformer": ModelConfig(architecture="tokenformer", **SIZES),
     "errors": ModelConfig(**SIZES, ffn_order="after", error_heads=2),
+    "tokens": ModelConfig(**SIZES, error_heads=2, memory_writes="tokens"),
 }
-RECURRENT = ("metastate", "with-M", "rwkv7", "errors")
+RECURRENT = ("metastate", "with-M", "rwkv7", "errors", "tokens")
 
 
 def language_model(name, seed=1):

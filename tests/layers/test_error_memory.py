@@ -79,8 +79,8 @@ def test_the_error_is_the_gradient_of_the_loss():
 
 def model_of(heads=2, **fields):
     torch.manual_seed(3)
-    config = ModelConfig(vocab_size=17, hidden_size=12, num_layers=1, num_heads=2, **fields)
-    return LanguageModel(config.replace(error_heads=heads)).double().eval()
+    fields |= {"vocab_size": 17, "hidden_size": 12, "num_layers": 1, "num_heads": 2}
+    return LanguageModel(ModelConfig(error_heads=heads, **fields)).double().eval()
 
 
 def test_one_write_is_a_step_of_gradient_descent():
@@ -98,9 +98,34 @@ def test_one_write_is_a_step_of_gradient_descent():
     assert torch.equal(found[0, 0], h[0, 0])  # nothing is known before the first successor
 
 
-def test_a_repeated_mistake_is_mended():
+def test_one_write_is_what_came_under_the_key_of_its_place():
+    model = model_of(1, memory_writes="tokens")
+    memory, h = model.error_memory, torch.randn(1, 3, 12, dtype=torch.float64)
+    tokens, weight = torch.tensor([[4, 9, 2]]), model.head.weight.detach()
+    key = F.normalize((h[0] + memory.center) * memory.scale, dim=-1)
+    found, state = memory(h[:, :2], tokens[:, :2], weight, None)
+    M = torch.outer(weight[9], key[0])
+    assert relative_error(state.M[0, 0], M) < 1e-12
+    assert relative_error(found[0, 1], h[0, 1] + key[1] @ M.T * memory.gain) < 1e-12
+    w, a = memory.log_w().exp(), torch.sigmoid(memory.rate)
+    M = M * w - torch.outer(M @ key[1], a * key[1]) + torch.outer(weight[2], key[1])
+    assert relative_error(memory(h, tokens, weight, None)[1].M[0, 0], M) < 1e-12
+    assert state.expected is None
+
+
+def test_tokens_are_written_without_reading_the_head():
+    """No logits but the one product that every model makes."""
+    model = model_of(2, memory_writes="tokens")
+    h = torch.randn(1, 5, 12, dtype=torch.float64, requires_grad=True)
+    weight = model.head.weight.detach().requires_grad_()
+    model.error_memory(h, torch.tensor([[3, 1, 4, 1, 5]]), weight, None)[0].sum().backward()
+    assert {i for i in range(17) if weight.grad[i].any()} == {1, 4, 5}  # 3 came after nothing
+
+
+@pytest.mark.parametrize("writes", ["errors", "tokens"])
+def test_a_repeated_mistake_is_mended(writes):
     """Untrained, and with its weights as they are made, a model finds a repeated text likelier."""
-    model = model_of(1)
+    model = model_of(1, memory_writes=writes)
     text = torch.randint(17, (1, 12)).repeat(1, 9)
     with torch.no_grad():
         logits = model(text)[0][0, :-1]
@@ -111,23 +136,26 @@ def test_a_repeated_mistake_is_mended():
     assert abs(without[-12:].mean() - without[:12].mean()) < 0.1
 
 
-def test_its_state_is_as_large_as_config_says():
+@pytest.mark.parametrize(("writes", "vectors"), [("errors", 2), ("tokens", 1)])
+def test_its_state_is_as_large_as_config_says(writes, vectors):
     for heads in (1, 2, 3):
-        memory = ErrorMemory(ModelConfig(hidden_size=12, error_heads=heads))
-        state = memory.init_state(5)
+        config = ModelConfig(hidden_size=12, error_heads=heads, memory_writes=writes)
+        state = ErrorMemory(config).init_state(5)
         assert state.M.shape == (5, heads, 12 // heads, 12 // heads)
-        assert state.num_bytes == 4 * 5 * (12 * 12 // heads + 2 * 12)
+        assert state.num_bytes == 4 * 5 * (12 * 12 // heads + vectors * 12)
 
 
-def test_flops_and_state_bytes_count_it():
-    with_it, without = model_of(2), model_of(None)
+@pytest.mark.parametrize(("writes", "reads"), [("errors", 2), ("tokens", 0)])
+def test_flops_and_state_bytes_count_it(writes, reads):
+    with_it, without = model_of(2, memory_writes=writes), model_of(None)
     D, V, N = 12, 17, 6
     forward, backward = (
         a - b for a, b in zip(with_it.flops_per_token(9), without.flops_per_token(9), strict=True)
     )
-    assert forward == 2 * 2 * V * D + 10 * 2 * N * N
-    assert backward == 2 * 4 * V * D + 26 * 2 * N * N
-    assert with_it.state_bytes(3) - without.state_bytes(3) == 8 * 3 * (2 * N * N + 2 * D)
+    assert forward == reads * 2 * V * D + 10 * 2 * N * N
+    assert backward == reads * 4 * V * D + 26 * 2 * N * N
+    vectors = 2 if reads else 1
+    assert with_it.state_bytes(3) - without.state_bytes(3) == 8 * 3 * (2 * N * N + vectors * D)
 
 
 def test_heads_must_divide_the_width():
@@ -136,8 +164,18 @@ def test_heads_must_divide_the_width():
 
 
 def test_a_config_without_it_is_written_as_before():
-    assert "error_heads" not in to_dict(ModelConfig())
+    assert not {"error_heads", "memory_writes"} & to_dict(ModelConfig()).keys()
     assert to_dict(ModelConfig(error_heads=2))["error_heads"] == 2
+    errors, tokens = (ModelConfig(error_heads=2, memory_writes=x) for x in ("errors", "tokens"))
+    assert to_dict(errors) == to_dict(ModelConfig(error_heads=2))
+    assert to_dict(tokens)["memory_writes"] == "tokens"
+
+
+def test_what_is_written_needs_a_memory():
+    with pytest.raises(ConfigError, match=r"memory_writes needs model\.error_heads"):
+        ModelConfig(memory_writes="tokens")
+    with pytest.raises(ConfigError, match="memory_writes"):
+        ModelConfig(error_heads=2, memory_writes="surprise")
 
 
 def test_states_of_other_models_are_refused():
@@ -150,6 +188,8 @@ def test_states_of_other_models_are_refused():
         without(tokens, own)
     with pytest.raises(StateError, match=r"errors\.M is \[1, 3, 4, 4\]"):
         with_it(tokens, model_of(3)(tokens)[1])
+    with pytest.raises(StateError, match=r"errors\.expected is None, the model needs \[1, 12\]"):
+        with_it(tokens, model_of(2, memory_writes="tokens")(tokens)[1])
     with pytest.raises(StateError, match="different"):
         own.stack([own, other])
 
@@ -172,9 +212,10 @@ def test_no_layout_of_rwkv7_can_hold_it():
         fla.to_fla(model)
 
 
-def test_a_grown_memory_learns():
+@pytest.mark.parametrize("writes", ["errors", "tokens"])
+def test_a_grown_memory_learns(writes):
     """Its gain is zero at first, moves in the first step, and then all else of it does."""
-    model = grow(model_of(None).float().train(), error_heads=3)
+    model = grow(model_of(None).float().train(), error_heads=3, memory_writes=writes)
     tokens = torch.randint(17, (2, 20))
     optimizer = torch.optim.SGD(model.error_memory.parameters(), lr=1.0)
     moved = []
@@ -192,6 +233,10 @@ def test_it_is_added_once():
     with pytest.raises(ConfigError, match="not a multiple of error_heads"):
         grow(model_of(None), error_heads=5)
     assert grow(model_of(2), num_layers=2).config.error_heads == 2
+    with pytest.raises(ConfigError, match="give error_heads too"):
+        grow(model_of(2), num_layers=2, memory_writes="tokens")
+    with pytest.raises(ConfigError, match="memory_writes"):
+        grow(model_of(None), error_heads=2, memory_writes="nothing")
 
 
 def test_a_head_that_is_no_plain_one_is_refused():

@@ -75,7 +75,9 @@ class Oracle:
             size = self.config.hidden_size // self.config.error_heads
             M = np.zeros((self.config.error_heads, size, size))
             zeros = np.zeros(self.config.hidden_size)
-            layers.append({"M": M, "key": zeros, "expected": zeros})
+            layers.append({"M": M, "key": zeros})
+            if self.config.memory_writes is None:
+                layers[-1]["expected"] = zeros
         return layers
 
     def time_mix(self, i, x, state, v_first):
@@ -193,7 +195,7 @@ class Oracle:
         def p(name):
             return self.w[f"error_memory.{name}"]
 
-        error = (head[token] - state["expected"]).reshape(shape)
+        error = (head[token] - state.get("expected", 0)).reshape(shape)
         before = state["key"].reshape(shape)
         w = np.exp(-np.exp(-0.5) * sigmoid(p("decay"))).reshape(shape)
         a = sigmoid(p("rate")).reshape(shape)
@@ -203,8 +205,10 @@ class Oracle:
             transition = np.diag(w[i]) - np.outer(before[i], a[i] * before[i])
             M[i] = state["M"][i] @ transition + np.outer(error[i], before[i])
             y[i] = key[i] @ M[i].T
-        odds = np.exp(h @ head.T - (h @ head.T).max())
-        state |= {"M": M, "key": key.reshape(-1), "expected": odds / odds.sum() @ head}
+        state |= {"M": M, "key": key.reshape(-1)}
+        if "expected" in state:
+            odds = np.exp(h @ head.T - (h @ head.T).max())
+            state["expected"] = odds / odds.sum() @ head
         return h + y.reshape(-1) * p("gain")
 
     def output_norm(self, y, p, name):

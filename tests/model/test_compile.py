@@ -7,13 +7,15 @@ from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from tolerance import TOLERANCE, relative_error
 
+TOKENS = {"error_heads": 2, "memory_writes": "tokens"}
+
 
 @pytest.mark.parametrize(
     ("architecture", "backend"),
     [("metastate", "cpu"), ("metastate", "chunked"), ("rwkv7", "cpu")],
 )
-@pytest.mark.parametrize("error_heads", [None, 2])
-def test_a_model_is_one_graph(architecture, backend, error_heads):
+@pytest.mark.parametrize("memory", [{}, {"error_heads": 2}, TOKENS], ids=str)
+def test_a_model_is_one_graph(architecture, backend, memory):
     torch.compiler.reset()  # models of other tests would count against the limit of recompilations
     config = preset(
         f"{architecture}-tiny",
@@ -21,7 +23,7 @@ def test_a_model_is_one_graph(architecture, backend, error_heads):
         hidden_size=16,
         num_layers=2,
         num_heads=2,
-        error_heads=error_heads,
+        **{"error_heads": None} | memory,
     )
     model = LanguageModel(config).eval()
     for p in model.parameters():

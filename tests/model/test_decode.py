@@ -37,6 +37,10 @@ KINDS = {
     },
     "errors": {"ffn_size": 20, "ffn_order": "after", "error_heads": 2},
     "rwkv7, errors": {"architecture": "rwkv7", "error_heads": 1},
+    "tokens written": {
+        **{"ffn_size": 20, "ffn_order": "after"},
+        **{"error_heads": 2, "memory_writes": "tokens"},
+    },
 }
 
 
@@ -99,7 +103,7 @@ def test_reading_leaves_the_state_of_a_forward(kind, half):
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("kind", ["rwkv7", "both", "errors"])
+@pytest.mark.parametrize("kind", ["rwkv7", "both", "errors", "tokens written"])
 def test_a_row_has_the_same_bits_in_any_batch(kind, half):
     model = make(60, **KINDS[kind])
     if half:

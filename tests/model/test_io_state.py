@@ -36,6 +36,7 @@ MODELS = {
     "rwkv7": {"architecture": "rwkv7"},
     "transformer": {"architecture": "transformer"},
     "errors": {"error_heads": 2},
+    "tokens": {"error_heads": 2, "memory_writes": "tokens"},
 }
 TOKENS = torch.arange(24).view(2, 12) % SIZES["vocab_size"]
 

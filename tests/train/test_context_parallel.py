@@ -138,6 +138,7 @@ MODELS = {
     ),
     "rwkv7": (MetaStateConfig(), {"architecture": "rwkv7", "parameter_tokens": 2}),
     "errors": (MetaStateConfig(), {"error_heads": 2, "with_state": True}),
+    "tokens": (MetaStateConfig(), {"error_heads": 1, "memory_writes": "tokens"}),
 }
 
 

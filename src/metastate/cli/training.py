@@ -121,7 +121,8 @@ def check_schedule(config: TrainConfig) -> None:
     """Refuse growth that is impossible before the run begins, not at its step."""
     model = first_model(config)
     for growth in config.growth:
-        model = grown_config(model, init=growth.init, **growth.sizes())
+        written = growth.memory_writes
+        model = grown_config(model, init=growth.init, memory_writes=written, **growth.sizes())
 
 
 def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig
+from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig, Writes
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
@@ -38,7 +38,13 @@ RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
 Init = Literal["zero", "random", "released"]
 
 
-def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | None) -> ModelConfig:
+def grown_config(
+    config: ModelConfig,
+    *,
+    init: Init = "zero",
+    memory_writes: Writes | None = None,
+    **sizes: int | None,
+) -> ModelConfig:
     """Return the configuration of a model grown to `sizes`; None leaves an axis as it is.
 
     Raises:
@@ -80,6 +86,12 @@ def grown_config(config: ModelConfig, *, init: Init = "zero", **sizes: int | Non
     if kind == "metastate" and "head_size" in wanted and (reason := _inexact(meta)):
         raise ConfigError(f"head_size cannot grow with {reason}; grow num_heads instead")
     changes: dict[str, Any] = dict(wanted)
+    if memory_writes is not None:
+        if "error_heads" not in wanted:
+            raise ConfigError(
+                "memory_writes says what a new error memory is written with; give error_heads too"
+            )
+        changes |= coerce_fields(ModelConfig, {"memory_writes": memory_writes}, "growth")
     if kind == "tokenformer":  # its released code forgets how many slots there were
         changes["first_slots"] = None if init == "released" else config.first_slots
     if kind not in ATTENTION:
@@ -153,6 +165,7 @@ def grow(
     ffn_size: int | None = None,
     attention_slots: int | None = None,
     error_heads: int | None = None,
+    memory_writes: Writes | None = None,
     init: Init = "zero",
     seed: int = 0,
 ) -> LanguageModel:
@@ -168,6 +181,7 @@ def grow(
             get one.
         attention_slots: A, slots of a TokenFormer's projections.
         error_heads: heads of an error memory, of any model that has none.
+        memory_writes: what that memory is written with, "errors" unless given, or "tokens".
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
             a TokenFormer only: what its released code does, new keys random and the scale that of
@@ -193,7 +207,7 @@ def grow(
         "error_heads": error_heads,
     }
     parent = model.config
-    config = grown_config(parent, init=init, **sizes)
+    config = grown_config(parent, init=init, memory_writes=memory_writes, **sizes)
     like = model.embedding.weight
     with drawing(seed):
         grown = LanguageModel(config).to(like.dtype)
@@ -313,7 +327,13 @@ def grow_in_training(
     seed: int,
 ) -> tuple[LanguageModel, dict[str, Tensor], ModelState | None]:
     """Make one step of a growth schedule: model, whole moments and carried state together."""
-    grown = grow(model, **growth.sizes(), init=growth.init, seed=seed)
+    grown = grow(
+        model,
+        **growth.sizes(),
+        memory_writes=growth.memory_writes,
+        init=growth.init,
+        seed=seed,
+    )
     state = None if carried is None else grow_state(carried, grown)
     return grown, grow_moments(moments, grown, model.config), state
 

@@ -1,8 +1,10 @@
 """The error memory: a meta state for the whole model, written with what it predicted wrongly.
 
 Sources: dynamic evaluation (Krause et al., arXiv:1709.07432), whose gradient step on the head at
-every token is here one linear recurrence; fast weights (Schlag et al., arXiv:2102.11174). As a
-meta state of this architecture it is ours; docs/log.md has what led to it.
+every token is here one linear recurrence; fast weights (Schlag et al., arXiv:2102.11174); written
+with tokens, the cache of hidden states and what followed them (Grave et al., arXiv:1612.04426),
+here of constant size. As a meta state of this architecture it is ours; docs/log.md has what led
+to it.
 """
 
 from __future__ import annotations
@@ -34,21 +36,24 @@ class ErrorState:
     Attributes:
         M: meta state, [B, H, N_v, N_k], float32 (float64 in a float64 model).
         key: k of the last token, [B, D], like M; zeros before the first.
-        expected: the row of the head that the last token's prediction expects, [B, D], like M.
+        expected: the row of the head that the last token's prediction expects, [B, D], like M; None
+            where tokens are written.
     """
 
     M: Tensor
     key: Tensor
-    expected: Tensor
+    expected: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ErrorState:
         """Return a state whose tensors are `fn` of this one's."""
-        return ErrorState(fn(self.M), fn(self.key), fn(self.expected))
+        expected = None if self.expected is None else fn(self.expected)
+        return ErrorState(fn(self.M), fn(self.key), expected)
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors in bytes."""
-        return self.M.nbytes + self.key.nbytes + self.expected.nbytes
+        expected = 0 if self.expected is None else self.expected.nbytes
+        return self.M.nbytes + self.key.nbytes + expected
 
 
 class ErrorMemory(nn.Module):
@@ -65,6 +70,9 @@ class ErrorMemory(nn.Module):
     prediction. Here it is taken from the uncorrected one, so that a whole text is one recurrence,
     and the rate a takes away the part of it that M corrects already. w, a [D], like g, are learned
     and the same for all tokens. M has as many numbers as one block's S at the same head size.
+
+    With `memory_writes` "tokens" there is no m, and eps_t = W[x_t]: M then associates what came
+    with the places it came after, whether it was expected or not, and the head is read once.
     """
 
     # A model that is given a memory is not corrected by it at first.
@@ -78,6 +86,7 @@ class ErrorMemory(nn.Module):
         assert config.error_heads is not None
         D = config.hidden_size
         self.num_heads, self.head_size = config.error_heads, D // config.error_heads
+        self.writes_tokens = config.memory_writes == "tokens"
         self.center = nn.Parameter(torch.zeros(D))
         self.scale = nn.Parameter(torch.ones(D))
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
@@ -89,7 +98,8 @@ class ErrorMemory(nn.Module):
         H, N = self.num_heads, self.head_size
         dtype, device = ops.state_dtype(self.gain.dtype), self.gain.device
         zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
-        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros.clone())
+        expected = None if self.writes_tokens else zeros.clone()
+        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, expected)
 
     def log_w(self) -> Tensor:
         """Return the log decay of every channel, [D]: -exp(-0.5) sigmoid(decay)."""
@@ -132,11 +142,14 @@ class ErrorMemory(nn.Module):
             exact = h.to(state.M.dtype)
             z = ((exact + self.center) * self.scale).view(heads)
             key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
-        expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
         before = _before(key, state.key, packing).view(heads)
         # Not weight[tokens], whose gradient several threads add up in the order in which they come.
-        error = F.embedding(tokens, weight).to(expected.dtype)
-        error = error - _before(expected, state.expected, packing)
+        error = F.embedding(tokens, weight).to(exact.dtype)
+        last = None
+        if state.expected is not None:
+            expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
+            error = error - _before(expected, state.expected, packing)
+            last = expected[:, -1].clone()  # a view would keep all tokens' alive
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = self.log_w().view(heads[2:]).expand(heads)
         cu_seqlens = None if packing is None else packing.cu_seqlens
@@ -151,8 +164,7 @@ class ErrorMemory(nn.Module):
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))
         corrected = exact + y.flatten(2) * self.gain
-        last = key[:, -1].clone(), expected[:, -1].clone()  # views would keep all tokens' alive
-        after = ErrorState(last_of_rows(final, packing), *last)
+        after = ErrorState(last_of_rows(final, packing), key[:, -1].clone(), last)
         return corrected.to(h.dtype), after
 
 

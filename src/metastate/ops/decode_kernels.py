@@ -17,9 +17,9 @@ with a norm of its own. At the end come
 
     NORM          ln_out                                                a row
     CORRECT       error memory: move M, correct the features            a row
-    PREDICT       the head, of both where there is an error memory      some outputs
-    SOFTMAX       error memory: probabilities without its correction    a row
-    EXPECT        error memory: the row of the head that they expect    some channels
+    PREDICT       the head, of both where errors are written            some outputs
+    SOFTMAX       errors: the probabilities without the correction      a row
+    EXPECT        errors: the row of the head that they expect          some channels
 
 Threads draw pieces from a shared
 counter and wait only for pieces that another thread has drawn, so any number of threads, one
@@ -95,7 +95,8 @@ BUFFERS = (
     X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
     R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
 ) = range(len(BUFFERS))  # fmt: skip
-# What comes after the blocks; without an error memory the fields of one are zero.
+# What comes after the blocks; without an error memory the fields of one are zero, and where tokens
+# are written there EXPECTED is.
 ENDS = (
     *("ln_out_weight", "ln_out_bias", "head"),
     *("center", "scale", "decay", "rate", "gain", "M", "key", "expected", "tokens"),
@@ -115,7 +116,7 @@ _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int], n: int) -> list[int]:
     """Return how many float32 values a row of each of BUFFERS has; A = H N.
 
-    `n` is 2 with an error memory, which has the head read two kinds of features, and 1 without.
+    `n` is 2 where errors are written, for which the head reads two kinds of features; else 1.
     """
     return [D, 6 * D, *ranks, F, n * vocab_size, *[A] * 12, n * D, A]
 
@@ -308,20 +309,22 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
 @_njit
 def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-def]
     """Write the last prediction's error, and correct h; what it was is kept behind all rows."""
-    h, plain = vector(buf[Z], b * D), vector(buf[Z], (rows + b) * D)
-    for j in range(D):
-        plain[j] = h[j]
+    h = vector(buf[Z], b * D)
     error, key, removal = (
         vector(buf[V], b * A),
         vector(buf[KAPPA], b * A),
         vector(buf[REMOVAL], b * A),
     )
-    before, expected = vector(ends[ERROR_KEY], b * D), vector(ends[EXPECTED], b * D)
+    before = vector(ends[ERROR_KEY], b * D)
     center, scale, a = vector(ends[CENTER], 0), vector(ends[SCALE], 0), vector(ends[ERROR_RATE], 0)
     came = pointer(ends[TOKENS], np.int64(0))[b]
     widened(ends[HEAD] + came * D * size, size, D, error)
+    if ends[EXPECTED]:
+        plain, expected = vector(buf[Z], (rows + b) * D), vector(ends[EXPECTED], b * D)
+        for j in range(D):
+            plain[j] = h[j]
+            error[j] -= expected[j]
     for j in range(D):
-        error[j] -= expected[j]
         removal[j] = a[j] * before[j]
         key[j] = (h[j] + center[j]) * scale[j]
     N = D // heads
@@ -373,7 +376,7 @@ def token(  # type: ignore[no-untyped-def]
     """
     last = L * NUM_PHASES
     own_F, own = 0, 0
-    for p in range(last + (NUM_ENDS if error_heads else SOFTMAX)):
+    for p in range(last + (NUM_ENDS if ends[EXPECTED] else SOFTMAX)):
         layer, phase = p // NUM_PHASES, p % NUM_PHASES
         if p >= last:
             end = p - last
@@ -400,7 +403,7 @@ def token(  # type: ignore[no-untyped-def]
             elif p == last + CORRECT:
                 _correct(ends, buf, i, size, D, H * N, error_heads, rows)
             elif p == last + PREDICT:
-                both = 2 * rows if error_heads else rows
+                both = 2 * rows if ends[EXPECTED] else rows
                 _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, both, 0, NONE)
             elif p == last + SOFTMAX:
                 softmax(vector(buf[LOGITS], (rows + i) * vocab_size), vocab_size)
