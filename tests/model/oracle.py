@@ -75,9 +75,8 @@ class Oracle:
             size = self.config.hidden_size // self.config.error_heads
             M = np.zeros((self.config.error_heads, size, size))
             zeros = np.zeros(self.config.hidden_size)
-            layers.append({"M": M, "key": zeros})
-            if self.config.memory_writes is None:
-                layers[-1]["expected"] = zeros
+            last = "features" if self.config.memory_writes == "tokens" else "expected"
+            layers.append({"M": M, "key": zeros, last: zeros})
         return layers
 
     def time_mix(self, i, x, state, v_first):
@@ -195,7 +194,13 @@ class Oracle:
         def p(name):
             return self.w[f"error_memory.{name}"]
 
-        error = (head[token] - state.get("expected", 0)).reshape(shape)
+        row = head[token]
+        if "expected" in state:
+            error = (row - state["expected"]).reshape(shape)
+        else:
+            z = state["features"] @ row * p("logit") + p("place") @ state["features"]
+            s = 2 * sigmoid(z + p("token") @ row + p("bias"))
+            error = s[:, None] * row.reshape(shape)
         before = state["key"].reshape(shape)
         w = np.exp(-np.exp(-0.5) * sigmoid(p("decay"))).reshape(shape)
         a = sigmoid(p("rate")).reshape(shape)
@@ -209,6 +214,8 @@ class Oracle:
         if "expected" in state:
             odds = np.exp(h @ head.T - (h @ head.T).max())
             state["expected"] = odds / odds.sum() @ head
+        else:
+            state["features"] = h
         return h + y.reshape(-1) * p("gain")
 
     def output_norm(self, y, p, name):

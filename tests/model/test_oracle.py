@@ -70,7 +70,8 @@ def check(model, length=9, carried=True, backends=BACKENDS[:2]):
                 part, state = model(tokens[:, half], state, resets=resets[:, half])
                 parts.append(part)
         assert relative_error(torch.cat(parts, 1), expected) < TOLERANCE[torch.float64], backend
-        names = {"S": "S", "time_shift": "time", "M": "M", "key": "key", "expected": "expected"}
+        names = {"S": "S", "time_shift": "time"}
+        names |= {name: name for name in ("M", "key", "expected", "features")}
         for i, part in enumerate(state.parts):
             for name, key in names.items():
                 mine = getattr(part, name, None)

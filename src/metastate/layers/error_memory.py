@@ -3,8 +3,8 @@
 Sources: dynamic evaluation (Krause et al., arXiv:1709.07432), whose gradient step on the head at
 every token is here one linear recurrence; fast weights (Schlag et al., arXiv:2102.11174); written
 with tokens, the cache of hidden states and what followed them (Grave et al., arXiv:1612.04426),
-here of constant size. As a meta state of this architecture it is ours; docs/log.md has what led
-to it.
+here of constant size, and writing by surprise (Titans, arXiv:2501.00663), here a token's own
+logit. As a meta state of this architecture it is ours; docs/log.md has what led to it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from metastate.ops.softmax import expected_row
 # Near where runs of a quarter of a million parameters ended that had begun elsewhere (docs/log.md).
 FIRST_DECAY, FIRST_RATE = -6.4, -2.0  # logits: a half-life of 690 tokens, a rate of 0.12
 FIRST_GAIN = 1.5
+FIRST_LOGIT = -0.5  # and surprise that is less the likelier a token was; 1/2 on the average
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,22 @@ class ErrorState:
         key: k of the last token, [B, D], like M; zeros before the first.
         expected: the row of the head that the last token's prediction expects, [B, D], like M; None
             where tokens are written.
+        features: h of the last token, [B, D], like M; None where errors are written.
     """
 
     M: Tensor
     key: Tensor
     expected: Tensor | None = None
+    features: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ErrorState:
         """Return a state whose tensors are `fn` of this one's."""
-        expected = None if self.expected is None else fn(self.expected)
-        return ErrorState(fn(self.M), fn(self.key), expected)
+        return ErrorState(*(None if x is None else fn(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors in bytes."""
-        expected = 0 if self.expected is None else self.expected.nbytes
-        return self.M.nbytes + self.key.nbytes + expected
+        return sum(x.nbytes for x in vars(self).values() if x is not None)
 
 
 class ErrorMemory(nn.Module):
@@ -71,14 +72,19 @@ class ErrorMemory(nn.Module):
     and the rate a takes away the part of it that M corrects already. w, a [D], like g, are learned
     and the same for all tokens. M has as many numbers as one block's S at the same head size.
 
-    With `memory_writes` "tokens" there is no m, and eps_t = W[x_t]: M then associates what came
-    with the places it came after, whether it was expected or not, and the head is read once.
+    With `memory_writes` "tokens" there is no m, and the head is read once: M associates what came
+    with the places it came after, the more the less it was expected, as one logit tells:
+
+    eps_t = s_t W[x_t],   s_t = 2 sigmoid(l h_{t-1} . W[x_t] + p . h_{t-1} + q . W[x_t] + b)
+
+    with l, b a number and p, q [D] for every head. It is the error's own first term: of W[x] - m a
+    share 1 - p(x) lies along W[x], and p(x) is a sigmoid of that logit and of what the others are.
     """
 
     # A model that is given a memory is not corrected by it at first.
     GROWS: ClassVar[dict[str, Growth]] = {"gain": ("D", OUTPUT)}
     GROUPS: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("center", "scale", "decay", "rate", "gain"), VECTOR
+        ("center", "scale", "decay", "rate", "gain", "logit", "place", "token", "bias"), VECTOR
     )
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,18 +98,29 @@ class ErrorMemory(nn.Module):
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
         self.rate = nn.Parameter(torch.full((D,), FIRST_RATE))
         self.gain = nn.Parameter(torch.full((D,), FIRST_GAIN))
+        if self.writes_tokens:
+            self.logit = nn.Parameter(torch.full((self.num_heads,), FIRST_LOGIT))
+            self.place = nn.Parameter(torch.zeros(self.num_heads, D))
+            self.token = nn.Parameter(torch.zeros(self.num_heads, D))
+            self.bias = nn.Parameter(torch.zeros(self.num_heads))
 
     def init_state(self, batch_size: int) -> ErrorState:
         """Return the state before the first token: zeros."""
         H, N = self.num_heads, self.head_size
         dtype, device = ops.state_dtype(self.gain.dtype), self.gain.device
         zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
-        expected = None if self.writes_tokens else zeros.clone()
-        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, expected)
+        field = "features" if self.writes_tokens else "expected"
+        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, **{field: zeros.clone()})
 
     def log_w(self) -> Tensor:
         """Return the log decay of every channel, [D]: -exp(-0.5) sigmoid(decay)."""
         return fused.DECAY_SCALE * torch.sigmoid(self.decay.to(ops.state_dtype(self.decay.dtype)))
+
+    def surprise(self, before: Tensor, row: Tensor) -> Tensor:
+        """Return s of each head, [..., H], for rows W[x_t] [..., D] after features `before`."""
+        logit = (before * row).sum(-1, keepdim=True) * self.logit
+        place, token = F.linear(before, self.place), F.linear(row, self.token)
+        return 2 * torch.sigmoid(logit + place + token + self.bias)
 
     def forward(
         self,
@@ -144,12 +161,17 @@ class ErrorMemory(nn.Module):
             key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
         before = _before(key, state.key, packing).view(heads)
         # Not weight[tokens], whose gradient several threads add up in the order in which they come.
-        error = F.embedding(tokens, weight).to(exact.dtype)
-        last = None
+        row = F.embedding(tokens, weight).to(exact.dtype)
         if state.expected is not None:
             expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
-            error = error - _before(expected, state.expected, packing)
-            last = expected[:, -1].clone()  # a view would keep all tokens' alive
+            v = (row - _before(expected, state.expected, packing)).view(heads)
+            last = {"expected": expected[:, -1].clone()}  # a view would keep all tokens' alive
+        else:
+            assert state.features is not None
+            with torch.autocast(h.device.type, enabled=False):
+                s = self.surprise(_before(exact, state.features, packing), row)
+            v = row.view(heads) * s[..., None]
+            last = {"features": exact[:, -1].clone()}
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = self.log_w().view(heads[2:]).expand(heads)
         cu_seqlens = None if packing is None else packing.cu_seqlens
@@ -160,11 +182,10 @@ class ErrorMemory(nn.Module):
                 q, log_w, before, v, before, a, M, cu_seqlens=cu_seqlens, backend=backend
             )
 
-        v = error.view(heads)
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))
         corrected = exact + y.flatten(2) * self.gain
-        after = ErrorState(last_of_rows(final, packing), key[:, -1].clone(), last)
+        after = ErrorState(last_of_rows(final, packing), key[:, -1].clone(), **last)
         return corrected.to(h.dtype), after
 
 

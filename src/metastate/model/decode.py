@@ -243,7 +243,7 @@ class NativeDecoder(BatchDecoder):
         own["head"] = model.head.weight.data
         memory, errors = model.error_memory, self.state.errors
         if memory is not None and errors is not None:
-            own |= {name: getattr(memory, name).float() for name in ("center", "scale", "gain")}
+            own |= {name: p.float() for name, p in memory.named_parameters()}
             own |= {"decay": memory.log_w().exp(), "rate": memory.rate.float().sigmoid()}
             own |= vars(errors) | {"tokens": self._tokens}
         return own

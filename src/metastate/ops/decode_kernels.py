@@ -63,6 +63,7 @@ from metastate.ops.row_kernels import (
     widened,
 )
 
+TWO = np.float32(2)
 SPAN = 32  # outputs of a piece
 LINE = 16  # int64 between counters, so that no two share a cache line
 SPINS = 2000  # looks at a counter before the processor is offered to others
@@ -95,15 +96,17 @@ BUFFERS = (
     X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
     R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
 ) = range(len(BUFFERS))  # fmt: skip
-# What comes after the blocks; without an error memory the fields of one are zero, and where tokens
-# are written there EXPECTED is.
+# What comes after the blocks; without an error memory the fields of one are zero, EXPECTED where it
+# is written with tokens, and those from FEATURES on where with errors.
 ENDS = (
     *("ln_out_weight", "ln_out_bias", "head"),
-    *("center", "scale", "decay", "rate", "gain", "M", "key", "expected", "tokens"),
+    *("center", "scale", "decay", "rate", "gain", "M", "key", "tokens", "expected"),
+    *("features", "logit", "place", "token", "bias"),
 )
 (
     LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD,
-    CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, EXPECTED, TOKENS,
+    CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, TOKENS, EXPECTED,
+    FEATURES, LOGIT, PLACE, TOKEN, BIAS,
 ) = range(len(ENDS))  # fmt: skip
 NORM, CORRECT, PREDICT, SOFTMAX, EXPECT, NUM_ENDS = range(6)
 MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES = range(9)
@@ -307,8 +310,19 @@ def _work(at, buf, phase, layer, i, size, D, H, N, F, ranks, rows, flags):  # ty
 
 
 @_njit
+def _surprise(ends, h, row, i, D):  # type: ignore[no-untyped-def]
+    """How far head i takes the row of what came for unexpected after features h, from 0 to 2."""
+    logit, total = ZERO, vector(ends[BIAS], i)[0]
+    place, token = vector(ends[PLACE], i * D), vector(ends[TOKEN], i * D)
+    for j in range(D):
+        logit += h[j] * row[j]
+        total += place[j] * h[j] + token[j] * row[j]
+    return TWO * _sigmoid(total + vector(ends[LOGIT], i)[0] * logit)
+
+
+@_njit
 def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-def]
-    """Write the last prediction's error, and correct h; what it was is kept behind all rows."""
+    """Write what came, correct h; where errors are written what h was is kept behind all rows."""
     h = vector(buf[Z], b * D)
     error, key, removal = (
         vector(buf[V], b * A),
@@ -319,15 +333,23 @@ def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-
     center, scale, a = vector(ends[CENTER], 0), vector(ends[SCALE], 0), vector(ends[ERROR_RATE], 0)
     came = pointer(ends[TOKENS], np.int64(0))[b]
     widened(ends[HEAD] + came * D * size, size, D, error)
+    N = D // heads
     if ends[EXPECTED]:
         plain, expected = vector(buf[Z], (rows + b) * D), vector(ends[EXPECTED], b * D)
         for j in range(D):
-            plain[j] = h[j]
             error[j] -= expected[j]
+    else:
+        plain = vector(ends[FEATURES], b * D)
+        for i in range(heads):
+            s = _surprise(ends, plain, error, i, D)
+            for j in range(i * N, (i + 1) * N):
+                removal[j] = s
+        for j in range(D):
+            error[j] *= removal[j]
     for j in range(D):
+        plain[j] = h[j]
         removal[j] = a[j] * before[j]
         key[j] = (h[j] + center[j]) * scale[j]
-    N = D // heads
     for i in range(heads):
         c, o = i * N, b * A + i * N
         own, last, gain = (
