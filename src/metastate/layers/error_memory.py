@@ -118,9 +118,10 @@ class ErrorMemory(nn.Module):
 
     def surprise(self, before: Tensor, row: Tensor) -> Tensor:
         """Return s of each head, [..., H], for rows W[x_t] [..., D] after features `before`."""
-        logit = (before * row).sum(-1, keepdim=True) * self.logit
-        place, token = F.linear(before, self.place), F.linear(row, self.token)
-        return 2 * torch.sigmoid(logit + place + token + self.bias)
+        weights = (self.logit, self.place, self.token, self.bias)
+        logit, place, token, bias = (p.to(row.dtype) for p in weights)
+        z = (before * row).sum(-1, keepdim=True) * logit + F.linear(before, place, bias)
+        return 2 * torch.sigmoid(z + F.linear(row, token))
 
     def forward(
         self,
