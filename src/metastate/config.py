@@ -290,7 +290,8 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a copy with `changes`; derived fields follow unless they are given.
 
-        So do the heads of an error memory, of which there are as few as may be in a new width.
+        So do the heads of an error memory, of which there are as few as may be in a new width. A
+        memory that comes is written with tokens, and one that goes takes that choice along.
         """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if {"hidden_size", "attention_slots", "ffn_size"} & changes.keys():
@@ -304,6 +305,9 @@ class ModelConfig:
         width = changes.get("hidden_size")
         if isinstance(width, int) and self.error_heads:
             data["error_heads"] = fewest_error_heads(width)
+        heads = changes.get("error_heads", self.error_heads)
+        if bool(heads) != bool(self.error_heads):
+            data["memory_writes"] = "tokens" if heads else None
         return ModelConfig(**(data | changes))
 
 

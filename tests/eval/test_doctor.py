@@ -212,11 +212,11 @@ def test_models_are_of_the_kinds_that_people_decode():
     """The presets' own options among them, and matrices stored in bfloat16."""
     cases = [c for c in ALL_CASES if c.layers]
     for name in ("metastate-tiny", "rwkv7-tiny"):
-        own = preset(name)
-        kind = (own.architecture, own.ffn_order, own.error_heads, own.meta_state)
-        configs = [c.model().config for c in cases]
-        found = [(c.architecture, c.ffn_order, c.error_heads, c.meta_state) for c in configs]
-        assert kind in found
+        kinds = [
+            (c.architecture, c.ffn_order, c.error_heads, c.memory_writes, c.meta_state)
+            for c in (preset(name), *(case.model().config for case in cases))
+        ]
+        assert kinds[0] in kinds[1:]
     assert {c.ffn_order for c in cases if c.dtype == torch.bfloat16} == {"after"}
 
 

@@ -34,7 +34,7 @@ AXES = {
     "num_layers": {"num_layers": 4},
     "ffn_size": {"ffn_size": 17},
     "error_heads": {"error_heads": 2},
-    "error_heads, tokens": {"error_heads": 3, "memory_writes": "tokens"},
+    "error_heads, errors": {"error_heads": 3, "memory_writes": "errors"},
     "all": {
         "head_size": 11,
         "num_heads": 3,

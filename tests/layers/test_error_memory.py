@@ -180,6 +180,15 @@ def test_a_config_without_it_is_written_as_before():
     assert to_dict(tokens)["memory_writes"] == "tokens"
 
 
+def test_a_memory_that_comes_is_written_with_tokens():
+    none, tokens = ModelConfig(), ModelConfig().replace(error_heads=2)
+    assert tokens.memory_writes == "tokens"
+    assert tokens.replace(error_heads=None) == none
+    assert none.replace(error_heads=2, memory_writes="errors") == ModelConfig(error_heads=2)
+    assert ModelConfig(error_heads=2).replace(error_heads=1).memory_writes is None
+    assert tokens.replace(error_heads=1, hidden_size=64).memory_writes == "tokens"
+
+
 def test_what_is_written_needs_a_memory():
     with pytest.raises(ConfigError, match=r"memory_writes needs model\.error_heads"):
         ModelConfig(memory_writes="tokens")
@@ -242,6 +251,7 @@ def test_it_is_added_once():
     with pytest.raises(ConfigError, match="not a multiple of error_heads"):
         grow(model_of(None), error_heads=5)
     assert grow(model_of(2), num_layers=2).config.error_heads == 2
+    assert grow(model_of(None), error_heads=2).config.memory_writes == "tokens"
     with pytest.raises(ConfigError, match="give error_heads too"):
         grow(model_of(2), num_layers=2, memory_writes="tokens")
     with pytest.raises(ConfigError, match="memory_writes"):

@@ -283,7 +283,8 @@ def add_grow(parser: Parser) -> None:
     parser.add_argument(
         "--memory-writes",
         choices=get_args(Writes),
-        help="what a new error memory is written with; tokens are cheaper (default: errors)",
+        help="what a new error memory is written with; errors read the head three times "
+        "(default: tokens)",
     )
     parser.add_argument(
         "--init",

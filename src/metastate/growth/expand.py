@@ -181,7 +181,7 @@ def grow(
             get one.
         attention_slots: A, slots of a TokenFormer's projections.
         error_heads: heads of an error memory, of any model that has none.
-        memory_writes: what that memory is written with, "errors" unless given, or "tokens".
+        memory_writes: what that memory is written with, "tokens" unless given, or "errors".
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
             a TokenFormer only: what its released code does, new keys random and the scale that of
