@@ -93,11 +93,11 @@ def say_plan(config: TrainConfig, saved: TrainConfig | None) -> None:
         model = read_config(found)["model"]
     else:
         model = first_model(config, vocab_size=data.vocab_size)
-    counts = sketch(model).count_parameters()
+    counts, threads = sketch(model).count_parameters(), torch.get_num_threads()
     log(
         f"{model.architecture} of width {model.hidden_size} and depth {model.num_layers}: "
         f"{counts['total']:,} parameters, {counts['non_embedding']:,} without embedding and head; "
-        f"{config.dtype} on {config.device}, {torch.get_num_threads()} threads"
+        f"{config.dtype} on {config.device}, {threads} thread{'s' if threads > 1 else ''}"
     )
     rows = config.batch_size * config.accumulate
     tokens = config.steps * rows * config.context
