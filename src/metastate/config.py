@@ -218,7 +218,7 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is not a multiple of error_heads "
                 f"{self.error_heads}; change one of them"
             )
-        if self.memory_writes == "tokens" and not self.error_heads:
+        if self.memory_writes and not self.error_heads:
             raise ConfigError("model.memory_writes needs model.error_heads: there is no memory")
         if self.memory_writes == "errors":
             object.__setattr__(self, "memory_writes", None)
@@ -324,7 +324,8 @@ def fewest_error_heads(hidden_size: int) -> int:
 class GrowthStep:
     """Growth inside a run: before update `step` the model grows to the sizes that are given.
 
-    The learning rate rises again from zero over `warmup` steps, and entries that the model had
+    A new error memory (error_heads) is written with tokens unless memory_writes says errors. The
+    learning rate rises again from zero over `warmup` steps, and entries that the model had
     before learn at `old_lr_scale` times the rate until the next growth (None: as the run says).
     """
 

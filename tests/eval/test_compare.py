@@ -281,9 +281,22 @@ def test_cells_of_before_data_and_sources_were_noted_still_count(copied):
         old = {k: v for k, v in score.items() if k not in ("data", "test_tokens", "source")}
         assert len(old) < len(score)
         del old["run"]["growth"]  # a setting that came later had its default
+        del old["run"]["model"]["meta_layers"]  # and one of the model was None
         file.write_text(json.dumps(old))
     rows = compare(dataclasses.replace(suite, test_tokens=64), out)["rows"]
     assert len(rows) == 4 and all(r["data"] is r["source"] is None for r in rows)
+
+
+def test_a_cell_that_was_begun_with_another_model_does_not_go_on(copied):
+    """As when a preset has got another default since."""
+    suite, out = copied
+    cell = next(c for c in plan(suite, out) if c.rate is None and c.config.error_heads)
+    (cell.folder / "score.json").unlink()
+    record = json.loads((cell.folder / "run.json").read_text())
+    del record["train"]["model"]["memory_writes"]
+    (cell.folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"model\.memory_writes None, now 'tokens'.*remove that"):
+        compare(suite, out)
 
 
 def test_cells_that_recorded_the_former_fingerprint_still_count(copied):

@@ -27,7 +27,9 @@ TEXT = "über den Zustand 🙂"
 DIGITS = 1e-4  # relative; the answers are rounded to five digits
 
 
-def make(architecture="metastate", dtype=torch.float32, error_heads=None, **options):
+def make(
+    architecture="metastate", dtype=torch.float32, error_heads=None, memory_writes=None, **options
+):
     model = LanguageModel(
         ModelConfig(
             architecture=architecture,
@@ -36,6 +38,7 @@ def make(architecture="metastate", dtype=torch.float32, error_heads=None, **opti
             num_layers=2,
             num_heads=2,
             error_heads=error_heads,
+            memory_writes=memory_writes,
             meta_state=MetaStateConfig(**options),
         )
     )
@@ -46,12 +49,12 @@ def make(architecture="metastate", dtype=torch.float32, error_heads=None, **opti
     return model.to(dtype).eval()
 
 
-@pytest.fixture(params=["encoding", "both", "errors", "rwkv7"])
+@pytest.fixture(params=["encoding", "both", "errors", "tokens", "rwkv7"])
 def model(request):
     if request.param == "rwkv7":
         return make("rwkv7")
-    if request.param == "errors":
-        return make(error_heads=1, readout="encoding")
+    if request.param in ("errors", "tokens"):
+        return make(error_heads=1, memory_writes=request.param, readout="encoding")
     return make(readout=request.param)
 
 

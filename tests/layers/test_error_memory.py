@@ -190,8 +190,9 @@ def test_a_memory_that_comes_is_written_with_tokens():
 
 
 def test_what_is_written_needs_a_memory():
-    with pytest.raises(ConfigError, match=r"memory_writes needs model\.error_heads"):
-        ModelConfig(memory_writes="tokens")
+    for writes in ("errors", "tokens"):
+        with pytest.raises(ConfigError, match=r"memory_writes needs model\.error_heads"):
+            ModelConfig(memory_writes=writes)
     with pytest.raises(ConfigError, match="memory_writes"):
         ModelConfig(error_heads=2, memory_writes="surprise")
 
@@ -246,14 +247,15 @@ def test_a_grown_memory_learns(writes):
 
 
 def test_it_is_added_once():
-    with pytest.raises(ConfigError, match="error_heads cannot change"):
-        grow(model_of(2), error_heads=4)
+    for settings in ({"error_heads": 4}, {"num_layers": 2, "memory_writes": "tokens"}):
+        with pytest.raises(ConfigError, match="has an error memory already"):
+            grow(model_of(2), **settings)
     with pytest.raises(ConfigError, match="not a multiple of error_heads"):
         grow(model_of(None), error_heads=5)
     assert grow(model_of(2), num_layers=2).config.error_heads == 2
     assert grow(model_of(None), error_heads=2).config.memory_writes == "tokens"
     with pytest.raises(ConfigError, match="give error_heads too"):
-        grow(model_of(2), num_layers=2, memory_writes="tokens")
+        grow(model_of(None), num_layers=2, memory_writes="tokens")
     with pytest.raises(ConfigError, match="memory_writes"):
         grow(model_of(None), error_heads=2, memory_writes="nothing")
 

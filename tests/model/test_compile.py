@@ -7,15 +7,13 @@ from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from tolerance import TOLERANCE, relative_error
 
-TOKENS = {"error_heads": 2, "memory_writes": "tokens"}
-
 
 @pytest.mark.parametrize(
     ("architecture", "backend"),
     [("metastate", "cpu"), ("metastate", "chunked"), ("rwkv7", "cpu")],
 )
-@pytest.mark.parametrize("memory", [{}, {"error_heads": 2}, TOKENS], ids=str)
-def test_a_model_is_one_graph(architecture, backend, memory):
+@pytest.mark.parametrize("writes", [None, "errors", "tokens"])
+def test_a_model_is_one_graph(architecture, backend, writes):
     torch.compiler.reset()  # models of other tests would count against the limit of recompilations
     config = preset(
         f"{architecture}-tiny",
@@ -23,7 +21,8 @@ def test_a_model_is_one_graph(architecture, backend, memory):
         hidden_size=16,
         num_layers=2,
         num_heads=2,
-        **{"error_heads": None} | memory,
+        error_heads=writes and 2,
+        memory_writes=writes,
     )
     model = LanguageModel(config).eval()
     for p in model.parameters():

@@ -35,7 +35,7 @@ from metastate.mapping import to_dict
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel, arithmetic, sketch
 from metastate.model.loss import lm_loss
-from metastate.train.checkpoint import find_checkpoint, has_run, step_of
+from metastate.train.checkpoint import find_checkpoint, has_run, saved_config, step_of
 from metastate.train.trainer import DTYPES, LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
@@ -186,6 +186,9 @@ def _score(cell: Cell) -> dict[str, Any]:
 def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
     """Train a cell to its end and score it; a run that diverged is a result too."""
     run = replace(cell.train, lr=rate, min_lr=rate * cell.train.min_lr / cell.train.lr)
+    if has_run(run.out):  # a preset may have changed since: what goes on is the model of then
+        begun = settings(run) | {"model": saved_config(run.out).model}
+        check_settings(begun, run, "choose another --out, or remove that folder")
     data = PreparedData.open(run.data)
     made = {"run": settings(cell.train), "lr": rate, "data": cell.data, "source": source()}
     try:

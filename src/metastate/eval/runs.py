@@ -27,12 +27,19 @@ def check_settings(old: dict[str, Any], config: TrainConfig, todo: str) -> None:
         ConfigError: one differs; the message names it and ends with `todo`.
     """
     old, new = to_dict(TrainConfig()) | old, settings(config)  # what came later had its default
-    changed = [k for k in new if old[k] != new[k]]
-    if changed:
-        raise ConfigError(
-            f"{config.out} was run with other settings ({changed[0]} {old[changed[0]]!r}, now "
-            f"{new[changed[0]]!r}); {todo}"
-        )
+    old, new = _flat(old), _flat(new)
+    for key in [*new, *(k for k in old if k.startswith("model."))]:
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{config.out} was run with other settings ({key} {old.get(key)!r}, now "
+                f"{new.get(key)!r}); {todo}"
+            )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the fields of their model by name, where None says no more than none."""
+    model = {f"model.{k}": v for k, v in settings["model"].items() if v is not None}
+    return {k: v for k, v in settings.items() if k not in (*FREE, "model")} | model
 
 
 def is_finished(config: TrainConfig) -> bool:

@@ -73,8 +73,15 @@ def grown_config(
         "transformer": ("num_layers", "ffn_size"),
         "tokenformer": ("ffn_size", "attention_slots"),
     }.get(kind, RECURRENT)
-    if before["error_heads"] and "error_heads" in wanted:
-        raise ConfigError("error_heads cannot change; a model without an error memory can get one")
+    if before["error_heads"] and ("error_heads" in wanted or memory_writes is not None):
+        raise ConfigError(
+            "the model has an error memory already, whose heads and what is written there cannot "
+            "change; leave out error_heads and memory_writes"
+        )
+    if memory_writes is not None and "error_heads" not in wanted:
+        raise ConfigError(
+            "memory_writes says what a new error memory is written with; give error_heads too"
+        )
     if refused := sorted(wanted.keys() - {*allowed, "error_heads"}):
         raise ConfigError(
             f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
@@ -87,10 +94,6 @@ def grown_config(
         raise ConfigError(f"head_size cannot grow with {reason}; grow num_heads instead")
     changes: dict[str, Any] = dict(wanted)
     if memory_writes is not None:
-        if "error_heads" not in wanted:
-            raise ConfigError(
-                "memory_writes says what a new error memory is written with; give error_heads too"
-            )
         changes |= coerce_fields(ModelConfig, {"memory_writes": memory_writes}, "growth")
     if kind == "tokenformer":  # its released code forgets how many slots there were
         changes["first_slots"] = None if init == "released" else config.first_slots
@@ -229,7 +232,7 @@ def grow(
                 p.normal_(std=RANDOM_STD)  # behind a closed output zero would only delay it
     step: dict[str, Any] = {
         axis: [getattr(parent, axis), getattr(config, axis)]
-        for axis in AXES
+        for axis in (*AXES, "memory_writes")
         if getattr(parent, axis) != getattr(config, axis)
     }
     inherit(grown, model, step | {"init": init, "seed": seed})
