@@ -1,4 +1,4 @@
-"""The error memory: a meta state for the whole model, written with what it predicted wrongly.
+"""The error memory: a meta state for the whole model, written with what it did not expect.
 
 Sources: dynamic evaluation (Krause et al., arXiv:1709.07432), whose gradient step on the head at
 every token is here one linear recurrence; fast weights (Schlag et al., arXiv:2102.11174); written
@@ -27,7 +27,7 @@ from metastate.ops.softmax import expected_row
 # Near where runs of a quarter of a million parameters ended that had begun elsewhere (docs/log.md).
 FIRST_DECAY, FIRST_RATE = -6.4, -2.0  # logits: a half-life of 690 tokens, a rate of 0.12
 FIRST_GAIN = 1.5
-FIRST_LOGIT = -0.5  # and surprise that is less the likelier a token was; 1/2 on the average
+FIRST_LOGIT = -0.5  # a token surprises the less the higher its logit was
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ counted in). The others keep D and H and meet the count by depth and FFN width: 
 in `tiny` RWKV-7 has 1.8 D in 3 blocks, which did better than 4.3 D in 2, and the Transformer 3 D.
 Meta-State alone has an error memory, of as few heads as may be (one as wide as the model measured
 better than two of half the width) and written with tokens, which measured as good as errors and
-reads the head once (docs/log.md).
+reads the head once (docs/results.md).
 """
 
 from __future__ import annotations
