@@ -205,6 +205,7 @@ def test_a_memory_comes_inside_a_run_and_learns(config):
     assert (model.config.error_heads, model.config.memory_writes) == (2, "tokens")
     assert model.error_memory.gain.all() and model.error_memory.place.all()
     (row,) = (row for row in log_of(result.out) if row["kind"] == "growth")
+    assert (row["sizes"], row["memory_writes"]) == ({"error_heads": 2}, "tokens")
     before, after = row["nats_per_token"]
     assert after == pytest.approx(before, rel=1e-5)
 
