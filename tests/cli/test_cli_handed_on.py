@@ -91,16 +91,8 @@ def test_grow(checkpoint, tmp_path, handed):
     sizes = {"head_size": 1, "heads": 2, "layers": 3, "parameter_tokens": 4, "ffn_size": 5}
     sizes |= {"attention_slots": 6, "error_heads": 7}
     argv = [x for k, n in sizes.items() for x in (f"--{k.replace('_', '-')}", n)]
-    argv += [
-        "--memory-writes",
-        "tokens",
-        "--init",
-        "random",
-        "--seed",
-        8,
-        "--out",
-        tmp_path / "big",
-    ]
+    argv += ["--memory-writes", "tokens", "--init", "random"]
+    argv += ["--seed", 8, "--out", tmp_path / "big"]
     got = handed("cli.growing.grow", "grow", checkpoint, *argv)
     sizes |= {"num_heads": sizes.pop("heads"), "num_layers": sizes.pop("layers")}
     del got["args"], got["rounds"]
@@ -196,17 +188,8 @@ def test_what_a_command_cannot_do_without_is_asked_for(command, name, refused):
 
 
 def test_a_tilde_is_a_home_in_every_path():
-    kinds = {
-        "CKPT",
-        "CKPT|PRESET|STATE|DATA",
-        "SRC",
-        "DST",
-        "SUITE.yaml",
-        "FILE",
-        "DIR",
-        "DATA",
-        "OUT",
-    }
+    kinds = {"CKPT", "CKPT|PRESET|STATE|DATA", "SRC", "DST"}
+    kinds |= {"SUITE.yaml", "FILE", "DIR", "DATA", "OUT"}
     _, commands = build_parser()
     paths = {a.dest for c in commands.values() for a in c._actions if a.metavar in kinds}
     assert paths == {*PATHS, "template"}  # which is expanded where it is read

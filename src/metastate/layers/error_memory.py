@@ -117,7 +117,10 @@ class ErrorMemory(nn.Module):
         return fused.DECAY_SCALE * torch.sigmoid(self.decay.to(ops.state_dtype(self.decay.dtype)))
 
     def surprise(self, before: Tensor, row: Tensor) -> Tensor:
-        """Return s of each head, [..., H], for rows W[x_t] [..., D] after features `before`."""
+        """Return s of each head, [..., H] from 0 to 2, for W[x_t] after the features h_{t-1}.
+
+        Both are [..., D]; s has the dtype of `row`, in which the weights are read.
+        """
         weights = (self.logit, self.place, self.token, self.bias)
         logit, place, token, bias = (p.to(row.dtype) for p in weights)
         z = (before * row).sum(-1, keepdim=True) * logit + F.linear(before, place, bias)
