@@ -30,7 +30,8 @@ def trained(monkeypatch):
 
 
 def test_state_tracking_end_to_end(tmp_path, run, trained):
-    argv = [*WORDS, "--architectures", "rwkv7", "paper", "--layers", "2", "1", *SMALL, tmp_path]
+    names = ["rwkv7", "rwkv7+memory"]
+    argv = [*WORDS, "--architectures", *names, "--layers", "2", "1", *SMALL, tmp_path]
     text = run(*argv)
     assert len(trained) == 4 and trained[0] == ("Z3", "rwkv7", 1)
     assert "fewest layers above 90% at length 4" in text and "length 16" in text
@@ -40,7 +41,8 @@ def test_state_tracking_end_to_end(tmp_path, run, trained):
     assert len(trained) == 4  # finished before: nothing is trained again
     assert value["cells"] == json.loads((tmp_path / "results.json").read_text())["cells"]
     assert len(value["cells"][0]["by_length"]) == 16
-    assert value["summary"]["paper"]["Z3"]["most_layers"] == 2
+    assert value["summary"]["rwkv7+memory"]["Z3"]["most_layers"] == 2
+    assert [cell["model"].get("memory_writes") for cell in value["cells"][::2]] == [None, "tokens"]
 
 
 def test_recall_end_to_end(tmp_path, run, trained):

@@ -22,7 +22,7 @@ from metastate.eval.tasks import (
 )
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE
-from metastate.model.presets import ARCHITECTURES
+from metastate.model.presets import ARCHITECTURES, preset
 
 ORDERS = {"S5": 120, "A5": 60, "A4xZ5": 60, "Z60": 60, "S3": 6, "Z2xZ2": 4, "A3xS3xZ2": 36}
 
@@ -157,6 +157,9 @@ def test_a_seed_makes_the_same_sequences(problem):
         (lambda: Recall.parse("64"), "LENGTHxPAIRS"),
         (lambda: WordProblem("S5", 0), "length"),
         (lambda: task_model("mamba", 1, 16, 1, 8), "tokenformer"),
+        (lambda: task_model("mamba+memory", 1, 16, 1, 8), "tokenformer"),
+        (lambda: task_model("rwkv7-memory", 1, 16, 1, 8), "no error memory as it is; write rwkv7"),
+        (lambda: task_model("metastate+memory", 1, 16, 1, 8), "an error memory as it is"),
         (lambda: task_model("rwkv7", 1, 16, 3, 8), "multiple"),
     ],
 )
@@ -170,7 +173,22 @@ def test_the_smallest_vocabulary_is_enough():
     assert set(tokens[0, 0:8:2].tolist()) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_error_memory_is_that_of_the_presets_or_what_the_name_says():
+    def memory(name, width=16):
+        model = task_model(name, 1, width, 1, 8)
+        return model.error_heads, model.memory_writes
+
+    for name in ARCHITECTURES:
+        usual = preset(f"{name}-tiny")
+        assert memory(name) == (usual.error_heads, usual.memory_writes)
+    assert memory("metastate-memory") == (None, None)
+    assert memory("rwkv7+memory") == memory("paper+memory") == (1, "tokens")
+    assert memory("rwkv7+memory", 320) == (2, "tokens")  # a head is no wider than kernels take
+    bare, whole = (task_model(name, 2, 16, 1, 8) for name in ("metastate-memory", "metastate"))
+    assert bare.replace(error_heads=1) == whole
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "metastate-memory", "transformer+memory"])
 def test_every_architecture_is_trained_and_scored(architecture):
     problem = WordProblem("Z2", 3)
     config = task_model(architecture, 1, 8, 1, problem.vocab_size)

@@ -84,8 +84,8 @@ key and value, say the value when the key comes again; passed above 99 %. The de
 minutes and show how far S3 is learned; to solve it, and S5, A5, A4xZ5 and Z60 all the more, raise
 --steps. A model that stays at one right answer in PAIRS names some value of the sequence, a stage
 before recall: that says how it was trained (--steps, --batch-size, --lr, the vocabulary), not what
-its architecture can do. No model has an error memory here: its errors are those of predicting the
-next token, which is not what a task asks for.
+its architecture can do. Meta-State has its error memory, metastate-memory is without it;
+rwkv7+memory and so on are the others with it.
 
 Each cell (problem, architecture, depth, learning rate) is written to OUT/results.json when it is
 finished, so Ctrl-C loses one cell at most and the same command goes on. More layers, and further
@@ -326,7 +326,7 @@ def add_tasks(parser: Parser) -> None:
     for flag, name, of_what, default in (
         ("--group", "groups", "S5, A5, A4xZ5, Z60 or smaller ones (S3, Z2xZ2)", "S3"),
         ("--level", "levels", "recall: TOKENSxPAIRS, 64x4 128x8 ... 2048x256", "64x4"),
-        ("--architectures", "architectures", "metastate, paper, rwkv7 ...", "all"),
+        ("--architectures", "architectures", "metastate, metastate-memory, rwkv7 ...", "all"),
     ):
         help = f"{of_what} (default: {default})"
         parser.add_argument(flag, dest=name, nargs="+", metavar="NAME", help=help)

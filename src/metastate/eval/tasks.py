@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metastate.config import MetaStateConfig, ModelConfig, TrainConfig
+from metastate.config import MetaStateConfig, ModelConfig, TrainConfig, fewest_error_heads
 from metastate.errors import ConfigError
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, lm_loss
@@ -292,24 +292,43 @@ def _count(
 def task_model(
     architecture: str, layers: int, width: int, heads: int, vocab_size: int
 ) -> ModelConfig:
-    """Return the small model of an architecture, one of presets.ARCHITECTURES.
+    """Return the small model of an architecture.
+
+    Args:
+        architecture: one of presets.ARCHITECTURES, with the error memory that its presets have or
+            without; NAME+memory and NAME-memory say the opposite.
+        layers: L.
+        width: D.
+        heads: H; the error memory has as few as may be.
+        vocab_size: V.
 
     Raises:
         ConfigError: no such architecture, or sizes that do not fit together.
     """
-    if architecture not in ARCHITECTURES:
+    name = architecture.removesuffix("+memory").removesuffix("-memory")
+    if name not in ARCHITECTURES:
         raise ConfigError(
-            f"unknown architecture {architecture!r}; there are: {', '.join(ARCHITECTURES)}"
+            f"unknown architecture {architecture!r}; there are: {', '.join(ARCHITECTURES)}, each "
+            "also with +memory or -memory after it"
         )
-    paper = architecture == "paper"
+    usual = name == "metastate"
+    memory = usual if name == architecture else architecture == f"{name}+memory"
+    if name != architecture and memory == usual:
+        has = "an" if usual else "no"
+        raise ConfigError(
+            f"{name} has {has} error memory as it is; write {name}, not {architecture}"
+        )
+    paper = name == "paper"
     return ModelConfig(
-        architecture="metastate" if paper else architecture,  # type: ignore[arg-type]
+        architecture="metastate" if paper else name,  # type: ignore[arg-type]
         vocab_size=vocab_size,
         hidden_size=width,
         num_layers=layers,
         num_heads=heads,
-        ffn_size=4 * width // 3 if architecture == "metastate" else None,  # as in the presets
-        ffn_order="after" if architecture == "metastate" else None,
+        ffn_size=4 * width // 3 if name == "metastate" else None,  # as in the presets
+        ffn_order="after" if name == "metastate" else None,
+        error_heads=fewest_error_heads(width) if memory else None,
+        memory_writes="tokens" if memory else None,
         meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
     )
 
