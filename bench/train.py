@@ -1,6 +1,7 @@
 """Training step: tokens/s of Meta-State beside a Transformer with SDPA at equal parameters.
 
     python bench/train.py [--size small] [--tokens 16384] [--lengths 512 1024 4096 16384]
+    python bench/train.py --peer metastate-memory   beside itself without the error memory
     python bench/train.py --profile 4096        where the time of a step goes
     python bench/train.py --memory              peak memory of a step by length, and its slope
 
@@ -23,7 +24,7 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from metastate.config import TrainConfig
+from metastate.config import ModelConfig, TrainConfig
 from metastate.model import loss as loss_module
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
@@ -31,8 +32,15 @@ from metastate.model.presets import preset
 from metastate.train.memory import keep_freed_memory
 from metastate.train.optim import make_optimizer
 
-ARCHITECTURES = ("metastate", "transformer")
+PEERS = ("transformer", "metastate-memory", "rwkv7")
 DTYPES = ("float32", "bfloat16")
+
+
+def config_of(name: str, args: argparse.Namespace) -> ModelConfig:
+    """Return the preset of an architecture; NAME-memory is without the error memory."""
+    bare = name.removesuffix("-memory")
+    config = preset(f"{bare}-{args.size}", vocab_size=args.vocab_size)
+    return config if bare == name else config.replace(error_heads=None)
 
 
 class Step:
@@ -40,8 +48,7 @@ class Step:
 
     def __init__(self, architecture: str, args: argparse.Namespace, dtype: str) -> None:
         torch.manual_seed(0)
-        config = preset(f"{architecture}-{args.size}", vocab_size=args.vocab_size)
-        self.model, self.dtype = LanguageModel(config), dtype
+        self.model, self.dtype = LanguageModel(config_of(architecture, args)), dtype
         self.model.backend = args.backend
         self.model.activation_checkpointing = args.activation_checkpointing
         if args.compile:
@@ -88,11 +95,11 @@ def speed(args: argparse.Namespace) -> list[dict]:
     """Time steps at every length and dtype, the models in turn."""
     print(f"{'dtype':<10}{'T':>7}{'batch':>6}", end="")
     print(
-        f"{'metastate tok/s':>17}{'transformer tok/s':>19}{'ratio':>8}{'us/token':>10}{'flat':>7}"
+        f"{'metastate tok/s':>17}{args.peer + ' tok/s':>24}{'ratio':>8}{'us/token':>10}{'flat':>7}"
     )
     rows: list[dict] = []
     for dtype in args.dtypes:
-        steps = {a: Step(a, args, dtype) for a in ARCHITECTURES}
+        steps = {a: Step(a, args, dtype) for a in args.sides}
         # The first steps compile kernels, make the moments and touch the machine's memory, which a
         # virtual machine hands out slowly: of full size, or that would count for who comes first.
         for step in steps.values():
@@ -101,9 +108,9 @@ def speed(args: argparse.Namespace) -> list[dict]:
         base = None
         for length in args.lengths:
             batch = max(1, args.tokens // length)
-            seconds: dict[str, list[float]] = {a: [] for a in ARCHITECTURES}
+            seconds: dict[str, list[float]] = {a: [] for a in args.sides}
             for _ in range(args.repeats):
-                for a in ARCHITECTURES:
+                for a in args.sides:
                     begin = time.perf_counter()
                     nll = steps[a](batch, length)
                     if not 0 < nll < 50:
@@ -113,12 +120,12 @@ def speed(args: argparse.Namespace) -> list[dict]:
             us = 1e6 / tokens_per_s["metastate"]
             base = base or us
             row = {"dtype": dtype, "length": length, "batch": batch, "tokens_per_s": tokens_per_s}
-            row["ratio"] = tokens_per_s["metastate"] / tokens_per_s["transformer"]
+            row["ratio"] = tokens_per_s["metastate"] / tokens_per_s[args.peer]
             row["us_per_token"], row["of_first_length"] = us, us / base
             rows.append(row)
             print(
                 f"{dtype:<10}{length:>7,}{batch:>6}{tokens_per_s['metastate']:>17,.0f}"
-                f"{tokens_per_s['transformer']:>19,.0f}{row['ratio']:>8.2f}{us:>10.1f}"
+                f"{tokens_per_s[args.peer]:>24,.0f}{row['ratio']:>8.2f}{us:>10.1f}"
                 f"{us / base:>7.2f}",
                 flush=True,
             )
@@ -157,7 +164,7 @@ def profile_step(args: argparse.Namespace) -> list[dict]:
     loss_module.linear_cross_entropy = named  # type: ignore[assignment]
     rows = []
     for dtype in args.dtypes:
-        for architecture in ARCHITECTURES:
+        for architecture in args.sides:
             step = Step(architecture, args, dtype)
             batch = max(1, args.tokens // args.profile)
             step(batch, args.profile)
@@ -188,7 +195,7 @@ def memory(args: argparse.Namespace) -> list[dict]:
     """Print the peak resident memory of a step on one row, each in its own process."""
     rows = []
     print(f"{'architecture':<14}{'T':>7}{'peak MiB':>11}{'KiB a token since the row before':>34}")
-    for architecture in ARCHITECTURES:
+    for architecture in args.sides:
         before: dict | None = None
         for length in args.lengths:
             command = [sys.executable, __file__, "--one-step", architecture, "--lengths"]
@@ -222,6 +229,7 @@ def main() -> None:
     """Check, measure, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", help="preset size of both models")
+    parser.add_argument("--peer", choices=PEERS, default="transformer", help="the other model")
     parser.add_argument("--vocab-size", type=int, default=50304, help="vocabulary of both models")
     parser.add_argument("--tokens", type=int, default=16384, help="batch x T")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 4096, 16384])
@@ -232,8 +240,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
     parser.add_argument("--profile", type=int, metavar="T", help="profile a step at this length")
     parser.add_argument("--memory", action="store_true", help="peak memory of a step, batch 1")
-    parser.add_argument("--one-step", choices=ARCHITECTURES, help=argparse.SUPPRESS)
+    parser.add_argument("--one-step", choices=("metastate", *PEERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.sides = ("metastate", args.peer)
     keep_freed_memory()  # as training does
     if args.one_step:
         one_step(args)
@@ -243,9 +252,9 @@ def main() -> None:
     if not error < 1e-8:
         sys.exit("the gradients disagree: no figures")
     parameters = {}
-    for a in ARCHITECTURES:
+    for a in args.sides:
         with torch.device("meta"):
-            model = LanguageModel(preset(f"{a}-{args.size}", vocab_size=args.vocab_size))
+            model = LanguageModel(config_of(a, args))
         parameters[a] = model.count_parameters()["non_embedding"]
     print(f"non-embedding parameters {parameters}, {torch.get_num_threads()} threads\n")
     kind = "profile" if args.profile else "memory" if args.memory else "speed"

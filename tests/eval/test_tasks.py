@@ -158,6 +158,7 @@ def test_a_seed_makes_the_same_sequences(problem):
         (lambda: WordProblem("S5", 0), "length"),
         (lambda: task_model("mamba", 1, 16, 1, 8), "tokenformer"),
         (lambda: task_model("mamba+memory", 1, 16, 1, 8), "tokenformer"),
+        (lambda: task_model("metastate-memory+memory", 1, 16, 1, 8), "unknown architecture"),
         (lambda: task_model("rwkv7-memory", 1, 16, 1, 8), "no error memory as it is; write rwkv7"),
         (lambda: task_model("metastate+memory", 1, 16, 1, 8), "an error memory as it is"),
         (lambda: task_model("rwkv7", 1, 16, 3, 8), "multiple"),

@@ -305,7 +305,7 @@ def task_model(
     Raises:
         ConfigError: no such architecture, or sizes that do not fit together.
     """
-    name = architecture.removesuffix("+memory").removesuffix("-memory")
+    name = re.sub(r"[+-]memory$", "", architecture)
     if name not in ARCHITECTURES:
         raise ConfigError(
             f"unknown architecture {architecture!r}; there are: {', '.join(ARCHITECTURES)}, each "
