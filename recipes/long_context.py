@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/long-context"))
     parser.add_argument("--texts", type=int, help="texts to read (default: all)")
     args = parser.parse_args()
+    if not (args.text / "valid.txt").is_file():
+        parser.error(f"--text {args.text} is no folder with valid.txt")
     args.out.mkdir(parents=True, exist_ok=True)
     results = [measured(path, args.text, args.texts, args.out) for path in args.checkpoints]
     write_json(args.out / "results.json", results)
