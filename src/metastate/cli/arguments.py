@@ -326,7 +326,7 @@ def add_tasks(parser: Parser) -> None:
     for flag, name, of_what, default in (
         ("--group", "groups", "S5, A5, A4xZ5, Z60 or smaller ones (S3, Z2xZ2)", "S3"),
         ("--level", "levels", "recall: TOKENSxPAIRS, 64x4 128x8 ... 2048x256", "64x4"),
-        ("--architectures", "architectures", "metastate, metastate-memory, rwkv7 ...", "all"),
+        ("--architectures", "architectures", "metastate, metastate-memory, rwkv7 ...", "all five"),
     ):
         help = f"{of_what} (default: {default})"
         parser.add_argument(flag, dest=name, nargs="+", metavar="NAME", help=help)

@@ -295,8 +295,8 @@ def task_model(
     """Return the small model of an architecture.
 
     Args:
-        architecture: one of presets.ARCHITECTURES, with the error memory that its presets have or
-            without; NAME+memory and NAME-memory say the opposite.
+        architecture: one of presets.ARCHITECTURES, with an error memory if its presets have one;
+            NAME+memory has it where they have none, NAME-memory has none where they have it.
         layers: L.
         width: D.
         heads: H; the error memory has as few as may be.
