@@ -41,9 +41,6 @@ _TRAIN_SIZES = (
 )
 
 
-Writes = Literal["errors", "tokens"]  # of an error memory
-
-
 @dataclass(frozen=True)
 class MetaStateConfig:
     """The options of the Meta-State layer; docs/architecture.md gives the equation of each.
@@ -116,9 +113,8 @@ class ModelConfig:
     beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
     have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
     attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With error_heads a
-    meta state of so many heads stands before the head of the model, of any architecture;
-    memory_writes says what is written there, the model's errors (None means these) or the
-    tokens themselves, which costs no second reading of the head (layers/error_memory.py).
+    meta state of so many heads stands before the head of the model, of any architecture
+    (layers/error_memory.py).
     Growth sets input_slices (slices that the Meta-State heads cut x into, H unless given; head
     h reads slice h mod input_slices), head_segments (a head's channels by growth step), and
     first_slots (attention_slots and ffn_size that a TokenFormer began with).
@@ -145,7 +141,6 @@ class ModelConfig:
     ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_order: Literal["beside", "after"] | None = field(default=None, metadata=LATER)
     error_heads: int | None = field(default=None, metadata=LATER)
-    memory_writes: Writes | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -218,10 +213,6 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is not a multiple of error_heads "
                 f"{self.error_heads}; change one of them"
             )
-        if self.memory_writes and not self.error_heads:
-            raise ConfigError("model.memory_writes needs model.error_heads: there is no memory")
-        if self.memory_writes == "errors":
-            object.__setattr__(self, "memory_writes", None)
         self._check_layers()
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
@@ -290,8 +281,7 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a copy with `changes`; derived fields follow unless they are given.
 
-        So do the heads of an error memory, of which there are as few as may be in a new width. A
-        memory that comes is written with tokens, and one that goes takes that choice along.
+        So do the heads of an error memory, of which there are as few as may be in a new width.
         """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if {"hidden_size", "attention_slots", "ffn_size"} & changes.keys():
@@ -305,9 +295,6 @@ class ModelConfig:
         width = changes.get("hidden_size")
         if isinstance(width, int) and self.error_heads:
             data["error_heads"] = fewest_error_heads(width)
-        heads = changes.get("error_heads", self.error_heads)
-        if bool(heads) != bool(self.error_heads):
-            data["memory_writes"] = "tokens" if heads else None
         return ModelConfig(**(data | changes))
 
 
@@ -324,8 +311,7 @@ def fewest_error_heads(hidden_size: int) -> int:
 class GrowthStep:
     """Growth inside a run: before update `step` the model grows to the sizes that are given.
 
-    A new error memory (error_heads) is written with tokens unless memory_writes says errors. The
-    learning rate rises again from zero over `warmup` steps, and entries that the model had
+    The learning rate rises again from zero over `warmup` steps, and entries that the model had
     before learn at `old_lr_scale` times the rate until the next growth (None: as the run says).
     """
 
@@ -337,7 +323,6 @@ class GrowthStep:
     ffn_size: int | None = None
     attention_slots: int | None = None
     error_heads: int | None = None
-    memory_writes: Writes | None = None
     init: Literal["zero", "random", "released"] = "zero"
     warmup: int = 0
     old_lr_scale: float | None = None
@@ -354,7 +339,7 @@ class GrowthStep:
 
     def sizes(self) -> dict[str, int | None]:
         """Return the sizes to grow to, None where an axis stays."""
-        other = ("step", "memory_writes", "init", "warmup", "old_lr_scale")
+        other = ("step", "init", "warmup", "old_lr_scale")
         return {key: n for key, n in vars(self).items() if key not in other}
 
 

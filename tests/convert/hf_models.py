@@ -27,10 +27,9 @@ CONFIGS = {
     "rwkv7": ModelConfig(architecture="rwkv7", **SIZES),
     "transformer": ModelConfig(architecture="transformer", **SIZES),
     "tokenformer": ModelConfig(architecture="tokenformer", **SIZES),
-    "errors": ModelConfig(**SIZES, ffn_order="after", error_heads=2),
-    "tokens": ModelConfig(**SIZES, error_heads=2, memory_writes="tokens"),
+    "memory": ModelConfig(**SIZES, ffn_order="after", error_heads=2),
 }
-RECURRENT = ("metastate", "with-M", "rwkv7", "errors", "tokens")
+RECURRENT = ("metastate", "with-M", "rwkv7", "memory")
 
 
 def language_model(name, seed=1):

@@ -293,9 +293,9 @@ def test_a_cell_that_was_begun_with_another_model_does_not_go_on(copied):
     cell = next(c for c in plan(suite, out) if c.rate is None and c.config.error_heads)
     (cell.folder / "score.json").unlink()
     record = json.loads((cell.folder / "run.json").read_text())
-    del record["train"]["model"]["memory_writes"]
+    del record["train"]["model"]["error_heads"]
     (cell.folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=r"model\.memory_writes None, now 'tokens'.*remove that"):
+    with pytest.raises(ConfigError, match=r"model\.error_heads None, now 1.*remove that"):
         compare(suite, out)
 
 

@@ -24,13 +24,6 @@ def test_parts_sum_up_and_a_config_is_enough(architecture):
     assert json.loads(json.dumps(facts))["config"]["hidden_size"] == 24
 
 
-@pytest.mark.parametrize("writes", ["errors", "tokens"])
-def test_what_an_error_memory_is_written_with_is_said(writes):
-    own = config("rwkv7", error_heads=2, memory_writes=writes)
-    assert describe(own)["config"]["memory_writes"] == writes
-    assert "memory_writes" not in describe(config("rwkv7"))["config"]
-
-
 def test_state_is_constant_and_a_cache_grows():
     state = describe(config("metastate"))["state_bytes"]
     assert (

@@ -176,15 +176,13 @@ def test_the_smallest_vocabulary_is_enough():
 
 def test_the_error_memory_is_that_of_the_presets_or_what_the_name_says():
     def memory(name, width=16):
-        model = task_model(name, 1, width, 1, 8)
-        return model.error_heads, model.memory_writes
+        return task_model(name, 1, width, 1, 8).error_heads
 
     for name in ARCHITECTURES:
-        usual = preset(f"{name}-tiny")
-        assert memory(name) == (usual.error_heads, usual.memory_writes)
-    assert memory("metastate-memory") == (None, None)
-    assert memory("rwkv7+memory") == memory("paper+memory") == (1, "tokens")
-    assert memory("rwkv7+memory", 320) == (2, "tokens")  # a head is no wider than kernels take
+        assert memory(name) == preset(f"{name}-tiny").error_heads
+    assert memory("metastate-memory") is None
+    assert memory("rwkv7+memory") == memory("paper+memory") == 1
+    assert memory("rwkv7+memory", 320) == 2  # a head is no wider than kernels take
     bare, whole = (task_model(name, 2, 16, 1, 8) for name in ("metastate-memory", "metastate"))
     assert bare.replace(error_heads=1) == whole
 

@@ -198,14 +198,14 @@ def test_growth_inside_a_run(config):
 
 
 def test_a_memory_comes_inside_a_run_and_learns(config):
-    growth = GrowthStep(3, error_heads=2, memory_writes="tokens")
+    growth = GrowthStep(3, error_heads=2)
     settings = {"model": SIZES | {"error_heads": None}, "growth": (growth,), "carry_state": True}
     result = train(config(**settings), evaluate=evaluate, grow=grow_in_training)
     model = metastate.load(result.out)
-    assert (model.config.error_heads, model.config.memory_writes) == (2, "tokens")
+    assert model.config.error_heads == 2
     assert model.error_memory.gain.all() and model.error_memory.place.all()
     (row,) = (row for row in log_of(result.out) if row["kind"] == "growth")
-    assert (row["sizes"], row["memory_writes"]) == ({"error_heads": 2}, "tokens")
+    assert row["sizes"] == {"error_heads": 2}
     before, after = row["nats_per_token"]
     assert after == pytest.approx(before, rel=1e-5)
 
@@ -286,9 +286,8 @@ def test_growth_settings_are_checked(config):
         config(growth=(GrowthStep(5, head_size=6), GrowthStep(5, head_size=7)))
     with pytest.raises(ConfigError, match="frozen"):
         GrowthStep(5, head_size=6, old_lr_scale=2.0)
-    for nothing in ({}, {"memory_writes": "tokens"}):
-        with pytest.raises(ConfigError, match="no size"):
-            GrowthStep(5, **nothing)
+    with pytest.raises(ConfigError, match="no size"):
+        GrowthStep(5)
     with pytest.raises(ConfigError, match="after the run's end"):
         config(growth=(GrowthStep(10, head_size=6),))
     with pytest.raises(ConfigError, match="has no 'step'"):

@@ -27,9 +27,7 @@ TEXT = "über den Zustand 🙂"
 DIGITS = 1e-4  # relative; the answers are rounded to five digits
 
 
-def make(
-    architecture="metastate", dtype=torch.float32, error_heads=None, memory_writes=None, **options
-):
+def make(architecture="metastate", dtype=torch.float32, error_heads=None, **options):
     model = LanguageModel(
         ModelConfig(
             architecture=architecture,
@@ -38,7 +36,6 @@ def make(
             num_layers=2,
             num_heads=2,
             error_heads=error_heads,
-            memory_writes=memory_writes,
             meta_state=MetaStateConfig(**options),
         )
     )
@@ -49,12 +46,12 @@ def make(
     return model.to(dtype).eval()
 
 
-@pytest.fixture(params=["encoding", "both", "errors", "tokens", "rwkv7"])
+@pytest.fixture(params=["encoding", "both", "memory", "rwkv7"])
 def model(request):
     if request.param == "rwkv7":
         return make("rwkv7")
-    if request.param in ("errors", "tokens"):
-        return make(error_heads=1, memory_writes=request.param, readout="encoding")
+    if request.param == "memory":
+        return make(error_heads=1)
     return make(readout=request.param)
 
 

@@ -1,4 +1,4 @@
-"""The error memory: what it expects, what it writes, and what that is good for."""
+"""The error memory: what it writes, and what that is good for."""
 
 from dataclasses import replace
 
@@ -14,67 +14,7 @@ from metastate.layers.error_memory import ErrorMemory
 from metastate.mapping import to_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
-from metastate.ops import softmax
-from metastate.ops.softmax import expected_row
 from tolerance import TOLERANCE, relative_error
-
-
-def plain(x, weight):
-    return (x @ weight.T).softmax(-1) @ weight
-
-
-@pytest.mark.parametrize("n", [1, 7, 64])
-@pytest.mark.parametrize("rows", [1, 5, 1000])
-def test_the_expected_row_and_its_gradients(monkeypatch, n, rows):
-    monkeypatch.setattr(softmax, "LOGITS", rows * 37)
-    x = (2 * torch.randn(n, 11, dtype=torch.float64)).requires_grad_()
-    weight = torch.randn(37, 11, dtype=torch.float64, requires_grad=True)
-    out = torch.randn(n, 11, dtype=torch.float64)
-    expected = plain(x, weight)
-    grads = torch.autograd.grad((expected * out).sum(), (x, weight))
-    found = expected_row(x, weight)
-    assert relative_error(found, expected) < 1e-12
-    for mine, theirs in zip(
-        torch.autograd.grad((found * out).sum(), (x, weight)), grads, strict=True
-    ):
-        assert relative_error(mine, theirs) < 1e-12
-
-
-def test_only_the_gradients_that_are_needed():
-    x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
-    expected_row(x, weight).sum().backward()
-    (expected,) = torch.autograd.grad(plain(x, weight).sum(), x)
-    assert relative_error(x.grad, expected) < TOLERANCE[torch.float32]
-    with torch.no_grad():
-        assert not expected_row(x, weight).requires_grad
-
-
-def test_a_second_derivative_is_refused():
-    x = torch.randn(5, 3, requires_grad=True)
-    with pytest.raises(RuntimeError):
-        (grad,) = torch.autograd.grad(
-            expected_row(x, torch.randn(4, 3)).sum(), x, create_graph=True
-        )
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    x, weight = torch.randn(600, 16).to(dtype), torch.randn(90, 16).to(dtype)
-    expected = plain(x.double(), weight.double())
-    found = expected_row(x, weight)
-    assert found.dtype == torch.float32
-    assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert relative_error(expected_row(x.float(), weight.float()), expected) < 2e-2
-
-
-def test_the_error_is_the_gradient_of_the_loss():
-    """W[y] - m is minus the gradient of -log p(y) with respect to the features."""
-    h = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
-    weight, y = torch.randn(13, 8, dtype=torch.float64), torch.randint(13, (6,))
-    (grad,) = torch.autograd.grad(F.cross_entropy(h @ weight.T, y, reduction="sum"), h)
-    assert relative_error(weight[y] - expected_row(h, weight), -grad) < 1e-12
 
 
 def model_of(heads=2, **fields):
@@ -83,23 +23,8 @@ def model_of(heads=2, **fields):
     return LanguageModel(ModelConfig(error_heads=heads, **fields)).double().eval()
 
 
-def test_one_write_is_a_step_of_gradient_descent():
-    """After two tokens h_1 is corrected by what the loss of the second asks of h_0."""
-    model = model_of(1)
-    memory, h = model.error_memory, torch.randn(1, 2, 12, dtype=torch.float64)
-    tokens, weight = torch.tensor([[4, 9]]), model.head.weight.detach()
-    key = F.normalize((h[0] + memory.center) * memory.scale, dim=-1)
-    correction = torch.zeros(12, 12, dtype=torch.float64, requires_grad=True)
-    loss = F.cross_entropy((h[0, :1] + key[:1].detach() @ correction.T) @ weight.T, tokens[0, 1:])
-    (grad,) = torch.autograd.grad(loss, correction)
-    found, state = memory(h, tokens, weight, None)
-    assert relative_error(state.M[0, 0], -grad) < 1e-12
-    assert relative_error(found[0, 1], h[0, 1] - key[1] @ grad.T * memory.gain) < 1e-12
-    assert torch.equal(found[0, 0], h[0, 0])  # nothing is known before the first successor
-
-
 def test_one_write_is_what_came_under_the_key_of_its_place():
-    model = model_of(1, memory_writes="tokens")
+    model = model_of(1)
     memory, h = model.error_memory, torch.randn(1, 3, 12, dtype=torch.float64)
     tokens, weight = torch.tensor([[4, 9, 2]]), model.head.weight.detach()
     key = F.normalize((h[0] + memory.center) * memory.scale, dim=-1)
@@ -112,11 +37,10 @@ def test_one_write_is_what_came_under_the_key_of_its_place():
     w, a = memory.log_w().exp(), torch.sigmoid(memory.rate)
     M = M * w - torch.outer(M @ key[1], a * key[1]) + s[1] * torch.outer(weight[2], key[1])
     assert relative_error(memory(h, tokens, weight, None)[1].M[0, 0], M) < 1e-12
-    assert state.expected is None
 
 
 def test_what_was_likely_surprises_less():
-    model = model_of(2, memory_writes="tokens")
+    model = model_of(2)
     h, weight = torch.randn(12, dtype=torch.float64), model.head.weight.detach()
     s = model.error_memory.surprise(h.expand(17, 12), weight)
     assert torch.equal((weight @ h).argsort(), s[:, 0].argsort(descending=True))
@@ -124,17 +48,16 @@ def test_what_was_likely_surprises_less():
 
 def test_tokens_are_written_without_reading_the_head():
     """No logits but the one product that every model makes."""
-    model = model_of(2, memory_writes="tokens")
+    model = model_of(2)
     h = torch.randn(1, 5, 12, dtype=torch.float64, requires_grad=True)
     weight = model.head.weight.detach().requires_grad_()
     model.error_memory(h, torch.tensor([[3, 1, 4, 1, 5]]), weight, None)[0].sum().backward()
     assert {i for i in range(17) if weight.grad[i].any()} == {1, 4, 5}  # 3 came after nothing
 
 
-@pytest.mark.parametrize("writes", ["errors", "tokens"])
-def test_a_repeated_mistake_is_mended(writes):
+def test_a_repeated_mistake_is_mended():
     """Untrained, and with its weights as they are made, a model finds a repeated text likelier."""
-    model = model_of(1, memory_writes=writes)
+    model = model_of(1)
     text = torch.randint(17, (1, 12)).repeat(1, 9)
     with torch.no_grad():
         logits = model(text)[0][0, :-1]
@@ -145,25 +68,23 @@ def test_a_repeated_mistake_is_mended(writes):
     assert abs(without[-12:].mean() - without[:12].mean()) < 0.1
 
 
-@pytest.mark.parametrize("writes", ["errors", "tokens"])
-def test_its_state_is_as_large_as_config_says(writes):
+def test_its_state_is_as_large_as_config_says():
     for heads in (1, 2, 3):
-        config = ModelConfig(hidden_size=12, error_heads=heads, memory_writes=writes)
+        config = ModelConfig(hidden_size=12, error_heads=heads)
         state = ErrorMemory(config).init_state(5)
         assert state.M.shape == (5, heads, 12 // heads, 12 // heads)
         assert state.num_bytes == 4 * 5 * (12 * 12 // heads + 2 * 12)
 
 
-@pytest.mark.parametrize(("writes", "reads"), [("errors", 2), ("tokens", 0)])
-def test_flops_and_state_bytes_count_it(writes, reads):
-    with_it, without = model_of(2, memory_writes=writes), model_of(None)
-    D, V, N = 12, 17, 6
+def test_flops_and_state_bytes_count_it():
+    with_it, without = model_of(2), model_of(None)
+    D, N = 12, 6
     forward, backward = (
         a - b for a, b in zip(with_it.flops_per_token(9), without.flops_per_token(9), strict=True)
     )
-    asked = 0 if reads else 2 * 2 * D  # place and token
-    assert forward == reads * 2 * V * D + 10 * 2 * N * N + 2 * asked
-    assert backward == reads * 4 * V * D + 26 * 2 * N * N + 4 * asked
+    asked = 2 * 2 * D  # place and token
+    assert forward == 10 * 2 * N * N + 2 * asked
+    assert backward == 26 * 2 * N * N + 4 * asked
     assert with_it.state_bytes(3) - without.state_bytes(3) == 8 * 3 * (2 * N * N + 2 * D)
 
 
@@ -173,28 +94,13 @@ def test_heads_must_divide_the_width():
 
 
 def test_a_config_without_it_is_written_as_before():
-    assert not {"error_heads", "memory_writes"} & to_dict(ModelConfig()).keys()
+    assert "error_heads" not in to_dict(ModelConfig())
     assert to_dict(ModelConfig(error_heads=2))["error_heads"] == 2
-    errors, tokens = (ModelConfig(error_heads=2, memory_writes=x) for x in ("errors", "tokens"))
-    assert to_dict(errors) == to_dict(ModelConfig(error_heads=2))
-    assert to_dict(tokens)["memory_writes"] == "tokens"
 
 
-def test_a_memory_that_comes_is_written_with_tokens():
-    none, tokens = ModelConfig(), ModelConfig().replace(error_heads=2)
-    assert tokens.memory_writes == "tokens"
-    assert tokens.replace(error_heads=None) == none
-    assert none.replace(error_heads=2, memory_writes="errors") == ModelConfig(error_heads=2)
-    assert ModelConfig(error_heads=2).replace(error_heads=1).memory_writes is None
-    assert tokens.replace(error_heads=1, hidden_size=64).memory_writes == "tokens"
-
-
-def test_what_is_written_needs_a_memory():
-    for writes in ("errors", "tokens"):
-        with pytest.raises(ConfigError, match=r"memory_writes needs model\.error_heads"):
-            ModelConfig(memory_writes=writes)
-    with pytest.raises(ConfigError, match="memory_writes"):
-        ModelConfig(error_heads=2, memory_writes="surprise")
+def test_a_config_takes_it_and_gives_it_up():
+    none = ModelConfig()
+    assert none.replace(error_heads=2).replace(error_heads=None) == none
 
 
 def test_states_of_other_models_are_refused():
@@ -207,8 +113,6 @@ def test_states_of_other_models_are_refused():
         without(tokens, own)
     with pytest.raises(StateError, match=r"errors\.M is \[1, 3, 4, 4\]"):
         with_it(tokens, model_of(3)(tokens)[1])
-    with pytest.raises(StateError, match=r"errors\.expected is None, the model needs \[1, 12\]"):
-        with_it(tokens, model_of(2, memory_writes="tokens")(tokens)[1])
     with pytest.raises(StateError, match="different"):
         own.stack([own, other])
 
@@ -231,10 +135,9 @@ def test_no_layout_of_rwkv7_can_hold_it():
         fla.to_fla(model)
 
 
-@pytest.mark.parametrize("writes", ["errors", "tokens"])
-def test_a_grown_memory_learns(writes):
+def test_a_grown_memory_learns():
     """Its gain is zero at first, moves in the first step, and then all else of it does."""
-    model = grow(model_of(None).float().train(), error_heads=3, memory_writes=writes)
+    model = grow(model_of(None).float().train(), error_heads=3)
     tokens = torch.randint(17, (2, 20))
     optimizer = torch.optim.SGD(model.error_memory.parameters(), lr=1.0)
     moved = []
@@ -247,17 +150,11 @@ def test_a_grown_memory_learns(writes):
 
 
 def test_it_is_added_once():
-    for settings in ({"error_heads": 4}, {"num_layers": 2, "memory_writes": "tokens"}):
-        with pytest.raises(ConfigError, match="has an error memory already"):
-            grow(model_of(2), **settings)
+    with pytest.raises(ConfigError, match="has an error memory already"):
+        grow(model_of(2), error_heads=4)
     with pytest.raises(ConfigError, match="not a multiple of error_heads"):
         grow(model_of(None), error_heads=5)
     assert grow(model_of(2), num_layers=2).config.error_heads == 2
-    assert grow(model_of(None), error_heads=2).config.memory_writes == "tokens"
-    with pytest.raises(ConfigError, match="give error_heads too"):
-        grow(model_of(None), num_layers=2, memory_writes="tokens")
-    with pytest.raises(ConfigError, match="memory_writes"):
-        grow(model_of(None), error_heads=2, memory_writes="nothing")
 
 
 def test_a_head_that_is_no_plain_one_is_refused():

@@ -75,8 +75,7 @@ class Oracle:
             size = self.config.hidden_size // self.config.error_heads
             M = np.zeros((self.config.error_heads, size, size))
             zeros = np.zeros(self.config.hidden_size)
-            last = "features" if self.config.memory_writes == "tokens" else "expected"
-            layers.append({"M": M, "key": zeros, last: zeros})
+            layers.append({"M": M, "key": zeros, "features": zeros})
         return layers
 
     def time_mix(self, i, x, state, v_first):
@@ -188,19 +187,16 @@ class Oracle:
         return y @ p("W_o")
 
     def error_memory(self, h, token, state):
-        """Write what was predicted wrongly of `token`; return the corrected features."""
+        """Write `token` by its surprise; return the corrected features."""
         head, shape = self.w["head"].T, state["M"].shape[:2]
 
         def p(name):
             return self.w[f"error_memory.{name}"]
 
         row = head[token]
-        if "expected" in state:
-            error = (row - state["expected"]).reshape(shape)
-        else:
-            z = state["features"] @ row * p("logit") + p("place") @ state["features"]
-            s = 2 * sigmoid(z + p("token") @ row + p("bias"))
-            error = s[:, None] * row.reshape(shape)
+        z = state["features"] @ row * p("logit") + p("place") @ state["features"]
+        s = 2 * sigmoid(z + p("token") @ row + p("bias"))
+        v = s[:, None] * row.reshape(shape)
         before = state["key"].reshape(shape)
         w = np.exp(-np.exp(-0.5) * sigmoid(p("decay"))).reshape(shape)
         a = sigmoid(p("rate")).reshape(shape)
@@ -208,14 +204,9 @@ class Oracle:
         M, y = np.empty_like(state["M"]), np.empty(shape)
         for i in range(shape[0]):
             transition = np.diag(w[i]) - np.outer(before[i], a[i] * before[i])
-            M[i] = state["M"][i] @ transition + np.outer(error[i], before[i])
+            M[i] = state["M"][i] @ transition + np.outer(v[i], before[i])
             y[i] = key[i] @ M[i].T
-        state |= {"M": M, "key": key.reshape(-1)}
-        if "expected" in state:
-            odds = np.exp(h @ head.T - (h @ head.T).max())
-            state["expected"] = odds / odds.sum() @ head
-        else:
-            state["features"] = h
+        state |= {"M": M, "key": key.reshape(-1), "features": h}
         return h + y.reshape(-1) * p("gain")
 
     def output_norm(self, y, p, name):

@@ -35,12 +35,8 @@ KINDS = {
         **{"ffn_size": 20, "ffn_order": "after"},
         **{"meta_layers": (0, 2), "ffn_layers": (1, 2)},
     },
-    "errors": {"ffn_size": 20, "ffn_order": "after", "error_heads": 2},
-    "rwkv7, errors": {"architecture": "rwkv7", "error_heads": 1},
-    "tokens written": {
-        **{"ffn_size": 20, "ffn_order": "after"},
-        **{"error_heads": 2, "memory_writes": "tokens"},
-    },
+    "memory": {"ffn_size": 20, "ffn_order": "after", "error_heads": 2},
+    "rwkv7, memory": {"architecture": "rwkv7", "error_heads": 1},
 }
 
 
@@ -103,7 +99,7 @@ def test_reading_leaves_the_state_of_a_forward(kind, half):
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("kind", ["rwkv7", "both", "errors", "tokens written"])
+@pytest.mark.parametrize("kind", ["rwkv7", "both", "memory"])
 def test_a_row_has_the_same_bits_in_any_batch(kind, half):
     model = make(60, **KINDS[kind])
     if half:

@@ -35,15 +35,14 @@ MODELS = {
     "rwkv7-grown": {"architecture": "rwkv7"} | GROWN,
     "transformer": {"architecture": "transformer"},
     "tokenformer": {"architecture": "tokenformer"},
-    "errors": {"error_heads": 3},
-    "rwkv7-errors": {"architecture": "rwkv7", "error_heads": 1},
-    "tokens": {"error_heads": 2, "memory_writes": "tokens"},
-    "transformer-errors": {"architecture": "transformer", "error_heads": 2},
+    "memory": {"error_heads": 3},
+    "rwkv7-memory": {"architecture": "rwkv7", "error_heads": 1},
+    "transformer-memory": {"architecture": "transformer", "error_heads": 2},
 }
 RECURRENT = [name for name in MODELS if "former" not in name]
 
 
-NATIVE = ["metastate", "grown", "asked", "input", "encoding", "rwkv7", "errors", "tokens"]
+NATIVE = ["metastate", "grown", "asked", "input", "encoding", "rwkv7", "memory"]
 
 
 @pytest.fixture(

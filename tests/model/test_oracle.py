@@ -102,11 +102,10 @@ def test_feed_forward_layer_beside(fields):
     check(build(ffn_order="beside", **fields), backends=BACKENDS)
 
 
-@pytest.mark.parametrize("writes", ["errors", "tokens"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("fields", [{}, GROWN, {"architecture": "rwkv7"}], ids=str)
-def test_error_memory(fields, heads, writes):
-    check(build(error_heads=heads, memory_writes=writes, **fields), backends=BACKENDS)
+def test_error_memory(fields, heads):
+    check(build(error_heads=heads, **fields), backends=BACKENDS)
 
 
 @pytest.mark.parametrize("heads", [None, 1])

@@ -137,8 +137,7 @@ MODELS = {
         {"parameter_tokens": 3, "with_state": True},
     ),
     "rwkv7": (MetaStateConfig(), {"architecture": "rwkv7", "parameter_tokens": 2}),
-    "errors": (MetaStateConfig(), {"error_heads": 2, "with_state": True}),
-    "tokens": (MetaStateConfig(), {"error_heads": 1, "memory_writes": "tokens"}),
+    "memory": (MetaStateConfig(), {"error_heads": 2, "with_state": True}),
 }
 
 

@@ -31,7 +31,6 @@ from metastate.train.trainer import WALL_CLOCK, train
 from ranks import run_ranks
 
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
-ERRORS = MODEL | {"memory_writes": "errors"}
 VARIANTS = {
     "ddp": {"parallel": "ddp", "accumulate": 2},
     "ddp_carry": {"parallel": "ddp", "carry_state": True, "async_checkpoint": True},
@@ -47,13 +46,12 @@ VARIANTS = {
         "activation_checkpointing": True,
         "backend": "auto",
     },
-    "hsdp": {"parallel": "hsdp", "shard_size": 1, "model": ERRORS},
+    "hsdp": {"parallel": "hsdp", "shard_size": 1},
     "context": {"parallel": "ddp", "context_parallel": 2, "carry_state": True},
     "context_fsdp": {
         "parallel": "fsdp",
         "context_parallel": 2,
         "document_reset": False,
-        "model": ERRORS,
     },
     "transformer": {"parallel": "fsdp", "preset": "transformer-tiny"},
     "hsdp_4": {"parallel": "hsdp", "shard_size": 2},

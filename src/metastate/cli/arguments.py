@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import get_args
 
 from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json
-from metastate.config import TrainConfig, Writes
+from metastate.config import TrainConfig
 
 PREPARE = """\
 Turn text into the memory-mapped token files that train and eval read.
@@ -280,12 +279,6 @@ def add_grow(parser: Parser) -> None:
         ("--error-heads", "heads of an error memory, for a model without one"),
     ):
         parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
-    parser.add_argument(
-        "--memory-writes",
-        choices=get_args(Writes),
-        help="what a new error memory is written with; errors read the head three times "
-        "(default: tokens)",
-    )
     parser.add_argument(
         "--init",
         choices=("zero", "random", "released"),

@@ -49,7 +49,6 @@ def run_grow(args: argparse.Namespace) -> None:
         ffn_size=args.ffn_size,
         attention_slots=args.attention_slots,
         error_heads=args.error_heads,
-        memory_writes=args.memory_writes,
         init=args.init,
         seed=args.seed,
     )

@@ -121,8 +121,7 @@ def check_schedule(config: TrainConfig) -> None:
     """Refuse growth that is impossible before the run begins, not at its step."""
     model = first_model(config)
     for growth in config.growth:
-        written = growth.memory_writes
-        model = grown_config(model, init=growth.init, memory_writes=written, **growth.sizes())
+        model = grown_config(model, init=growth.init, **growth.sizes())
 
 
 def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:

@@ -32,7 +32,6 @@ def describe(model: LanguageModel | ModelConfig, context: int = 1024) -> dict[st
     forward, backward = model.flops_per_token(context)
     element = model.embedding.weight.element_size()
     cache = 2 * config.num_layers * config.hidden_size * element
-    writes = {"memory_writes": config.memory_writes or "errors"} if config.error_heads else {}
     return {
         "architecture": config.architecture,
         "parameters": model.count_parameters(),
@@ -40,7 +39,7 @@ def describe(model: LanguageModel | ModelConfig, context: int = 1024) -> dict[st
         "state_bytes": {n: model.state_bytes(1, n) for n in CONTEXTS},
         "transformer_cache_bytes": {n: cache * n for n in CONTEXTS},
         "not_finite": not_finite(model.state_dict()),
-        "config": to_dict(config) | writes,
+        "config": to_dict(config),
         "lineage": model.lineage,
         "tokenizer": model.tokenizer_info,
     }

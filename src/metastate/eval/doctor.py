@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metastate import __version__, ops
-from metastate.config import MetaStateConfig, ModelConfig, Writes
+from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError
 from metastate.infer.generate import inference
 from metastate.model.decode import make_decoder, store_bfloat16
@@ -53,7 +53,6 @@ class Case:
     ffn_order: Literal["after"] | None = None
     architecture: Literal["metastate", "rwkv7"] = "metastate"
     error_heads: int | None = None
-    memory_writes: Writes | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Draw inputs of realistic scale, float64 but of the dtype's precision, on the CPU."""
@@ -89,7 +88,6 @@ class Case:
                 "ffn_order": self.ffn_order,
                 "architecture": self.architecture,
                 "error_heads": self.error_heads,
-                "memory_writes": self.memory_writes,
             }
             if self.architecture == "metastate":
                 shape["meta_state"] = MetaStateConfig(readout=self.readout)
@@ -106,13 +104,7 @@ BF16 = torch.bfloat16
 VOCABULARY = 64  # of a model
 DECODED = 5  # tokens a row
 MODEL = "a model's loss, gradients and decoding"
-LIKE_PRESETS = Case(
-    *("two layers", 2, 67, 2, 16),
-    layers=2,
-    ffn_order="after",
-    error_heads=1,
-    memory_writes="tokens",
-)
+LIKE_PRESETS = Case(*("two layers", 2, 67, 2, 16), layers=2, ffn_order="after", error_heads=1)
 CASES = (
     Case("float32", 2, 67, 2, 64),
     Case("bfloat16", 2, 67, 1, 64, BF16, query=True),
@@ -121,7 +113,7 @@ CASES = (
     Case("read by value", 1, 33, 2, 64, update="self", by="value"),
     Case("head size 24", 1, 17, 1, 24),
     LIKE_PRESETS,
-    Case("two layers with M and errors", 2, 67, 2, 16, layers=2, readout="both", error_heads=2),
+    Case("two layers, all memories", 2, 67, 2, 16, layers=2, readout="both", error_heads=2),
     Case("RWKV-7", 2, 17, 2, 16, layers=2, architecture="rwkv7"),
     replace(LIKE_PRESETS, name="two layers stored in bfloat16", length=DECODED, dtype=BF16),
 )

@@ -17,8 +17,8 @@ from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel, evaluating
+from metastate.model.loss import LOGITS
 from metastate.model.state import ModelState
-from metastate.ops.softmax import LOGITS
 
 CHUNK = 512  # tokens a row in one forward of a stateful pass
 CUT = 1024  # with `limit_tokens`, tokens that any document may give

@@ -328,7 +328,6 @@ def task_model(
         ffn_size=4 * width // 3 if name == "metastate" else None,  # as in the presets
         ffn_order="after" if name == "metastate" else None,
         error_heads=fewest_error_heads(width) if memory else None,
-        memory_writes="tokens" if memory else None,
         meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
     )
 

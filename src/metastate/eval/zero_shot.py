@@ -24,7 +24,7 @@ from metastate.eval.loss import read_in_chunks
 from metastate.eval.zero_shot_data import TASKS, Item, check_tasks
 from metastate.model.io import check_tokenizer
 from metastate.model.lm import LanguageModel, evaluating
-from metastate.ops.softmax import LOGITS
+from metastate.model.loss import LOGITS
 
 Score = tuple[float, bool]  # sum of log p in nats, and whether every token was the likeliest
 TokenPair = tuple[Sequence[int], Sequence[int]]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig, Writes
+from metastate.config import ATTENTION, GrowthStep, MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError, StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
@@ -42,7 +42,6 @@ def grown_config(
     config: ModelConfig,
     *,
     init: Init = "zero",
-    memory_writes: Writes | None = None,
     **sizes: int | None,
 ) -> ModelConfig:
     """Return the configuration of a model grown to `sizes`; None leaves an axis as it is.
@@ -73,14 +72,10 @@ def grown_config(
         "transformer": ("num_layers", "ffn_size"),
         "tokenformer": ("ffn_size", "attention_slots"),
     }.get(kind, RECURRENT)
-    if before["error_heads"] and ("error_heads" in wanted or memory_writes is not None):
+    if before["error_heads"] and "error_heads" in wanted:
         raise ConfigError(
-            "the model has an error memory already, whose heads and what is written there cannot "
-            "change; leave out error_heads and memory_writes"
-        )
-    if memory_writes is not None and "error_heads" not in wanted:
-        raise ConfigError(
-            "memory_writes says what a new error memory is written with; give error_heads too"
+            "the model has an error memory already, whose heads cannot change; leave out "
+            "error_heads"
         )
     if refused := sorted(wanted.keys() - {*allowed, "error_heads"}):
         raise ConfigError(
@@ -93,8 +88,6 @@ def grown_config(
     if kind == "metastate" and "head_size" in wanted and (reason := _inexact(meta)):
         raise ConfigError(f"head_size cannot grow with {reason}; grow num_heads instead")
     changes: dict[str, Any] = dict(wanted)
-    if memory_writes is not None:
-        changes |= coerce_fields(ModelConfig, {"memory_writes": memory_writes}, "growth")
     if kind == "tokenformer":  # its released code forgets how many slots there were
         changes["first_slots"] = None if init == "released" else config.first_slots
     if kind not in ATTENTION:
@@ -168,7 +161,6 @@ def grow(
     ffn_size: int | None = None,
     attention_slots: int | None = None,
     error_heads: int | None = None,
-    memory_writes: Writes | None = None,
     init: Init = "zero",
     seed: int = 0,
 ) -> LanguageModel:
@@ -184,7 +176,6 @@ def grow(
             get one.
         attention_slots: A, slots of a TokenFormer's projections.
         error_heads: heads of an error memory, of any model that has none.
-        memory_writes: what that memory is written with, "tokens" unless given, or "errors".
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
             a TokenFormer only: what its released code does, new keys random and the scale that of
@@ -210,7 +201,7 @@ def grow(
         "error_heads": error_heads,
     }
     parent = model.config
-    config = grown_config(parent, init=init, memory_writes=memory_writes, **sizes)
+    config = grown_config(parent, init=init, **sizes)
     like = model.embedding.weight
     with drawing(seed):
         grown = LanguageModel(config).to(like.dtype)
@@ -232,7 +223,7 @@ def grow(
                 p.normal_(std=RANDOM_STD)  # behind a closed output zero would only delay it
     step: dict[str, Any] = {
         axis: [getattr(parent, axis), getattr(config, axis)]
-        for axis in (*AXES, "memory_writes")
+        for axis in AXES
         if getattr(parent, axis) != getattr(config, axis)
     }
     inherit(grown, model, step | {"init": init, "seed": seed})
@@ -330,13 +321,7 @@ def grow_in_training(
     seed: int,
 ) -> tuple[LanguageModel, dict[str, Tensor], ModelState | None]:
     """Make one step of a growth schedule: model, whole moments and carried state together."""
-    grown = grow(
-        model,
-        **growth.sizes(),
-        memory_writes=growth.memory_writes,
-        init=growth.init,
-        seed=seed,
-    )
+    grown = grow(model, **growth.sizes(), init=growth.init, seed=seed)
     state = None if carried is None else grow_state(carried, grown)
     return grown, grow_moments(moments, grown, model.config), state
 

@@ -1,10 +1,10 @@
-"""The error memory: a meta state for the whole model, written with what it did not expect.
+"""The surprise memory: a meta state for the whole model, written with what it did not expect.
 
-Sources: dynamic evaluation (Krause et al., arXiv:1709.07432), whose gradient step on the head at
-every token is here one linear recurrence; fast weights (Schlag et al., arXiv:2102.11174); written
-with tokens, the cache of hidden states and what followed them (Grave et al., arXiv:1612.04426),
-here of constant size, and writing by surprise (Titans, arXiv:2501.00663), here a token's own
-logit. As a meta state of this architecture it is ours; docs/log.md has what led to it.
+Sources: the cache of hidden states and of the tokens that followed them (Grave et al.,
+arXiv:1612.04426), here of constant size; fast weights and the delta rule (Schlag et al.,
+arXiv:2102.11174); writing by surprise (Titans, arXiv:2501.00663), here a token's own logit; dynamic
+evaluation (Krause et al., arXiv:1709.07432), whose gradient step on the head it resembles. As a
+meta state of this architecture it is ours; docs/log.md has what led to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from metastate.config import LARGEST_HEAD, ModelConfig
 from metastate.errors import ConfigError
 from metastate.layers.common import OUTPUT, VECTOR, Growth, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
-from metastate.ops.softmax import expected_row
 
 # Near where runs of a quarter of a million parameters ended that had begun elsewhere (docs/log.md).
 FIRST_DECAY, FIRST_RATE = -6.4, -2.0  # logits: a half-life of 690 tokens, a rate of 0.12
@@ -37,48 +36,40 @@ class ErrorState:
     Attributes:
         M: meta state, [B, H, N_v, N_k], float32 (float64 in a float64 model).
         key: k of the last token, [B, D], like M; zeros before the first.
-        expected: the row of the head that the last token's prediction expects, [B, D], like M; None
-            where tokens are written.
-        features: h of the last token, [B, D], like M; None where errors are written.
+        features: h of the last token, [B, D], like M.
     """
 
     M: Tensor
     key: Tensor
-    expected: Tensor | None = None
-    features: Tensor | None = None
+    features: Tensor
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ErrorState:
         """Return a state whose tensors are `fn` of this one's."""
-        return ErrorState(*(None if x is None else fn(x) for x in vars(self).values()))  # type: ignore[arg-type]
+        return ErrorState(*(fn(x) for x in vars(self).values()))
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(x.nbytes for x in vars(self).values() if x is not None)
+        return sum(x.nbytes for x in vars(self).values())
 
 
 class ErrorMemory(nn.Module):
-    """Correct the features before the head by what was predicted wrongly in like places.
+    """Correct the features before the head by what came, unexpected, after features like them.
 
-    k_t   = unit((h_t + c) * s)  per head            h = ln_out(x); H = `error_heads`, N = D / H
-    m_t   = softmax(h_t W^T) W                       W [V, D] the weights of the head
-    eps_t = W[x_t] - m_{t-1}                         -d(-log p(x_t)) / dh_{t-1}: the error
-    M_t   = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + eps_t^T k_{t-1}
-    h'_t  = h_t + concat_h(k_t M_t^T) * g            what the head then reads
+    k_t  = unit((h_t + c) * z)  per head            h = ln_out(x); H = `error_heads`, N = D / H
+    s_t  = 2 sigmoid(l h_{t-1} . W[x_t] + p . h_{t-1} + q . W[x_t] + b)  per head: the surprise
+    M_t  = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + (s_t W[x_t])^T k_{t-1}
+    h'_t = h_t + concat_h(k_t M_t^T) * g            what the head then reads
 
-    The token x_t is the last one read, so nothing looks ahead. Gradient descent on -log p(x_t) by
-    a matrix that corrects h would add eps^T k to it at every token, eps taken from the corrected
-    prediction. Here it is taken from the uncorrected one, so that a whole text is one recurrence,
-    and the rate a takes away the part of it that M corrects already. w, a [D], like g, are learned
-    and the same for all tokens. M has as many numbers as one block's S at the same head size.
+    The token x_t is the last one read, so nothing looks ahead; W [V, D] are the weights of the
+    head. M associates what came with the features that it came after, the more the less it was
+    expected, as its own logit tells, and the rate a takes away what M held of it already. c, z, w,
+    a and g [D], l and b (a number for every head), p and q ([D] for every head) are learned and the
+    same for all tokens. M has as many numbers as one block's S at the same head size.
 
-    With `memory_writes` "tokens" there is no m, and the head is read once: M associates what came
-    with the places it came after, the more the less it was expected, as one logit tells:
-
-    eps_t = s_t W[x_t],   s_t = 2 sigmoid(l h_{t-1} . W[x_t] + p . h_{t-1} + q . W[x_t] + b)
-
-    with l, b a number and p, q [D] for every head. It is the error's own first term: of W[x] - m a
-    share 1 - p(x) lies along W[x], and p(x) is a sigmoid of that logit and of what the others are.
+    Gradient descent on -log p(x_t) by a matrix that corrects h would write W[x_t] - p W, p all the
+    probabilities, for two more readings of the head; a share 1 - p(x_t) of that lies along W[x_t],
+    for which s_t stands. It was measured, and is no better (docs/log.md).
     """
 
     # A model that is given a memory is not corrected by it at first.
@@ -92,25 +83,22 @@ class ErrorMemory(nn.Module):
         assert config.error_heads is not None
         D = config.hidden_size
         self.num_heads, self.head_size = config.error_heads, D // config.error_heads
-        self.writes_tokens = config.memory_writes == "tokens"
         self.center = nn.Parameter(torch.zeros(D))
         self.scale = nn.Parameter(torch.ones(D))
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
         self.rate = nn.Parameter(torch.full((D,), FIRST_RATE))
         self.gain = nn.Parameter(torch.full((D,), FIRST_GAIN))
-        if self.writes_tokens:
-            self.logit = nn.Parameter(torch.full((self.num_heads,), FIRST_LOGIT))
-            self.place = nn.Parameter(torch.zeros(self.num_heads, D))
-            self.token = nn.Parameter(torch.zeros(self.num_heads, D))
-            self.bias = nn.Parameter(torch.zeros(self.num_heads))
+        self.logit = nn.Parameter(torch.full((self.num_heads,), FIRST_LOGIT))
+        self.place = nn.Parameter(torch.zeros(self.num_heads, D))
+        self.token = nn.Parameter(torch.zeros(self.num_heads, D))
+        self.bias = nn.Parameter(torch.zeros(self.num_heads))
 
     def init_state(self, batch_size: int) -> ErrorState:
         """Return the state before the first token: zeros."""
         H, N = self.num_heads, self.head_size
         dtype, device = ops.state_dtype(self.gain.dtype), self.gain.device
         zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
-        field = "features" if self.writes_tokens else "expected"
-        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, **{field: zeros.clone()})
+        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros.clone())
 
     def log_w(self) -> Tensor:
         """Return the log decay of every channel, [D]: -exp(-0.5) sigmoid(decay)."""
@@ -166,16 +154,9 @@ class ErrorMemory(nn.Module):
         before = _before(key, state.key, packing).view(heads)
         # Not weight[tokens], whose gradient several threads add up in the order in which they come.
         row = F.embedding(tokens, weight).to(exact.dtype)
-        if state.expected is not None:
-            expected = expected_row(h.flatten(0, 1), weight).view(batch, length, D)
-            v = (row - _before(expected, state.expected, packing)).view(heads)
-            last = {"expected": expected[:, -1].clone()}  # a view would keep all tokens' alive
-        else:
-            assert state.features is not None
-            with torch.autocast(h.device.type, enabled=False):
-                s = self.surprise(_before(exact, state.features, packing), row)
-            v = row.view(heads) * s[..., None]
-            last = {"features": exact[:, -1].clone()}
+        with torch.autocast(h.device.type, enabled=False):
+            s = self.surprise(_before(exact, state.features, packing), row)
+        v = row.view(heads) * s[..., None]
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = self.log_w().view(heads[2:]).expand(heads)
         cu_seqlens = None if packing is None else packing.cu_seqlens
@@ -189,7 +170,8 @@ class ErrorMemory(nn.Module):
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))
         corrected = exact + y.flatten(2) * self.gain
-        after = ErrorState(last_of_rows(final, packing), key[:, -1].clone(), **last)
+        last = (key[:, -1].clone(), exact[:, -1].clone())  # a view would keep all tokens' alive
+        after = ErrorState(last_of_rows(final, packing), *last)
         return corrected.to(h.dtype), after
 
 

@@ -203,8 +203,7 @@ class NativeDecoder(BatchDecoder):
         self._tokens = torch.zeros(rows, dtype=torch.int64)
         own = self._ends()
         ends = [own.get(name) for name in kernels.ENDS]
-        kinds = 2 if own.get("expected") is not None else 1
-        sizes = kernels.buffer_sizes(D, H * N, F, config.vocab_size, ranks, kinds)
+        sizes = kernels.buffer_sizes(D, H * N, F, config.vocab_size, ranks)
         buffers = [torch.zeros(rows * size) for size in sizes]
         self.x, self.logits = buffers[kernels.X].view(rows, D), buffers[kernels.LOGITS]
         options, is_meta = config.meta_state, config.architecture == "metastate"

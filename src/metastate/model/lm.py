@@ -260,8 +260,8 @@ class LanguageModel(nn.Module):
         token, 10 N^2 for the recurrence (2 N^2 each for removal read, decay, two rank-1 writes and
         read, though the decay adds nothing) and 2 N^2 for another reader, 26 N^2 and 10 N^2
         backward. Attention costs 4 D a visible key forward (8 backward), (T + 1) / 2 keys on
-        average. An error memory is one such recurrence, and reads the head twice more unless tokens
-        are written there. Elementwise work, and what is computed again to save memory, is left out.
+        average. An error memory is one such recurrence. Elementwise work, and what is computed
+        again to save memory, is left out.
         """
         config = self.config
         matrices = sum(p.numel() * self._products(n, p) for n, p in self.named_parameters())
@@ -286,9 +286,6 @@ class LanguageModel(nn.Module):
     def _products(self, name: str, p: Tensor) -> int:
         """Return in how many matrix products of a token the parameter is a factor."""
         no_factor = (".mu", ".r_k", ".token_keys", ".token_values")
-        if name == "head.weight":
-            expects = self.error_memory is not None and not self.error_memory.writes_tokens
-            return 3 if expects else 1
         if p.dim() < 2 or name == "embedding.weight" or name.endswith(no_factor):
             return 0
         if name.endswith(".receptance.weight"):

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from metastate.errors import ShapeError, TrainingError
 from metastate.ops.links import differentiable_once
-from metastate.ops.softmax import chunk_of
 
 if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
     from metastate.model.state import ModelState
 
 IGNORE = -100  # target of a token that is not scored
+LOGITS = 2**25  # logits of one chunk: 128 MiB in float32
+FLOAT16_ROWS = 512  # of a chunk in float16, which holds their sum where features are below 128
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,29 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, targets, z_loss, torch.is_grad_enabled())
 
 
+def _chunk_of(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype, int]:
+    """Return in which dtypes to multiply features [n, D] by a head [V, D] and to sum, and rows.
+
+    Products are in autocast's dtype where that is on, sums in float32 or float64; so many rows'
+    logits are held at once.
+    """
+    kind = x.device.type
+    product = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(kind) and product != torch.float64:
+        product = torch.get_autocast_dtype(kind)
+    rows = max(1, min(len(x), LOGITS // len(weight)))
+    if product == torch.float16:
+        rows = min(rows, FLOAT16_ROWS)
+    return product, torch.promote_types(product, torch.float32), rows
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, learn: bool
     ) -> tuple[Tensor, Tensor]:
         (n, _), (size, _) = x.shape, weight.shape
-        product, exact, rows = chunk_of(x, weight)
+        product, exact, rows = _chunk_of(x, weight)
         need_x, need_weight = (learn and need for need in ctx.needs_input_grad[:2])
         with torch.autocast(x.device.type, enabled=False):
             W = weight.detach().to(product)

@@ -65,7 +65,6 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         "ffn_size": ffn,
         "attention_slots": ffn // 4 if architecture == "tokenformer" and ffn else None,
         "ffn_order": "after" if architecture == "metastate" else None,
-        "memory_writes": "tokens" if architecture == "metastate" else None,
         "error_heads": fewest_error_heads(D) if architecture == "metastate" else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }

@@ -29,11 +29,11 @@ FORMAT = "metastate-state"
 VERSION = 2  # 1 had neither weights nor digest
 LAYOUT = (
     "S, M [B, H, N_v, N_k]; keys, values [B, H, T, N]; token_* [H, P, N]; "
-    "shifts, key, expected, features [B, D]"
+    "shifts, key, features [B, D]"
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FIELDS = "S|M|time_shift|channel_shift|keys|values|start|token_keys|token_values"
-NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})|errors\.(M|key|expected|features)")
+NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})|errors\.(M|key|features)")
 MOST_TOKENS = 2**63 - 1
 
 

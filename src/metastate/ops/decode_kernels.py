@@ -57,7 +57,6 @@ from metastate.ops.row_kernels import (
     head_norm,
     layer_norm,
     mix,
-    softmax,
     unit,
     vector,
     widened,
@@ -96,19 +95,18 @@ BUFFERS = (
     X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
     R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
 ) = range(len(BUFFERS))  # fmt: skip
-# What comes after the blocks; without an error memory the fields of one are zero, EXPECTED where it
-# is written with tokens, and those from FEATURES on where with errors.
+# What comes after the blocks; without an error memory the fields of one are zero.
 ENDS = (
     *("ln_out_weight", "ln_out_bias", "head"),
-    *("center", "scale", "decay", "rate", "gain", "M", "key", "tokens", "expected"),
+    *("center", "scale", "decay", "rate", "gain", "M", "key", "tokens"),
     *("features", "logit", "place", "token", "bias"),
 )
 (
     LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD,
-    CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, TOKENS, EXPECTED,
+    CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, TOKENS,
     FEATURES, LOGIT, PLACE, TOKEN, BIAS,
 ) = range(len(ENDS))  # fmt: skip
-NORM, CORRECT, PREDICT, SOFTMAX, EXPECT, NUM_ENDS = range(6)
+NORM, CORRECT, PREDICT, NUM_ENDS = range(4)
 MIX_TIME, PROJECT, HEADS, OUTPUT, MIX_CHANNELS, EXPAND, READ, REDUCE, NUM_PHASES = range(9)
 META_STATE, BY_RECEPTANCE, READS_ENCODING, HAS_M = 1, 2, 4, 8  # flags of a model
 
@@ -116,12 +114,9 @@ _njit: Any = nb.njit(**INNER)
 _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
-def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int], n: int) -> list[int]:
-    """Return how many float32 values a row of each of BUFFERS has; A = H N.
-
-    `n` is 2 where errors are written, for which the head reads two kinds of features; else 1.
-    """
-    return [D, 6 * D, *ranks, F, n * vocab_size, *[A] * 12, n * D, A]
+def buffer_sizes(D: int, A: int, F: int, vocab_size: int, ranks: list[int]) -> list[int]:
+    """Return how many float32 values a row of each of BUFFERS has; A = H N."""
+    return [D, 6 * D, *ranks, F, vocab_size, *[A] * 12, D, A]
 
 
 def _add_one(typing_context, address):  # type: ignore[no-untyped-def]
@@ -321,8 +316,8 @@ def _surprise(ends, h, row, i, D):  # type: ignore[no-untyped-def]
 
 
 @_njit
-def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-def]
-    """Write what came, correct h; where errors are written what h was is kept behind all rows."""
+def _correct(ends, buf, b, size, D, A, heads):  # type: ignore[no-untyped-def]
+    """Write what came by its surprise, correct h."""
     h = vector(buf[Z], b * D)
     error, key, removal = (
         vector(buf[V], b * A),
@@ -334,20 +329,14 @@ def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-
     came = pointer(ends[TOKENS], np.int64(0))[b]
     widened(ends[HEAD] + came * D * size, size, D, error)
     N = D // heads
-    if ends[EXPECTED]:
-        plain, expected = vector(buf[Z], (rows + b) * D), vector(ends[EXPECTED], b * D)
-        for j in range(D):
-            error[j] -= expected[j]
-    else:
-        plain = vector(ends[FEATURES], b * D)
-        for i in range(heads):
-            s = _surprise(ends, plain, error, i, D)
-            for j in range(i * N, (i + 1) * N):
-                removal[j] = s
-        for j in range(D):
-            error[j] *= removal[j]
+    features = vector(ends[FEATURES], b * D)
+    for i in range(heads):
+        s = _surprise(ends, features, error, i, D)
+        for j in range(i * N, (i + 1) * N):
+            removal[j] = s
     for j in range(D):
-        plain[j] = h[j]
+        error[j] *= removal[j]
+        features[j] = h[j]
         removal[j] = a[j] * before[j]
         key[j] = (h[j] + center[j]) * scale[j]
     for i in range(heads):
@@ -366,25 +355,6 @@ def _correct(ends, buf, b, size, D, A, heads, rows):  # type: ignore[no-untyped-
         before[j] = key[j]
 
 
-@_njit
-def _expect(ends, buf, i, size, D, vocab_size, rows):  # type: ignore[no-untyped-def]
-    """Piece i of p W for the probabilities p of every row, a row of W at a time."""
-    first, last = i * SPAN, min((i + 1) * SPAN, D)
-    n = last - first
-    part = np.empty(SPAN, np.float32)
-    for b in range(rows):
-        out = vector(ends[EXPECTED], b * D + first)
-        for j in range(n):
-            out[j] = ZERO
-    for v in range(vocab_size):
-        widened(ends[HEAD] + (v * D + first) * size, size, n, part)
-        for b in range(rows):
-            p = vector(buf[LOGITS], (rows + b) * vocab_size)[v]
-            out = vector(ends[EXPECTED], b * D + first)
-            for j in range(n):
-                out[j] += p * part[j]
-
-
 @kernel
 def token(  # type: ignore[no-untyped-def]
     table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, error_heads, rows
@@ -398,14 +368,12 @@ def token(  # type: ignore[no-untyped-def]
     """
     last = L * NUM_PHASES
     own_F, own = 0, 0
-    for p in range(last + (NUM_ENDS if ends[EXPECTED] else SOFTMAX)):
+    for p in range(last + NUM_ENDS):
         layer, phase = p // NUM_PHASES, p % NUM_PHASES
         if p >= last:
             end = p - last
             if end == PREDICT:
                 pieces = (vocab_size + SPAN - 1) // SPAN
-            elif end == EXPECT:
-                pieces = (D + SPAN - 1) // SPAN
             else:
                 pieces = rows if end == NORM or error_heads else 0
         else:
@@ -423,14 +391,9 @@ def token(  # type: ignore[no-untyped-def]
                 weight, bias = vector(ends[LN_OUT_WEIGHT], 0), vector(ends[LN_OUT_BIAS], 0)
                 layer_norm(vector(buf[X], i * D), weight, bias, vector(buf[Z], i * D), D)
             elif p == last + CORRECT:
-                _correct(ends, buf, i, size, D, H * N, error_heads, rows)
+                _correct(ends, buf, i, size, D, H * N, error_heads)
             elif p == last + PREDICT:
-                both = 2 * rows if ends[EXPECTED] else rows
-                _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, both, 0, NONE)
-            elif p == last + SOFTMAX:
-                softmax(vector(buf[LOGITS], (rows + i) * vocab_size), vocab_size)
-            elif p == last + EXPECT:
-                _expect(ends, buf, i, size, D, vocab_size, rows)
+                _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
             else:
                 at = table[layer]
                 _work(at, buf, phase, layer, i, size, D, H, N, own_F, ranks, rows, own)

@@ -8,7 +8,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from metastate.ops.fused_kernels import ONE, TINY, ZERO, _as_float, _exp, _sigmoid
+from metastate.ops.fused_kernels import ONE, TINY, ZERO, _as_float, _sigmoid
 from metastate.ops.jit import INNER, pointer
 
 LN_EPS, GROUP_EPS = np.float32(1e-5), np.float32(64e-5)
@@ -103,20 +103,6 @@ def advance(S, w, kappa, b, k, v, r, y, N):  # type: ignore[no-untyped-def]
         for j in range(N):
             total += row[j] * r[j]
         y[i] = total
-
-
-@_njit
-def softmax(x, n):  # type: ignore[no-untyped-def]
-    """Turn logits x into probabilities in place."""
-    largest = x[0]
-    for i in range(1, n):
-        largest = max(largest, x[i])
-    total = ZERO
-    for i in range(n):
-        x[i] = _exp(x[i] - largest)
-        total += x[i]
-    for i in range(n):
-        x[i] /= total
 
 
 @_njit

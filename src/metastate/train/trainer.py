@@ -369,8 +369,6 @@ class _Run:
             "parameters": [m.count_parameters()["total"] for m in both],
             "flops_per_token": [sum(m.flops_per_token(context)) for m in both],
         }
-        if growth.error_heads is not None:
-            record["memory_writes"] = self.model.config.memory_writes or "errors"
         if self.evaluate is not None:
             record["nats_per_token"] = [self.scores(m)["nats_per_token"] for m in both]
         self.write(record)
