@@ -133,8 +133,8 @@ def computed(config: ModelConfig, mode: str, ranks: int, rows: int) -> dict[str,
         shifts = 1 + (config.hidden_channels > 0)  # layers that look one token back
         memories = 1 + (config.meta_state.readout != "encoding")
         handed = 4 * ranks * rows * L * (memories * 2 * config.num_heads * N * N + shifts * D)
-        if config.error_heads:  # its M, and two vectors of the token before
-            handed += 4 * ranks * rows * (2 * D * D // config.error_heads + 2 * D)
+        if config.memory_heads:  # its M, and two vectors of the token before
+            handed += 4 * ranks * rows * (2 * D * D // config.memory_heads + 2 * D)
         out |= {"all-gather": handed, "reduce-scatter": handed}
     return out
 

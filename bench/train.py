@@ -1,7 +1,7 @@
 """Training step: tokens/s of Meta-State beside a Transformer with SDPA at equal parameters.
 
     python bench/train.py [--size small] [--tokens 16384] [--lengths 512 1024 4096 16384]
-    python bench/train.py --peer metastate-memory   beside itself without the error memory
+    python bench/train.py --peer metastate-memory   beside itself without the surprise memory
     python bench/train.py --profile 4096        where the time of a step goes
     python bench/train.py --memory              peak memory of a step by length, and its slope
 
@@ -37,10 +37,10 @@ DTYPES = ("float32", "bfloat16")
 
 
 def config_of(name: str, args: argparse.Namespace) -> ModelConfig:
-    """Return the preset of an architecture; NAME-memory is without the error memory."""
+    """Return the preset of an architecture; NAME-memory is without the surprise memory."""
     bare = name.removesuffix("-memory")
     config = preset(f"{bare}-{args.size}", vocab_size=args.vocab_size)
-    return config if bare == name else config.replace(error_heads=None)
+    return config if bare == name else config.replace(memory_heads=None)
 
 
 class Step:

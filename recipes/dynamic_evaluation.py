@@ -1,4 +1,4 @@
-"""What a model gains by ordinary dynamic evaluation, beside what an error memory gives it.
+"""What a model gains by ordinary dynamic evaluation, beside what a surprise memory gives it.
 
     metastate compare recipes/compare.yaml --out runs/compare
     cd runs/compare/cells

@@ -34,7 +34,7 @@ from metastate.train.checkpoint import has_run
 from metastate.train.trainer import LOG
 
 SMALL: dict[str, Any] = {"hidden_size": 128, "num_heads": 4, "num_layers": 4}
-SMALL |= {"vocab_size": 256, "error_heads": None}
+SMALL |= {"vocab_size": 256, "memory_heads": None}
 RANKS = dict.fromkeys(("decay_rank", "icl_rate_rank", "value_rank"), 32)  # those of N 32
 BATCH, CONTEXT, WARM = 8, 256, 20
 

@@ -34,7 +34,7 @@ from metastate.train.trainer import LOG, train
 
 NEW = ("code", "math")
 SMALL: dict[str, Any] = {"hidden_size": 128, "num_heads": 4, "num_layers": 4}
-SMALL |= {"vocab_size": 256, "error_heads": None}
+SMALL |= {"vocab_size": 256, "memory_heads": None}
 ARMS: dict[str, tuple[int, float]] = {  # name: (N, old_lr_scale)
     "not grown": (32, 1.0),
     "grown, old free": (64, 1.0),

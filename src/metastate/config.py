@@ -32,7 +32,7 @@ def _fraction(where: str, value: float) -> None:
 
 _MODEL_SIZES = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "input_slices", "head_size"),
-    *("ffn_size", "attention_slots", "error_heads"),
+    *("ffn_size", "attention_slots", "memory_heads"),
     *("decay_rank", "icl_rate_rank", "value_rank", "gate_rank", "rope_theta"),
 )
 _TRAIN_SIZES = (
@@ -112,9 +112,9 @@ class ModelConfig:
     the Meta-State layer, with a norm of its own, or (None, as in files from before that choice)
     beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
     have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
-    attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With error_heads a
+    attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With memory_heads a
     meta state of so many heads stands before the head of the model, of any architecture
-    (layers/error_memory.py).
+    (layers/surprise_memory.py).
     Growth sets input_slices (slices that the Meta-State heads cut x into, H unless given; head
     h reads slice h mod input_slices), head_segments (a head's channels by growth step), and
     first_slots (attention_slots and ffn_size that a TokenFormer began with).
@@ -140,7 +140,7 @@ class ModelConfig:
     meta_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_order: Literal["beside", "after"] | None = field(default=None, metadata=LATER)
-    error_heads: int | None = field(default=None, metadata=LATER)
+    memory_heads: int | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -208,10 +208,10 @@ class ModelConfig:
                 f"model.head_size {self.head_size} is below hidden_size / num_heads = "
                 f"{self.hidden_size // slices}"
             )
-        if self.error_heads and self.hidden_size % self.error_heads:
+        if self.memory_heads and self.hidden_size % self.memory_heads:
             raise ConfigError(
-                f"model.hidden_size {self.hidden_size} is not a multiple of error_heads "
-                f"{self.error_heads}; change one of them"
+                f"model.hidden_size {self.hidden_size} is not a multiple of memory_heads "
+                f"{self.memory_heads}; change one of them"
             )
         self._check_layers()
         size = self.meta_state.encoder_size
@@ -281,7 +281,7 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a copy with `changes`; derived fields follow unless they are given.
 
-        So do the heads of an error memory, of which there are as few as may be in a new width.
+        So do the heads of a surprise memory, of which there are as few as may be in a new width.
         """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if {"hidden_size", "attention_slots", "ffn_size"} & changes.keys():
@@ -293,13 +293,13 @@ class ModelConfig:
             if "head_size" not in changes and self.attention_size == self.hidden_size:
                 data["head_size"] = None
         width = changes.get("hidden_size")
-        if isinstance(width, int) and self.error_heads:
-            data["error_heads"] = fewest_error_heads(width)
+        if isinstance(width, int) and self.memory_heads:
+            data["memory_heads"] = fewest_memory_heads(width)
         return ModelConfig(**(data | changes))
 
 
-def fewest_error_heads(hidden_size: int) -> int:
-    """Return the fewest heads of an error memory that LARGEST_HEAD channels at most allow.
+def fewest_memory_heads(hidden_size: int) -> int:
+    """Return the fewest heads of a surprise memory that LARGEST_HEAD channels at most allow.
 
     A width without such divisors gets one head, which only the CPU's kernels take.
     """
@@ -322,7 +322,7 @@ class GrowthStep:
     num_layers: int | None = None
     ffn_size: int | None = None
     attention_slots: int | None = None
-    error_heads: int | None = None
+    memory_heads: int | None = None
     init: Literal["zero", "random", "released"] = "zero"
     warmup: int = 0
     old_lr_scale: float | None = None

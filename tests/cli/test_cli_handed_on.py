@@ -89,7 +89,7 @@ def test_prepare(tmp_path, handed):
 
 def test_grow(checkpoint, tmp_path, handed):
     sizes = {"head_size": 1, "heads": 2, "layers": 3, "parameter_tokens": 4, "ffn_size": 5}
-    sizes |= {"attention_slots": 6, "error_heads": 7}
+    sizes |= {"attention_slots": 6, "memory_heads": 7}
     argv = [x for k, n in sizes.items() for x in (f"--{k.replace('_', '-')}", n)]
     argv += ["--init", "random", "--seed", 8, "--out", tmp_path / "big"]
     got = handed("cli.growing.grow", "grow", checkpoint, *argv)

@@ -42,7 +42,7 @@ def test_state_tracking_end_to_end(tmp_path, run, trained):
     assert value["cells"] == json.loads((tmp_path / "results.json").read_text())["cells"]
     assert len(value["cells"][0]["by_length"]) == 16
     assert value["summary"]["rwkv7+memory"]["Z3"]["most_layers"] == 2
-    assert [cell["model"].get("error_heads") for cell in value["cells"][::2]] == [None, 1]
+    assert [cell["model"].get("memory_heads") for cell in value["cells"][::2]] == [None, 1]
 
 
 def test_recall_end_to_end(tmp_path, run, trained):

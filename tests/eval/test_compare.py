@@ -114,12 +114,12 @@ def test_a_run_trains_the_model_that_was_planned(name, few_words, tmp_path):
 
 
 def test_a_suite_takes_from_a_preset_what_the_preset_adds(few_words, tmp_path):
-    without = {"model": TINY | {"error_heads": None, "ffn_order": "beside"}}
+    without = {"model": TINY | {"memory_heads": None, "ffn_order": "beside"}}
     suite = suite_of(few_words, models={"a": without, "b": {"model": TINY}}, sizes={"tiny": {}})
     results = compare(suite, tmp_path)
     a, b = (load(cell.folder).config for cell in plan(suite, tmp_path))
-    assert (a.error_heads, a.ffn_order) == (None, None)  # "beside" is what none says
-    assert (b.error_heads, b.ffn_order) == (1, "after")
+    assert (a.memory_heads, a.ffn_order) == (None, None)  # "beside" is what none says
+    assert (b.memory_heads, b.ffn_order) == (1, "after")
     small, large = (row["state_bytes"] for row in results["rows"])
     assert small < large
 
@@ -290,12 +290,12 @@ def test_cells_of_before_data_and_sources_were_noted_still_count(copied):
 def test_a_cell_that_was_begun_with_another_model_does_not_go_on(copied):
     """As when a preset has got another default since."""
     suite, out = copied
-    cell = next(c for c in plan(suite, out) if c.rate is None and c.config.error_heads)
+    cell = next(c for c in plan(suite, out) if c.rate is None and c.config.memory_heads)
     (cell.folder / "score.json").unlink()
     record = json.loads((cell.folder / "run.json").read_text())
-    del record["train"]["model"]["error_heads"]
+    del record["train"]["model"]["memory_heads"]
     (cell.folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=r"model\.error_heads None, now 1.*remove that"):
+    with pytest.raises(ConfigError, match=r"model\.memory_heads None, now 1.*remove that"):
         compare(suite, out)
 
 

@@ -213,7 +213,7 @@ def test_models_are_of_the_kinds_that_people_decode():
     cases = [c for c in ALL_CASES if c.layers]
     for name in ("metastate-tiny", "rwkv7-tiny"):
         kinds = [
-            (c.architecture, c.ffn_order, c.error_heads, c.meta_state)
+            (c.architecture, c.ffn_order, c.memory_heads, c.meta_state)
             for c in (preset(name), *(case.model().config for case in cases))
         ]
         assert kinds[0] in kinds[1:]

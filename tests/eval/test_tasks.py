@@ -159,8 +159,8 @@ def test_a_seed_makes_the_same_sequences(problem):
         (lambda: task_model("mamba", 1, 16, 1, 8), "tokenformer"),
         (lambda: task_model("mamba+memory", 1, 16, 1, 8), "tokenformer"),
         (lambda: task_model("metastate-memory+memory", 1, 16, 1, 8), "unknown architecture"),
-        (lambda: task_model("rwkv7-memory", 1, 16, 1, 8), "no error memory as it is; write rwkv7"),
-        (lambda: task_model("metastate+memory", 1, 16, 1, 8), "an error memory as it is"),
+        (lambda: task_model("rwkv7-memory", 1, 16, 1, 8), "no surprise memory as it is"),
+        (lambda: task_model("metastate+memory", 1, 16, 1, 8), "a surprise memory as it is"),
         (lambda: task_model("rwkv7", 1, 16, 3, 8), "multiple"),
     ],
 )
@@ -174,17 +174,17 @@ def test_the_smallest_vocabulary_is_enough():
     assert set(tokens[0, 0:8:2].tolist()) == {1, 2, 3, 4}
 
 
-def test_the_error_memory_is_that_of_the_presets_or_what_the_name_says():
+def test_the_surprise_memory_is_that_of_the_presets_or_what_the_name_says():
     def memory(name, width=16):
-        return task_model(name, 1, width, 1, 8).error_heads
+        return task_model(name, 1, width, 1, 8).memory_heads
 
     for name in ARCHITECTURES:
-        assert memory(name) == preset(f"{name}-tiny").error_heads
+        assert memory(name) == preset(f"{name}-tiny").memory_heads
     assert memory("metastate-memory") is None
     assert memory("rwkv7+memory") == memory("paper+memory") == 1
     assert memory("rwkv7+memory", 320) == 2  # a head is no wider than kernels take
     bare, whole = (task_model(name, 2, 16, 1, 8) for name in ("metastate-memory", "metastate"))
-    assert bare.replace(error_heads=1) == whole
+    assert bare.replace(memory_heads=1) == whole
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "metastate-memory", "transformer+memory"])

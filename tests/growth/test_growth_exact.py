@@ -33,7 +33,7 @@ AXES = {
     "parameter_tokens": {"parameter_tokens": 3},
     "num_layers": {"num_layers": 4},
     "ffn_size": {"ffn_size": 17},
-    "error_heads": {"error_heads": 2},
+    "memory_heads": {"memory_heads": 2},
     "all": {
         "head_size": 11,
         "num_heads": 3,
@@ -95,9 +95,9 @@ def test_every_axis_of_every_reading(reading, axis, dtype):
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
-@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "error_heads"])
-def test_every_axis_with_an_error_memory(axis, dtype):
-    grows_exactly(build(dtype, error_heads=2), dtype, AXES[axis])
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "memory_heads"])
+def test_every_axis_with_a_surprise_memory(axis, dtype):
+    grows_exactly(build(dtype, memory_heads=2), dtype, AXES[axis])
 
 
 def grows_exactly(model, dtype, sizes):
@@ -113,8 +113,8 @@ RECURRENT = {"num_layers": 3, "head_size": 9, "num_heads": 3, "parameter_tokens"
 LARGER = {
     "metastate": RECURRENT | {"ffn_size": 17},
     "rwkv7": RECURRENT | {"ffn_size": 17},
-    "transformer": {"num_layers": 3, "ffn_size": 17, "error_heads": 1},
-    "tokenformer": {"attention_slots": 13, "ffn_size": 17, "error_heads": 3},
+    "transformer": {"num_layers": 3, "ffn_size": 17, "memory_heads": 1},
+    "tokenformer": {"attention_slots": 13, "ffn_size": 17, "memory_heads": 3},
 }
 
 

@@ -198,14 +198,14 @@ def test_growth_inside_a_run(config):
 
 
 def test_a_memory_comes_inside_a_run_and_learns(config):
-    growth = GrowthStep(3, error_heads=2)
-    settings = {"model": SIZES | {"error_heads": None}, "growth": (growth,), "carry_state": True}
+    growth = GrowthStep(3, memory_heads=2)
+    settings = {"model": SIZES | {"memory_heads": None}, "growth": (growth,), "carry_state": True}
     result = train(config(**settings), evaluate=evaluate, grow=grow_in_training)
     model = metastate.load(result.out)
-    assert model.config.error_heads == 2
-    assert model.error_memory.gain.all() and model.error_memory.place.all()
+    assert model.config.memory_heads == 2
+    assert model.surprise_memory.gain.all() and model.surprise_memory.place.all()
     (row,) = (row for row in log_of(result.out) if row["kind"] == "growth")
-    assert row["sizes"] == {"error_heads": 2}
+    assert row["sizes"] == {"memory_heads": 2}
     before, after = row["nats_per_token"]
     assert after == pytest.approx(before, rel=1e-5)
 

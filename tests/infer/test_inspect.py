@@ -27,7 +27,7 @@ TEXT = "über den Zustand 🙂"
 DIGITS = 1e-4  # relative; the answers are rounded to five digits
 
 
-def make(architecture="metastate", dtype=torch.float32, error_heads=None, **options):
+def make(architecture="metastate", dtype=torch.float32, memory_heads=None, **options):
     model = LanguageModel(
         ModelConfig(
             architecture=architecture,
@@ -35,7 +35,7 @@ def make(architecture="metastate", dtype=torch.float32, error_heads=None, **opti
             hidden_size=16,
             num_layers=2,
             num_heads=2,
-            error_heads=error_heads,
+            memory_heads=memory_heads,
             meta_state=MetaStateConfig(**options),
         )
     )
@@ -51,13 +51,13 @@ def model(request):
     if request.param == "rwkv7":
         return make("rwkv7")
     if request.param == "memory":
-        return make(error_heads=1)
+        return make(memory_heads=1)
     return make(readout=request.param)
 
 
-def with_errors(told):
-    """Return what an answer tells of all matrices: of the layers', then of the error memory's."""
-    return [*told["layers"], *([] if told["errors"] is None else [told["errors"]])]
+def with_memory(told):
+    """Return what an answer tells of all matrices: of the layers', then of the memory's."""
+    return [*told["layers"], *([] if told["memory"] is None else [told["memory"]])]
 
 
 def direct_map(x, size):
@@ -114,8 +114,8 @@ def test_a_state_is_described_as_it_is(model):
     # keys and values, float32, of 2 layers of width 16, 7 tokens
     assert found["cache_bytes"] == 2 * 4 * 2 * 16 * 7
     assert len(found["layers"]) == 2
-    assert (found["errors"] is None) == (model.config.error_heads is None)
-    for part, shown in zip(state.parts, with_errors(found), strict=True):
+    assert (found["memory"] is None) == (model.config.memory_heads is None)
+    for part, shown in zip(state.parts, with_memory(found), strict=True):
         assert set(shown) == {name for name in ("S", "M") if getattr(part, name, None) is not None}
         for name, heads in shown.items():
             matrices = getattr(part, name)[0].detach().double()
@@ -146,22 +146,22 @@ def test_who_reads_what_follows_the_config():
     assert part == "the Meta-State layer (its top-left 4 x 4 block)"
     assert readers(make("transformer").config) == {}
     corrects = ["what corrects the features before the head"]
-    assert readers(make(error_heads=1).config) == {"S": both, "errors": corrects}
-    assert readers(make("transformer", error_heads=2).config) == {"errors": corrects}
+    assert readers(make(memory_heads=1).config) == {"S": both, "memory": corrects}
+    assert readers(make("transformer", memory_heads=2).config) == {"memory": corrects}
 
 
 def test_a_transformers_state_has_no_pictures_but_bytes():
     model = make("transformer")
     _, state = model(torch.ones(1, 5, dtype=torch.int64))
     found = inspect_state(state.detach(), model.config)
-    assert found["layers"] == [] and found["reads"] == {} and found["errors"] is None
+    assert found["layers"] == [] and found["reads"] == {} and found["memory"] is None
     assert found["state_bytes"] == found["cache_bytes"] == 2 * 4 * 2 * 16 * 5
     with pytest.raises(ConfigError, match="keeps keys and values"):
         inspect_prompt(model, TOKENIZER, "ab")
-    given = make("transformer", error_heads=2)
+    given = make("transformer", memory_heads=2)
     _, state = given(torch.ones(1, 5, dtype=torch.int64))
     found = inspect_state(state.detach(), given.config)
-    assert found["layers"] == [] and [head["size"] for head in found["errors"]["M"]] == [8, 8]
+    assert found["layers"] == [] and [head["size"] for head in found["memory"]["M"]] == [8, 8]
 
 
 def test_several_rows_are_refused(model):
@@ -186,7 +186,7 @@ def test_a_prompt_token_by_token_equals_the_whole_text_run_again(model):
     assert found["tokens"][0]["nats"] is None
     shown = torch.tensor([token["nats"] for token in found["tokens"][1:]])
     assert relative_error(shown, nats) < DIGITS
-    for i, told in enumerate(with_errors(found)):
+    for i, told in enumerate(with_memory(found)):
         first = states[0].parts[i]
         assert set(told) == {name for name in ("S", "M") if getattr(first, name, None) is not None}
         for name, record in told.items():
@@ -198,7 +198,7 @@ def test_a_prompt_token_by_token_equals_the_whole_text_run_again(model):
     at_end = inspect_state(states[-1], model.config)
     assert found["state"].keys() == at_end.keys()
     assert found["state"]["tokens_seen"] == at_end["tokens_seen"] == len(ids)
-    for shown, expected in zip(with_errors(found["state"]), with_errors(at_end), strict=True):
+    for shown, expected in zip(with_memory(found["state"]), with_memory(at_end), strict=True):
         for name in expected:
             for a, b in zip(shown[name], expected[name], strict=True):
                 cells = torch.tensor(a.pop("cells")) - torch.tensor(b.pop("cells"))
@@ -214,7 +214,7 @@ def test_going_on_from_a_state_is_the_same_run(model):
     kept = {name: x.clone() for name, x in state.tensors().items()}
     rest = inspect_prompt(model, TOKENIZER, "def", state)
     assert [token["text"] for token in rest["tokens"]] == ["d", "e", "f"]
-    for long, short in zip(with_errors(whole), with_errors(rest), strict=True):
+    for long, short in zip(with_memory(whole), with_memory(rest), strict=True):
         for name in long:
             for key in ("norms", "changes"):
                 a, b = torch.tensor(short[name][key]), torch.tensor(long[name][key][4:])

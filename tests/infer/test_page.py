@@ -26,7 +26,7 @@ def browser():
         yield browser
 
 
-def make(readout, error_heads=None):
+def make(readout, memory_heads=None):
     """A model of bytes that writes printable ASCII only, so that a token is a character."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -34,7 +34,7 @@ def make(readout, error_heads=None):
         hidden_size=16,
         num_layers=2,
         num_heads=2,
-        error_heads=error_heads,
+        memory_heads=memory_heads,
         meta_state=MetaStateConfig(readout=readout),
     )
     model = LanguageModel(config)
@@ -250,19 +250,19 @@ def test_a_model_without_a_meta_state_is_not_given_one(browser, visit, tmp_path)
         assert "keep no meta state M" in said and "asks S a second time" in said
 
 
-def test_the_inspector_shows_the_error_memory(browser, visit, tmp_path):
-    with served(tmp_path, make("encoding", error_heads=1)) as server:
+def test_the_inspector_shows_the_surprise_memory(browser, visit, tmp_path):
+    with served(tmp_path, make("encoding", memory_heads=1)) as server:
         page = visit(server)
         page.get_by_label("Text to read token by token").fill("a text")
         page.get_by_label("Text to read token by token").press("Control+Enter")
         page.locator("canvas.map").first.wait_for()
         assert page.locator("canvas.map").count() == 2 * 2 + 1
         label = page.locator("canvas.map").last.get_attribute("aria-label")
-        assert label.startswith("M of the error memory, head 1: norm") and " of 16, " in label
+        assert label.startswith("M of the surprise memory, head 1: norm") and " of 16, " in label
         page.get_by_role("combobox", name="Layer").select_option("2")
-        page.get_by_role("combobox", name="Matrix").select_option("errors")
+        page.get_by_role("combobox", name="Matrix").select_option("memory")
         assert page.get_by_role("combobox", name="Layer").is_disabled()
-        found = inspect_prompt(server.model, TOKENIZER, "a text")["errors"]["M"]
+        found = inspect_prompt(server.model, TOKENIZER, "a text")["memory"]["M"]
         shown = page.locator(".token").evaluate_all(
             "e => e.map(x => Number(x.style.getPropertyValue('--wrote')))"
         )
@@ -270,7 +270,7 @@ def test_the_inspector_shows_the_error_memory(browser, visit, tmp_path):
         wrote = 100 * (wrote - wrote.min()) / (wrote.max() - wrote.min())
         assert shown == pytest.approx(wrote.tolist(), abs=0.01)
         said = page.locator("canvas.chart").get_attribute("aria-label")
-        assert said.startswith("Norm of M of the error memory over the tokens. head 1: from")
+        assert said.startswith("Norm of M of the surprise memory over the tokens. head 1: from")
         assert "layer 2" not in said
         page.get_by_role("combobox", name="Matrix").select_option("S")
         assert "layer 2" in page.locator("canvas.chart").get_attribute("aria-label")

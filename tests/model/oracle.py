@@ -71,9 +71,9 @@ class Oracle:
             M = np.zeros((heads, size, size))
             last = np.zeros(self.config.hidden_size)
             layers.append({"S": S, "M": M, "time": last, "channel": last.copy()})
-        if self.config.error_heads:
-            size = self.config.hidden_size // self.config.error_heads
-            M = np.zeros((self.config.error_heads, size, size))
+        if self.config.memory_heads:
+            size = self.config.hidden_size // self.config.memory_heads
+            M = np.zeros((self.config.memory_heads, size, size))
             zeros = np.zeros(self.config.hidden_size)
             layers.append({"M": M, "key": zeros, "features": zeros})
         return layers
@@ -186,12 +186,12 @@ class Oracle:
             state["channel"] = raw
         return y @ p("W_o")
 
-    def error_memory(self, h, token, state):
+    def surprise_memory(self, h, token, state):
         """Write `token` by its surprise; return the corrected features."""
         head, shape = self.w["head"].T, state["M"].shape[:2]
 
         def p(name):
-            return self.w[f"error_memory.{name}"]
+            return self.w[f"surprise_memory.{name}"]
 
         row = head[token]
         z = state["features"] @ row * p("logit") + p("place") @ state["features"]
@@ -239,7 +239,7 @@ class Oracle:
                     x = x + self.channel_mix(i, normed, layer | {"channel": carried})
                     layer["channel"] = normed
             x = self.layer_norm(x, "ln_out")
-            if self.config.error_heads:
-                x = self.error_memory(x, token, state[-1])
+            if self.config.memory_heads:
+                x = self.surprise_memory(x, token, state[-1])
             logits.append(x @ self.w["head"])
         return np.stack(logits), state

@@ -21,7 +21,7 @@ def test_a_model_is_one_graph(architecture, backend, heads):
         hidden_size=16,
         num_layers=2,
         num_heads=2,
-        error_heads=heads,
+        memory_heads=heads,
     )
     model = LanguageModel(config).eval()
     for p in model.parameters():

@@ -35,8 +35,8 @@ KINDS = {
         **{"ffn_size": 20, "ffn_order": "after"},
         **{"meta_layers": (0, 2), "ffn_layers": (1, 2)},
     },
-    "memory": {"ffn_size": 20, "ffn_order": "after", "error_heads": 2},
-    "rwkv7, memory": {"architecture": "rwkv7", "error_heads": 1},
+    "memory": {"ffn_size": 20, "ffn_order": "after", "memory_heads": 2},
+    "rwkv7, memory": {"architecture": "rwkv7", "memory_heads": 1},
 }
 
 

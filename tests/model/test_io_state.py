@@ -35,7 +35,7 @@ MODELS = {
     "encoding": {"meta_state": MetaStateConfig(readout="encoding")},
     "rwkv7": {"architecture": "rwkv7"},
     "transformer": {"architecture": "transformer"},
-    "memory": {"error_heads": 2},
+    "memory": {"memory_heads": 2},
 }
 TOKENS = torch.arange(24).view(2, 12) % SIZES["vocab_size"]
 

@@ -35,9 +35,9 @@ MODELS = {
     "rwkv7-grown": {"architecture": "rwkv7"} | GROWN,
     "transformer": {"architecture": "transformer"},
     "tokenformer": {"architecture": "tokenformer"},
-    "memory": {"error_heads": 3},
-    "rwkv7-memory": {"architecture": "rwkv7", "error_heads": 1},
-    "transformer-memory": {"architecture": "transformer", "error_heads": 2},
+    "memory": {"memory_heads": 3},
+    "rwkv7-memory": {"architecture": "rwkv7", "memory_heads": 1},
+    "transformer-memory": {"architecture": "transformer", "memory_heads": 2},
 }
 RECURRENT = [name for name in MODELS if "former" not in name]
 

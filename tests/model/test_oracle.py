@@ -104,14 +104,14 @@ def test_feed_forward_layer_beside(fields):
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("fields", [{}, GROWN, {"architecture": "rwkv7"}], ids=str)
-def test_error_memory(fields, heads):
-    check(build(error_heads=heads, **fields), backends=BACKENDS)
+def test_surprise_memory(fields, heads):
+    check(build(memory_heads=heads, **fields), backends=BACKENDS)
 
 
 @pytest.mark.parametrize("heads", [None, 1])
 @pytest.mark.parametrize("options", [MetaStateConfig(), MetaStateConfig.paper()], ids=label)
 def test_longer_than_a_chunk(options, heads):
-    model = build(meta_state=options, num_layers=1, error_heads=heads)
+    model = build(meta_state=options, num_layers=1, memory_heads=heads)
     check(model, length=75, carried=False, backends=BACKENDS)
 
 

@@ -137,7 +137,7 @@ MODELS = {
         {"parameter_tokens": 3, "with_state": True},
     ),
     "rwkv7": (MetaStateConfig(), {"architecture": "rwkv7", "parameter_tokens": 2}),
-    "memory": (MetaStateConfig(), {"error_heads": 2, "with_state": True}),
+    "memory": (MetaStateConfig(), {"memory_heads": 2, "with_state": True}),
 }
 
 

@@ -83,7 +83,7 @@ key and value, say the value when the key comes again; passed above 99 %. The de
 minutes and show how far S3 is learned; to solve it, and S5, A5, A4xZ5 and Z60 all the more, raise
 --steps. A model that stays at one right answer in PAIRS names some value of the sequence, a stage
 before recall: that says how it was trained (--steps, --batch-size, --lr, the vocabulary), not what
-its architecture can do. Meta-State has its error memory, metastate-memory is without it;
+its architecture can do. Meta-State has its surprise memory, metastate-memory is without it;
 rwkv7+memory and so on are the others with it.
 
 Each cell (problem, architecture, depth, learning rate) is written to OUT/results.json when it is
@@ -276,7 +276,7 @@ def add_grow(parser: Parser) -> None:
         ("--parameter-tokens", "pairs P that make up the first state"),
         ("--ffn-size", "hidden channels F of a feed-forward layer"),
         ("--attention-slots", "slots A of a TokenFormer's projections"),
-        ("--error-heads", "heads of an error memory, for a model without one"),
+        ("--memory-heads", "heads of a surprise memory, for a model without one"),
     ):
         parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
     parser.add_argument(

@@ -48,7 +48,7 @@ def run_grow(args: argparse.Namespace) -> None:
         num_layers=args.layers,
         ffn_size=args.ffn_size,
         attention_slots=args.attention_slots,
-        error_heads=args.error_heads,
+        memory_heads=args.memory_heads,
         init=args.init,
         seed=args.seed,
     )

@@ -141,8 +141,8 @@ def to_rwkv(model: LanguageModel) -> dict[str, Tensor]:
             f"a {config.architecture} has layers that RWKV-7 has no keys for; only an rwkv7 can be "
             "written as RWKV-7"
         )
-    if config.error_heads:
-        raise ConfigError("the model has an error memory, for which RWKV-7 has no keys")
+    if config.memory_heads:
+        raise ConfigError("the model has a surprise memory, for which RWKV-7 has no keys")
     if config.parameter_tokens or config.attention_size != config.hidden_size:
         raise ConfigError(
             f"the model has parameter_tokens {config.parameter_tokens} and heads of together "

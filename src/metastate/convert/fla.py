@@ -118,8 +118,8 @@ def to_fla(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"the layout of flash-linear-attention is RWKV-7's; a {config.architecture} with "
             f"{config.parameter_tokens} parameter tokens has parts that it has no keys for"
         )
-    if config.error_heads:
-        raise ConfigError("the model has an error memory, for which that layout has no keys")
+    if config.memory_heads:
+        raise ConfigError("the model has a surprise memory, for which that layout has no keys")
     if config.head_size != 64 or config.attention_size != config.hidden_size:
         raise ConfigError(
             f"the layout of flash-linear-attention needs heads of 64 channels (its norm's eps "

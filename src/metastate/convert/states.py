@@ -132,8 +132,8 @@ def from_fla(
 
 def _rwkv7_layers(state: ModelState) -> Iterator[tuple[RecurrentState, Tensor]]:
     """Yield an RWKV-7's layers and their channel shifts."""
-    if state.errors is not None:
-        raise StateError("the state is of an error memory too, for which this layout has no place")
+    if state.memory is not None:
+        raise StateError("the state has a surprise memory, for which this layout has no place")
     for i, own in enumerate(state.layers):
         if not isinstance(own, RecurrentState) or own.M is not None or own.channel_shift is None:
             raise StateError(
@@ -145,8 +145,8 @@ def _rwkv7_layers(state: ModelState) -> Iterator[tuple[RecurrentState, Tensor]]:
 def _check_config(config: ModelConfig) -> None:
     if config.architecture != "rwkv7":
         raise StateError(f"the config is of a {config.architecture}; this layout is an RWKV-7's")
-    if config.error_heads:
-        raise StateError("the config has an error memory, for which this layout has no place")
+    if config.memory_heads:
+        raise StateError("the config has a surprise memory, for which this layout has no place")
 
 
 def _check(x: Any, shape: list[int | None], what: str) -> None:

@@ -52,7 +52,7 @@ class Case:
     readout: Literal["both", "encoding"] = "encoding"
     ffn_order: Literal["after"] | None = None
     architecture: Literal["metastate", "rwkv7"] = "metastate"
-    error_heads: int | None = None
+    memory_heads: int | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Draw inputs of realistic scale, float64 but of the dtype's precision, on the CPU."""
@@ -87,7 +87,7 @@ class Case:
                 "ffn_size": 40,
                 "ffn_order": self.ffn_order,
                 "architecture": self.architecture,
-                "error_heads": self.error_heads,
+                "memory_heads": self.memory_heads,
             }
             if self.architecture == "metastate":
                 shape["meta_state"] = MetaStateConfig(readout=self.readout)
@@ -104,7 +104,7 @@ BF16 = torch.bfloat16
 VOCABULARY = 64  # of a model
 DECODED = 5  # tokens a row
 MODEL = "a model's loss, gradients and decoding"
-LIKE_PRESETS = Case(*("two layers", 2, 67, 2, 16), layers=2, ffn_order="after", error_heads=1)
+LIKE_PRESETS = Case(*("two layers", 2, 67, 2, 16), layers=2, ffn_order="after", memory_heads=1)
 CASES = (
     Case("float32", 2, 67, 2, 64),
     Case("bfloat16", 2, 67, 1, 64, BF16, query=True),
@@ -113,7 +113,7 @@ CASES = (
     Case("read by value", 1, 33, 2, 64, update="self", by="value"),
     Case("head size 24", 1, 17, 1, 24),
     LIKE_PRESETS,
-    Case("two layers, all memories", 2, 67, 2, 16, layers=2, readout="both", error_heads=2),
+    Case("two layers, all memories", 2, 67, 2, 16, layers=2, readout="both", memory_heads=2),
     Case("RWKV-7", 2, 17, 2, 16, layers=2, architecture="rwkv7"),
     replace(LIKE_PRESETS, name="two layers stored in bfloat16", length=DECODED, dtype=BF16),
 )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metastate.config import MetaStateConfig, ModelConfig, TrainConfig, fewest_error_heads
+from metastate.config import MetaStateConfig, ModelConfig, TrainConfig, fewest_memory_heads
 from metastate.errors import ConfigError
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import IGNORE, lm_loss
@@ -295,11 +295,11 @@ def task_model(
     """Return the small model of an architecture.
 
     Args:
-        architecture: one of presets.ARCHITECTURES, with an error memory if its presets have one;
+        architecture: one of presets.ARCHITECTURES, with a surprise memory if its presets have one;
             NAME+memory has it where they have none, NAME-memory has none where they have it.
         layers: L.
         width: D.
-        heads: H; the error memory has as few as may be.
+        heads: H; the surprise memory has as few as may be.
         vocab_size: V.
 
     Raises:
@@ -316,7 +316,7 @@ def task_model(
     if name != architecture and memory == usual:
         has = "an" if usual else "no"
         raise ConfigError(
-            f"{name} has {has} error memory as it is; write {name}, not {architecture}"
+            f"{name} has {has} surprise memory as it is; write {name}, not {architecture}"
         )
     paper = name == "paper"
     return ModelConfig(
@@ -327,7 +327,7 @@ def task_model(
         num_heads=heads,
         ffn_size=4 * width // 3 if name == "metastate" else None,  # as in the presets
         ffn_order="after" if name == "metastate" else None,
-        error_heads=fewest_error_heads(width) if memory else None,
+        memory_heads=fewest_memory_heads(width) if memory else None,
         meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
     )
 

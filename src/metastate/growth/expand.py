@@ -5,7 +5,7 @@ that they own stay zero and the old channels of a read never see them; norms act
 segment alone; new heads, channels and blocks reach the residual stream only through output columns
 that are zero. New pairs of parameter tokens have v_p = 0. Everything else in the new entries is as
 in a fresh model, or in new blocks a copy of the block below, so gradients reach all of it within
-two steps. A model without an error memory can be given one, whose gain is zero at first.
+two steps. A model without a surprise memory can be given one, whose gain is zero at first.
 
 Source: arXiv:2504.08247, section 3.4, eqs 7-11, which leave the values of new entries open.
 """
@@ -33,7 +33,7 @@ from metastate.model.state import ModelState
 from metastate.model.weights import weights_hash
 
 RECURRENT = ("head_size", "num_heads", "parameter_tokens", "num_layers", "ffn_size")
-AXES = (*RECURRENT, "attention_slots", "error_heads")
+AXES = (*RECURRENT, "attention_slots", "memory_heads")
 RANDOM_STD = 0.02  # of the entries that init="zero" makes zero
 Init = Literal["zero", "random", "released"]
 
@@ -72,15 +72,15 @@ def grown_config(
         "transformer": ("num_layers", "ffn_size"),
         "tokenformer": ("ffn_size", "attention_slots"),
     }.get(kind, RECURRENT)
-    if before["error_heads"] and "error_heads" in wanted:
+    if before["memory_heads"] and "memory_heads" in wanted:
         raise ConfigError(
-            "the model has an error memory already, whose heads cannot change; leave out "
-            "error_heads"
+            "the model has a surprise memory already, whose heads cannot change; leave out "
+            "memory_heads"
         )
-    if refused := sorted(wanted.keys() - {*allowed, "error_heads"}):
+    if refused := sorted(wanted.keys() - {*allowed, "memory_heads"}):
         raise ConfigError(
             f"{refused[0]} of a {kind} cannot grow exactly; it can grow in "
-            f"{', '.join(sorted([*allowed, 'error_heads']))}"
+            f"{', '.join(sorted([*allowed, 'memory_heads']))}"
         )
     for axis, n in wanted.items():
         if n < (before[axis] or 0):
@@ -160,7 +160,7 @@ def grow(
     num_layers: int | None = None,
     ffn_size: int | None = None,
     attention_slots: int | None = None,
-    error_heads: int | None = None,
+    memory_heads: int | None = None,
     init: Init = "zero",
     seed: int = 0,
 ) -> LanguageModel:
@@ -175,7 +175,7 @@ def grow(
         ffn_size: F, hidden channels of a feed-forward layer; where no Meta-State block has one, all
             get one.
         attention_slots: A, slots of a TokenFormer's projections.
-        error_heads: heads of an error memory, of any model that has none.
+        memory_heads: heads of a surprise memory, of any model that has none.
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
             a TokenFormer only: what its released code does, new keys random and the scale that of
@@ -198,7 +198,7 @@ def grow(
         "num_layers": num_layers,
         "ffn_size": ffn_size,
         "attention_slots": attention_slots,
-        "error_heads": error_heads,
+        "memory_heads": memory_heads,
     }
     parent = model.config
     config = grown_config(parent, init=init, **sizes)
@@ -330,7 +330,7 @@ def grow_in_training(
 def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
     """Return a parent's carried state for a grown model, which then goes on as the parent would.
 
-    New rows, columns and heads of S and M are zero; new blocks and a new error memory have seen
+    New rows, columns and heads of S and M are zero; new blocks and a new surprise memory have seen
     nothing.
 
     Args:
@@ -364,8 +364,8 @@ def grow_state(state: ModelState, grown: LanguageModel) -> ModelState:
             layers.append(RecurrentState(*fields))  # type: ignore[arg-type]
         else:
             layers.append(new if old is None else old)
-    errors = start.errors if state.errors is None else state.errors
-    out = dataclasses.replace(state, layers=tuple(layers), errors=errors)
+    memory = start.memory if state.memory is None else state.memory
+    out = dataclasses.replace(state, layers=tuple(layers), memory=memory)
     out.check(grown)
     return out
 

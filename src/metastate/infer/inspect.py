@@ -17,7 +17,7 @@ from metastate.infer.generate import inference
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
 from metastate.model.lm import LanguageModel
-from metastate.model.state import ERRORS, ModelState
+from metastate.model.state import MEMORY, ModelState
 
 MAP_SIZE = 32  # rows and columns of a heat map, at most
 MAX_TOKENS = 512  # that one call reads token by token
@@ -76,9 +76,9 @@ def inspect_state(state: ModelState, config: ModelConfig) -> dict[str, Any]:
         tokens_seen; state_bytes; cache_bytes, of the keys and values that a Transformer of the
         same width, depth and number format would hold by now; `reads`, who reads which matrix;
         `layers`, one mapping from "S" (and "M" where there is one) to a list by head of `norm`
-        (Frobenius), `effective_rank` and the heat map's fields; `errors`, such a mapping for the M
-        of the error memory, None where there is none. A Transformer has no such matrix: its layers
-        are empty.
+        (Frobenius), `effective_rank` and the heat map's fields; `memory`, such a mapping for the M
+        of the surprise memory, None where there is none. A Transformer has no such matrix: its
+        layers are empty.
 
     Raises:
         ConfigError: the state has several rows.
@@ -132,7 +132,7 @@ def inspect_prompt(
         `tokens`: per token its `id`, its `text` (empty inside a character) and `nats`, the
         negative log-likelihood under the tokens before it (None for the first);
         `layers`: per layer "S" (and "M") to `norms` and `changes`, [tokens][heads] each, and
-        `errors`, the same for the error memory's M (None without one);
+        `memory`, the same for the surprise memory's M (None without one);
         `state`: what `inspect_state` says of the state after the last token.
 
     Raises:
@@ -182,7 +182,7 @@ def inspect_prompt(
 
 
 def readers(config: ModelConfig) -> dict[str, list[str]]:
-    """Return by matrix who reads it, layers of a block but for `errors`, the error memory's M."""
+    """Return by matrix who reads it, layers of a block but for `memory`, the M before the head."""
     reads: dict[str, list[str]] = {}
     if config.architecture == "rwkv7":
         reads["S"] = ["time mixing"]
@@ -192,8 +192,8 @@ def readers(config: ModelConfig) -> dict[str, list[str]]:
         reads["S"] = ["time mixing", encoder]
         if config.meta_state.readout != "encoding":
             reads["M"] = [layer]
-    if config.error_heads is not None:
-        reads[ERRORS] = ["what corrects the features before the head"]
+    if config.memory_heads is not None:
+        reads[MEMORY] = ["what corrects the features before the head"]
     return reads
 
 
@@ -209,7 +209,7 @@ def cache_bytes(state: ModelState, config: ModelConfig) -> int:
 
 
 def _matrices(state: ModelState) -> list[dict[str, Tensor]]:
-    """Return by layer, then of the error memory, the matrices of the first row, [H, N, N] each."""
+    """Return by layer, then of the memory, the matrices of the first row, [H, N, N] each."""
     return [
         {name: x[0] for name in ("S", "M") if (x := getattr(part, name, None)) is not None}
         for part in state.parts
@@ -218,10 +218,10 @@ def _matrices(state: ModelState) -> list[dict[str, Tensor]]:
 
 
 def _named(parts: list[Any], state: ModelState) -> dict[str, Any]:
-    """Return what `_matrices` counts up by the names of an answer: `layers` and `errors`."""
-    if state.errors is None:
-        return {"layers": parts, ERRORS: None}
-    return {"layers": parts[:-1], ERRORS: parts[-1]}
+    """Return what `_matrices` counts up by the names of an answer: `layers` and `memory`."""
+    if state.memory is None:
+        return {"layers": parts, MEMORY: None}
+    return {"layers": parts[:-1], MEMORY: parts[-1]}
 
 
 def _norms(x: Tensor) -> list[float]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from metastate import ops
 from metastate.layers.channel_mix import ChannelMix
 from metastate.layers.common import MATRIX, GroupNorm, LowRank
-from metastate.layers.error_memory import ErrorMemory
 from metastate.layers.meta_state import MetaState
+from metastate.layers.surprise_memory import SurpriseMemory
 from metastate.layers.time_mix import TimeMix
 from metastate.model.block import RecurrentBlock
 from metastate.model.lm import LanguageModel
@@ -31,7 +31,7 @@ GRAIN = 2**21  # bytes of weights a thread
 # What the native kernels compute: these modules as they are written, and no others.
 KNOWN = {
     *(LanguageModel, RecurrentBlock, TimeMix, MetaState, ChannelMix, GroupNorm, LowRank),
-    ErrorMemory,
+    SurpriseMemory,
     *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList),
 }
 UNCAPTURED = 2  # steps that run kernel by kernel; they compile, and few tokens need no graph
@@ -221,7 +221,7 @@ class NativeDecoder(BatchDecoder):
         self._arguments: tuple[Any, ...] = (
             *(np.array(x, np.int64) for x in arrays),
             *(self._counters, np.array(ranks, np.int64)),
-            *(L, D, H, N, F, config.vocab_size, dtype.itemsize, flags, config.error_heads or 0),
+            *(L, D, H, N, F, config.vocab_size, dtype.itemsize, flags, config.memory_heads or 0),
         )
         # Below a few MiB of weights a second thread takes longer to wake than to help.
         self._work = 1 + sum(x.nbytes for x in self._kept) // GRAIN
@@ -240,11 +240,11 @@ class NativeDecoder(BatchDecoder):
         model, ln_out = self.model, self.model.ln_out
         own = {"ln_out_weight": ln_out.weight.float(), "ln_out_bias": ln_out.bias.float()}
         own["head"] = model.head.weight.data
-        memory, errors = model.error_memory, self.state.errors
-        if memory is not None and errors is not None:
+        memory, state = model.surprise_memory, self.state.memory
+        if memory is not None and state is not None:
             own |= {name: p.float() for name, p in memory.named_parameters()}
             own |= {"decay": memory.log_w().exp(), "rate": memory.rate.float().sigmoid()}
-            own |= vars(errors) | {"tokens": self._tokens}
+            own |= vars(state) | {"tokens": self._tokens}
         return own
 
     def _layers(

@@ -16,7 +16,7 @@ from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.layers.common import Growth, Packing, declared_groups, linear, normal_
-from metastate.layers.error_memory import ErrorMemory
+from metastate.layers.surprise_memory import SurpriseMemory
 from metastate.model.block import RecurrentBlock, TransformerBlock
 from metastate.model.state import ModelState
 
@@ -25,7 +25,7 @@ class LanguageModel(nn.Module):
     """A causal language model of any of our architectures, fixed by its ModelConfig.
 
     x = embedding(tokens) (then ln0 in the recurrent ones);  x = block(x), L times;
-    logits = head(ln_out(x)), of features that the error memory corrects, where there is one
+    logits = head(ln_out(x)), of features that the surprise memory corrects, where there is one
 
     Attributes:
         config: the ModelConfig.
@@ -62,16 +62,16 @@ class LanguageModel(nn.Module):
             blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(D)
-        self.error_memory = ErrorMemory(config) if config.error_heads else None
+        self.surprise_memory = SurpriseMemory(config) if config.memory_heads else None
 
     def init_state(self, batch_size: int) -> ModelState:
         """Return the detached state before the first token for `batch_size` rows."""
         if batch_size < 1:
             raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
         layers = tuple(block.init_state(batch_size) for block in self.blocks)  # type: ignore[operator]
-        memory = self.error_memory
+        memory = self.surprise_memory
         return ModelState(
-            layers, errors=None if memory is None else memory.init_state(batch_size)
+            layers, memory=None if memory is None else memory.init_state(batch_size)
         ).detach()
 
     @property
@@ -105,17 +105,17 @@ class LanguageModel(nn.Module):
                 ranks, and all call this together. `state` is then the same on every rank, and the
                 state returned is the one after this rank's tokens.
             state_only: only the state of the results is of use: leave out what it does not depend
-                on, as the last block's feed-forward layer where there is no error memory.
+                on, as the last block's feed-forward layer where there is no surprise memory.
 
         Returns:
-            ln_out(x) [B, T, D], corrected where there is an error memory, the state after the last
-            token, and the KL term of variational encoders, weighted, or None.
+            ln_out(x) [B, T, D], corrected where there is a surprise memory, the state after the
+            last token, and the KL term of variational encoders, weighted, or None.
 
         Raises:
             ShapeError: tokens or resets have the wrong shape, dtype or range.
             StateError: the state is of another model or batch size, or `start` not of one row.
-            ConfigError: a `group` for a model that is not recurrent; an error memory before a head
-                that is no plain nn.Linear.
+            ConfigError: a `group` for a model that is not recurrent; a surprise memory before a
+                head that is no plain nn.Linear.
         """
         self._check_tokens(tokens, resets)
         batch, length = tokens.shape
@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         kl: Tensor | None = None
         layers: list[Any] = []
-        last, memory = len(self.blocks) - 1, self.error_memory
+        last, memory = len(self.blocks) - 1, self.surprise_memory
         state_only = state_only and memory is None
         if group is not None and not self.recurrent:
             raise ConfigError(
@@ -169,17 +169,17 @@ class LanguageModel(nn.Module):
         seen = 0 if state is None else state.tokens_seen
         if kl is not None:
             kl = kl * self.config.meta_state.kl_weight
-        h, errors = self.ln_out(x), None
+        h, after = self.ln_out(x), None
         if memory is not None:
-            own, fresh = (None if s is None else s.errors for s in (state, start))
+            own, fresh = (None if s is None else s.memory for s in (state, start))
             if type(self.head) is not nn.Linear or hasattr(self.head, "_hf_hook"):
                 raise ConfigError(
-                    "an error memory reads the weights of the head, and this head is not a plain "
+                    "a surprise memory reads the weights of the head, and this head is not a plain "
                     "one (an adapter, quantised, elsewhere); leave the head as it is, or merge it"
                 )
             weight = self.head.weight
-            h, errors = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
-        return h, ModelState(tuple(layers), seen + length, errors=errors), kl
+            h, after = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
+        return h, ModelState(tuple(layers), seen + length, memory=after), kl
 
     def forward(
         self,
@@ -260,14 +260,14 @@ class LanguageModel(nn.Module):
         token, 10 N^2 for the recurrence (2 N^2 each for removal read, decay, two rank-1 writes and
         read, though the decay adds nothing) and 2 N^2 for another reader, 26 N^2 and 10 N^2
         backward. Attention costs 4 D a visible key forward (8 backward), (T + 1) / 2 keys on
-        average. An error memory is one such recurrence. Elementwise work, and what is computed
+        average. A surprise memory is one such recurrence. Elementwise work, and what is computed
         again to save memory, is left out.
         """
         config = self.config
         matrices = sum(p.numel() * self._products(n, p) for n, p in self.named_parameters())
         forward, backward = 2 * matrices, 4 * matrices
-        if config.error_heads:
-            own = config.hidden_size**2 // config.error_heads
+        if config.memory_heads:
+            own = config.hidden_size**2 // config.memory_heads
             forward, backward = forward + 10 * own, backward + 26 * own
         if not self.recurrent:
             attention = int(4 * config.attention_size * (context + 1) / 2) * config.num_layers
@@ -299,7 +299,7 @@ class LanguageModel(nn.Module):
             return self.init_state(batch_size).num_bytes
         config, size = self.config, self.embedding.weight.element_size()
         cache = 2 * config.num_layers * config.attention_size * size * batch_size * tokens
-        memory = self.error_memory
+        memory = self.surprise_memory
         return cache + (0 if memory is None else memory.init_state(batch_size).num_bytes)
 
 

@@ -5,7 +5,7 @@ H, its depth comes nearest to the name (for 150m and above with the 50,304 x D e
 counted in). The others keep D and H and meet the count by depth and FFN width: Meta-State's 1.3 to
 1.6 D, which was tried at D 128 alone (docs/log.md), the others' as near to 4 D as the depth allows;
 in `tiny` RWKV-7 has 1.8 D in 3 blocks, which did better than 4.3 D in 2, and the Transformer 3 D.
-Meta-State alone has an error memory, of as few heads as may be (one as wide as the model measured
+Meta-State alone has a surprise memory, of as few heads as may be (one as wide as the model measured
 better than two of half the width) and written with tokens, which measured as good as errors and
 reads the head once (docs/results.md).
 """
@@ -16,7 +16,7 @@ import difflib
 import re
 from typing import Any
 
-from metastate.config import MetaStateConfig, ModelConfig, fewest_error_heads
+from metastate.config import MetaStateConfig, ModelConfig, fewest_memory_heads
 from metastate.errors import ConfigError
 from metastate.mapping import coerce_fields, merge, to_dict
 
@@ -65,7 +65,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         "ffn_size": ffn,
         "attention_slots": ffn // 4 if architecture == "tokenformer" and ffn else None,
         "ffn_order": "after" if architecture == "metastate" else None,
-        "error_heads": fewest_error_heads(D) if architecture == "metastate" else None,
+        "memory_heads": fewest_memory_heads(D) if architecture == "metastate" else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }
     return override(ModelConfig(**fields), overrides)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import StateError
 from metastate.layers.attention import AttentionState
 from metastate.layers.common import RecurrentState
-from metastate.layers.error_memory import ErrorState
+from metastate.layers.surprise_memory import MemoryState
 from metastate.model.state_file import StateFile, config_hash
 from metastate.model.weights import weights_hash
 from metastate.ops import state_dtype
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from metastate.model.lm import LanguageModel
 
 LayerState = RecurrentState | AttentionState
-Part = LayerState | ErrorState
-ERRORS = "errors"  # what the tensors of an ErrorState are called by, as layers.0 those of a layer
+Part = LayerState | MemoryState
+MEMORY = "memory"  # what the tensors of a MemoryState are called by, as layers.0 those of a layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,13 +40,13 @@ class ModelState:
         layers: one RecurrentState or AttentionState a block.
         tokens_seen: number of tokens consumed so far.
         extra: notes that travel with a saved state, text to text.
-        errors: the state of the error memory, None in a model without one.
+        memory: the state of the surprise memory, None in a model without one.
     """
 
     layers: tuple[LayerState, ...]
     tokens_seen: int = 0
     extra: dict[str, str] = field(default_factory=dict)
-    errors: ErrorState | None = None
+    memory: MemoryState | None = None
 
     def __repr__(self) -> str:
         """Return its sizes in a line; the numbers themselves would fill screens."""
@@ -57,13 +57,13 @@ class ModelState:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The states of the layers, and of the error memory where there is one."""
-        return self.layers if self.errors is None else (*self.layers, self.errors)
+        """The states of the layers, and of the surprise memory where there is one."""
+        return self.layers if self.memory is None else (*self.layers, self.memory)
 
     def with_parts(self, parts: Sequence[Part]) -> ModelState:
         """Return this state with other `parts`, as many and of the same kinds."""
         layers, rest = tuple(parts[: len(self.layers)]), parts[len(self.layers) :]
-        return dataclasses.replace(self, layers=layers, errors=rest[0] if rest else None)  # type: ignore[arg-type]
+        return dataclasses.replace(self, layers=layers, memory=rest[0] if rest else None)  # type: ignore[arg-type]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ModelState:
         """Return a state whose tensors are `fn` of this one's."""
@@ -150,7 +150,7 @@ class ModelState:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, `layers.0.S` and so on, buffers cut to what is in use."""
         named = {f"layers.{i}": vars(own.map(lambda x: x)) for i, own in enumerate(self.layers)}
-        named[ERRORS] = {} if self.errors is None else vars(self.errors)
+        named[MEMORY] = {} if self.memory is None else vars(self.memory)
         return {
             f"{part}.{name}": x
             for part, fields in named.items()
@@ -231,14 +231,14 @@ class ModelState:
             layers.append(layer)
         if len(file.layers) > len(layers):
             raise StateError(f"{path} holds {len(file.layers)} layers, the model {len(layers)}")
-        own = fields(ERRORS)
+        own = fields(MEMORY)
         if file.is_start and own:
-            raise StateError(f"{path} holds a tuned start and an error memory's state; of no model")
+            raise StateError(f"{path} holds a tuned start and the state of a memory; of no model")
         try:
-            errors = first.errors if file.is_start else ErrorState(**own) if own else None
+            memory = first.memory if file.is_start else MemoryState(**own) if own else None
         except TypeError:
-            raise StateError(f"{path} holds no whole state of the error memory") from None
-        state = cls(tuple(layers), file.tokens_seen, file.extra, errors)
+            raise StateError(f"{path} holds no whole state of the surprise memory") from None
+        state = cls(tuple(layers), file.tokens_seen, file.extra, memory)
         if not state.batch_size:
             raise StateError(f"{path} holds no rows; make the state again")
         state.check(model)
@@ -258,14 +258,14 @@ class ModelState:
                 f"the state has {len(self.layers)} layers, the model {model.config.num_layers}"
             )
         empty = model.empty_state
-        if (self.errors is None) != (empty.errors is None):
+        if (self.memory is None) != (empty.memory is None):
             raise StateError(
-                "the state has no error memory, the model has one"
-                if self.errors is None
-                else "the state has an error memory, the model none"
+                "the state has no surprise memory, the model has one"
+                if self.memory is None
+                else "the state has a surprise memory, the model none"
             )
         for i, (own, fresh) in enumerate(zip(self.parts, empty.parts, strict=True)):
-            part = f"layers.{i}" if i < len(self.layers) else ERRORS
+            part = f"layers.{i}" if i < len(self.layers) else MEMORY
             if type(own) is not type(fresh):
                 raise StateError(
                     f"the state's layer {i} is a {type(own).__name__}, the model needs a "

@@ -1,8 +1,8 @@
 """The file of a state: safetensors with a header that says whose it is, and a digest of it all.
 
-Tensors are named `layers.I.FIELD`, those of an error memory `errors.FIELD`. A file holds either the
-fields of a RecurrentState or an AttentionState, or the factors of a tuned start, `token_keys` and
-`token_values`, [H, P, N] each.
+Tensors are named `layers.I.FIELD`, those of a surprise memory `memory.FIELD`. A file holds either
+the fields of a RecurrentState or an AttentionState, or the factors of a tuned start, `token_keys`
+and `token_values`, [H, P, N] each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAYOUT = (
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FIELDS = "S|M|time_shift|channel_shift|keys|values|start|token_keys|token_values"
-NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})|errors\.(M|key|features)")
+NAME = re.compile(rf"layers\.(0|[1-9][0-9]{{0,5}})\.({FIELDS})|memory\.(M|key|features)")
 MOST_TOKENS = 2**63 - 1
 
 

@@ -16,15 +16,13 @@ A layer without time mixing begins at MIX_CHANNELS: the feed-forward layer after
 with a norm of its own. At the end come
 
     NORM          ln_out                                                a row
-    CORRECT       error memory: move M, correct the features            a row
-    PREDICT       the head, of both where errors are written            some outputs
-    SOFTMAX       errors: the probabilities without the correction      a row
-    EXPECT        errors: the row of the head that they expect          some channels
+    CORRECT       surprise memory: move M, correct the features         a row
+    PREDICT       the head                                              some outputs
 
-Threads draw pieces from a shared
-counter and wait only for pieces that another thread has drawn, so any number of threads, one
-included, finishes. States are changed in place. Every row's arithmetic is the same in any batch
-(see dot_kernels). float32 throughout but for the matrices, float32 or bfloat16.
+Threads draw pieces from a shared counter and wait only for pieces that another thread has drawn, so
+any number of threads, one included, finishes. States are changed in place. Every row's arithmetic
+is the same in any batch (see dot_kernels). float32 throughout but for the matrices, float32 or
+bfloat16.
 """
 
 from __future__ import annotations
@@ -95,7 +93,7 @@ BUFFERS = (
     X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
     R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
 ) = range(len(BUFFERS))  # fmt: skip
-# What comes after the blocks; without an error memory the fields of one are zero.
+# What comes after the blocks; without a surprise memory the fields of one are zero.
 ENDS = (
     *("ln_out_weight", "ln_out_bias", "head"),
     *("center", "scale", "decay", "rate", "gain", "M", "key", "tokens"),
@@ -103,7 +101,7 @@ ENDS = (
 )
 (
     LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD,
-    CENTER, SCALE, DECAY, ERROR_RATE, GAIN, ERROR_M, ERROR_KEY, TOKENS,
+    CENTER, SCALE, DECAY, MEMORY_RATE, GAIN, MEMORY_M, MEMORY_KEY, TOKENS,
     FEATURES, LOGIT, PLACE, TOKEN, BIAS,
 ) = range(len(ENDS))  # fmt: skip
 NORM, CORRECT, PREDICT, NUM_ENDS = range(4)
@@ -319,23 +317,23 @@ def _surprise(ends, h, row, i, D):  # type: ignore[no-untyped-def]
 def _correct(ends, buf, b, size, D, A, heads):  # type: ignore[no-untyped-def]
     """Write what came by its surprise, correct h."""
     h = vector(buf[Z], b * D)
-    error, key, removal = (
+    row, key, removal = (
         vector(buf[V], b * A),
         vector(buf[KAPPA], b * A),
         vector(buf[REMOVAL], b * A),
     )
-    before = vector(ends[ERROR_KEY], b * D)
-    center, scale, a = vector(ends[CENTER], 0), vector(ends[SCALE], 0), vector(ends[ERROR_RATE], 0)
+    before = vector(ends[MEMORY_KEY], b * D)
+    center, scale, a = vector(ends[CENTER], 0), vector(ends[SCALE], 0), vector(ends[MEMORY_RATE], 0)
     came = pointer(ends[TOKENS], np.int64(0))[b]
-    widened(ends[HEAD] + came * D * size, size, D, error)
+    widened(ends[HEAD] + came * D * size, size, D, row)
     N = D // heads
     features = vector(ends[FEATURES], b * D)
     for i in range(heads):
-        s = _surprise(ends, features, error, i, D)
+        s = _surprise(ends, features, row, i, D)
         for j in range(i * N, (i + 1) * N):
             removal[j] = s
     for j in range(D):
-        error[j] *= removal[j]
+        row[j] *= removal[j]
         features[j] = h[j]
         removal[j] = a[j] * before[j]
         key[j] = (h[j] + center[j]) * scale[j]
@@ -343,11 +341,11 @@ def _correct(ends, buf, b, size, D, A, heads):  # type: ignore[no-untyped-def]
         c, o = i * N, b * A + i * N
         own, last, gain = (
             vector(buf[KAPPA], o),
-            vector(ends[ERROR_KEY], b * D + c),
+            vector(ends[MEMORY_KEY], b * D + c),
             vector(ends[GAIN], c),
         )
         unit(own, own, N)
-        M, w, y = ends[ERROR_M] + (b * D + c) * N * 4, vector(ends[DECAY], c), vector(buf[Y], o)
+        M, w, y = ends[MEMORY_M] + (b * D + c) * N * 4, vector(ends[DECAY], c), vector(buf[Y], o)
         advance(M, w, last, vector(buf[REMOVAL], o), last, vector(buf[V], o), own, y, N)
         for j in range(N):
             h[c + j] += y[j] * gain[j]
@@ -357,14 +355,14 @@ def _correct(ends, buf, b, size, D, A, heads):  # type: ignore[no-untyped-def]
 
 @kernel
 def token(  # type: ignore[no-untyped-def]
-    table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, error_heads, rows
+    table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, memory_heads, rows
 ):
     """Run one token of `rows` rows; every thread calls it with the same arguments.
 
     table [L, LAYER_FIELDS], ends [ENDS] and buf [BUFFERS] hold addresses, `ranks` the four low-rank
     sizes; `counters` is zero before. x of every row lies in its buffer, the logits afterwards in
-    theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16; `error_heads` is 0
-    without an error memory, and `tokens` of `ends` int64.
+    theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16; `memory_heads` is 0
+    without a surprise memory, and `tokens` of `ends` int64.
     """
     last = L * NUM_PHASES
     own_F, own = 0, 0
@@ -375,7 +373,7 @@ def token(  # type: ignore[no-untyped-def]
             if end == PREDICT:
                 pieces = (vocab_size + SPAN - 1) // SPAN
             else:
-                pieces = rows if end == NORM or error_heads else 0
+                pieces = rows if end == NORM or memory_heads else 0
         else:
             # What a block has: some may have no feed-forward layer, some no Meta-State layer.
             own_F = F if table[layer, HIDDEN_KEY] else 0
@@ -391,7 +389,7 @@ def token(  # type: ignore[no-untyped-def]
                 weight, bias = vector(ends[LN_OUT_WEIGHT], 0), vector(ends[LN_OUT_BIAS], 0)
                 layer_norm(vector(buf[X], i * D), weight, bias, vector(buf[Z], i * D), D)
             elif p == last + CORRECT:
-                _correct(ends, buf, i, size, D, H * N, error_heads)
+                _correct(ends, buf, i, size, D, H * N, memory_heads)
             elif p == last + PREDICT:
                 _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
             else:

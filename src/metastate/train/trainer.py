@@ -241,7 +241,7 @@ class _Run:
             raise ConfigError(
                 "carry_state needs a recurrent model; a transformer's cache would grow for ever"
             )
-        if model.recurrent or model.error_memory is not None:  # others have no kernels to choose
+        if model.recurrent or model.surprise_memory is not None:  # others have no kernels to choose
             resolve_backend(config.backend, self.device)
         self.model = model.to(self.device, DTYPES[config.dtype]).train()
         self.model.backend = config.backend

@@ -8,14 +8,14 @@ const number = (x) => NUMBER.format(x);
 const together = (values) => Math.hypot(...values);
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "▯";
 
-const ERRORS = "errors";
+const MEMORY = "memory";
 const MATRICES = { S: ["S", "S, the WKV state"], M: ["M", "M, the meta state"],
-  [ERRORS]: ["M of the error memory", "M of the error memory, which corrects what the head reads"] };
+  [MEMORY]: ["M of the surprise memory", "M of the surprise memory, which corrects what the head reads"] };
 
-/** What an answer tells of each matrix: a record for every layer, or the error memory's alone. */
-function byMatrix({ layers, errors }) {
+/** What an answer tells of each matrix: a record for every layer, or the surprise memory's alone. */
+function byMatrix({ layers, memory }) {
   const found = Object.keys(layers[0] ?? {}).map((name) => [name, layers.map((layer) => layer[name])]);
-  return Object.fromEntries(errors ? [...found, [ERRORS, [errors.M]]] : found);
+  return Object.fromEntries(memory ? [...found, [MEMORY, [memory.M]]] : found);
 }
 
 const inside = document.getElementById("inside");
@@ -30,7 +30,7 @@ export function showInside(answer, heading) {
     parts.push(make("p", {}, "This model keeps keys and values of every token, no matrix of constant size."));
   }
   if (answer.tokens) parts.push(tokensPanel(answer));
-  if (state.layers.length || state.errors) parts.push(mapsPanel(state));
+  if (state.layers.length || state.memory) parts.push(mapsPanel(state));
   inside.replaceChildren(...parts);
   redraw();
 }
@@ -89,7 +89,7 @@ function tokensPanel(answer) {
 
   function update() {
     const all = records[matrix.value], [name] = MATRICES[matrix.value];
-    layer.disabled = matrix.value === ERRORS; // it belongs to no layer
+    layer.disabled = matrix.value === MEMORY; // it belongs to no layer
     const one = !layer.disabled && layer.value !== "";
     const chosen = one ? [all[layer.value]] : all;
     const over = (key, i) => together(chosen.flatMap((record) => record[key][i]));
@@ -223,7 +223,7 @@ function mapsPanel(state) {
   const groups = Object.entries(byMatrix(state)).map(([name, records]) =>
     make("section", { className: "matrix" }, make("h4", {}, MATRICES[name][1]),
       ...records.map((heads, l) => make("div", { className: "layer" },
-        ...(name === ERRORS ? [] : [make("p", { className: "note" }, `Layer ${l + 1}`)]),
+        ...(name === MEMORY ? [] : [make("p", { className: "note" }, `Layer ${l + 1}`)]),
         make("div", { className: "heads" }, ...heads.map((head, h) => picture(head, place(name, l), h)))))));
   return make("div", { className: "panel" },
     make("p", { className: "note" }, `${who}${twice}. Rows are value channels, columns key channels. A cell shows the ` +
@@ -233,7 +233,7 @@ function mapsPanel(state) {
     numbers(state));
 }
 
-const place = (name, l) => (name === ERRORS ? MATRICES[name][0] : `${name} of layer ${l + 1}`);
+const place = (name, l) => (name === MEMORY ? MATRICES[name][0] : `${name} of layer ${l + 1}`);
 
 function picture(head, where, h) {
   const canvas = make("canvas", { className: "map", role: "img",
@@ -261,7 +261,7 @@ function drawMap(canvas, cells) {
 /** The same figures as a table, for who cannot see the pictures. */
 function numbers(state) {
   const rows = Object.entries(byMatrix(state)).flatMap(([name, records]) => records.flatMap((heads, l) =>
-    heads.map((head, h) => make("tr", {}, ...[MATRICES[name][0], name === ERRORS ? "" : l + 1, h + 1,
+    heads.map((head, h) => make("tr", {}, ...[MATRICES[name][0], name === MEMORY ? "" : l + 1, h + 1,
       number(head.norm), number(head.effective_rank), number(head.scale)]
       .map((text) => make("td", {}, `${text}`))))));
   const head = ["Matrix", "Layer", "Head", "Norm", "Effective rank", "Largest entry"];

@@ -30,8 +30,8 @@ FIRST_LOGIT = -0.5  # a token surprises the less the higher its logit was
 
 
 @dataclass(frozen=True)
-class ErrorState:
-    """What the error memory carries from token to token; constant in size.
+class MemoryState:
+    """What the surprise memory carries from token to token; constant in size.
 
     Attributes:
         M: meta state, [B, H, N_v, N_k], float32 (float64 in a float64 model).
@@ -43,9 +43,9 @@ class ErrorState:
     key: Tensor
     features: Tensor
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> ErrorState:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
         """Return a state whose tensors are `fn` of this one's."""
-        return ErrorState(*(fn(x) for x in vars(self).values()))
+        return MemoryState(*(fn(x) for x in vars(self).values()))
 
     @property
     def num_bytes(self) -> int:
@@ -53,10 +53,10 @@ class ErrorState:
         return sum(x.nbytes for x in vars(self).values())
 
 
-class ErrorMemory(nn.Module):
+class SurpriseMemory(nn.Module):
     """Correct the features before the head by what came, unexpected, after features like them.
 
-    k_t  = unit((h_t + c) * z)  per head            h = ln_out(x); H = `error_heads`, N = D / H
+    k_t  = unit((h_t + c) * z)  per head            h = ln_out(x); H = `memory_heads`, N = D / H
     s_t  = 2 sigmoid(l h_{t-1} . W[x_t] + p . h_{t-1} + q . W[x_t] + b)  per head: the surprise
     M_t  = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + (s_t W[x_t])^T k_{t-1}
     h'_t = h_t + concat_h(k_t M_t^T) * g            what the head then reads
@@ -80,9 +80,9 @@ class ErrorMemory(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.error_heads is not None
+        assert config.memory_heads is not None
         D = config.hidden_size
-        self.num_heads, self.head_size = config.error_heads, D // config.error_heads
+        self.num_heads, self.head_size = config.memory_heads, D // config.memory_heads
         self.center = nn.Parameter(torch.zeros(D))
         self.scale = nn.Parameter(torch.ones(D))
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
@@ -93,12 +93,12 @@ class ErrorMemory(nn.Module):
         self.token = nn.Parameter(torch.zeros(self.num_heads, D))
         self.bias = nn.Parameter(torch.zeros(self.num_heads))
 
-    def init_state(self, batch_size: int) -> ErrorState:
+    def init_state(self, batch_size: int) -> MemoryState:
         """Return the state before the first token: zeros."""
         H, N = self.num_heads, self.head_size
         dtype, device = ops.state_dtype(self.gain.dtype), self.gain.device
         zeros = torch.zeros(batch_size, H * N, dtype=dtype, device=device)
-        return ErrorState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros.clone())
+        return MemoryState(zeros.new_zeros(batch_size, H, N, N), zeros, zeros.clone())
 
     def log_w(self) -> Tensor:
         """Return the log decay of every channel, [D]: -exp(-0.5) sigmoid(decay)."""
@@ -119,11 +119,11 @@ class ErrorMemory(nn.Module):
         h: Tensor,
         tokens: Tensor,
         weight: Tensor,
-        state: ErrorState | None,
+        state: MemoryState | None,
         packing: Packing | None = None,
-        start: ErrorState | None = None,
+        start: MemoryState | None = None,
         backend: str = "auto",
-    ) -> tuple[Tensor, ErrorState]:
+    ) -> tuple[Tensor, MemoryState]:
         """Return the corrected features [B, T, D] and the state after the last token.
 
         Args:
@@ -140,7 +140,7 @@ class ErrorMemory(nn.Module):
         """
         if backend == "triton" and self.head_size > LARGEST_HEAD:
             raise ConfigError(
-                f"{self.num_heads} heads of an error memory are {self.head_size} wide here, the "
+                f"{self.num_heads} heads of a surprise memory are {self.head_size} wide here, the "
                 f"GPU kernels take {LARGEST_HEAD}; use more, or the backend 'chunked'"
             )
         batch, length, D = h.shape
@@ -171,7 +171,7 @@ class ErrorMemory(nn.Module):
         y, final = run(v, M if packing is None else packing.initial(M, first))
         corrected = exact + y.flatten(2) * self.gain
         last = (key[:, -1].clone(), exact[:, -1].clone())  # a view would keep all tokens' alive
-        after = ErrorState(last_of_rows(final, packing), *last)
+        after = MemoryState(last_of_rows(final, packing), *last)
         return corrected.to(h.dtype), after
 
 

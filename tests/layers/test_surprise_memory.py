@@ -1,4 +1,4 @@
-"""The error memory: what it writes, and what that is good for."""
+"""The surprise memory: what it writes, and what that is good for."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metastate.config import ModelConfig, fewest_error_heads
+from metastate.config import ModelConfig, fewest_memory_heads
 from metastate.convert import blinkdl, fla, states
 from metastate.errors import ConfigError, StateError
 from metastate.growth import grow
-from metastate.layers.error_memory import ErrorMemory
+from metastate.layers.surprise_memory import SurpriseMemory
 from metastate.mapping import to_dict
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
@@ -20,12 +20,12 @@ from tolerance import TOLERANCE, relative_error
 def model_of(heads=2, **fields):
     torch.manual_seed(3)
     fields |= {"vocab_size": 17, "hidden_size": 12, "num_layers": 1, "num_heads": 2}
-    return LanguageModel(ModelConfig(error_heads=heads, **fields)).double().eval()
+    return LanguageModel(ModelConfig(memory_heads=heads, **fields)).double().eval()
 
 
 def test_one_write_is_what_came_under_the_key_of_its_place():
     model = model_of(1)
-    memory, h = model.error_memory, torch.randn(1, 3, 12, dtype=torch.float64)
+    memory, h = model.surprise_memory, torch.randn(1, 3, 12, dtype=torch.float64)
     tokens, weight = torch.tensor([[4, 9, 2]]), model.head.weight.detach()
     key = F.normalize((h[0] + memory.center) * memory.scale, dim=-1)
     found, state = memory(h[:, :2], tokens[:, :2], weight, None)
@@ -42,7 +42,7 @@ def test_one_write_is_what_came_under_the_key_of_its_place():
 def test_what_was_likely_surprises_less():
     model = model_of(2)
     h, weight = torch.randn(12, dtype=torch.float64), model.head.weight.detach()
-    s = model.error_memory.surprise(h.expand(17, 12), weight)
+    s = model.surprise_memory.surprise(h.expand(17, 12), weight)
     assert torch.equal((weight @ h).argsort(), s[:, 0].argsort(descending=True))
 
 
@@ -51,7 +51,7 @@ def test_tokens_are_written_without_reading_the_head():
     model = model_of(2)
     h = torch.randn(1, 5, 12, dtype=torch.float64, requires_grad=True)
     weight = model.head.weight.detach().requires_grad_()
-    model.error_memory(h, torch.tensor([[3, 1, 4, 1, 5]]), weight, None)[0].sum().backward()
+    model.surprise_memory(h, torch.tensor([[3, 1, 4, 1, 5]]), weight, None)[0].sum().backward()
     assert {i for i in range(17) if weight.grad[i].any()} == {1, 4, 5}  # 3 came after nothing
 
 
@@ -62,7 +62,7 @@ def test_a_repeated_mistake_is_mended():
     with torch.no_grad():
         logits = model(text)[0][0, :-1]
         nll = F.cross_entropy(logits, text[0, 1:], reduction="none")
-        model.error_memory.gain.zero_()
+        model.surprise_memory.gain.zero_()
         without = F.cross_entropy(model(text)[0][0, :-1], text[0, 1:], reduction="none")
     assert nll[-12:].mean() < nll[:12].mean() - 0.1
     assert abs(without[-12:].mean() - without[:12].mean()) < 0.1
@@ -70,8 +70,8 @@ def test_a_repeated_mistake_is_mended():
 
 def test_its_state_is_as_large_as_config_says():
     for heads in (1, 2, 3):
-        config = ModelConfig(hidden_size=12, error_heads=heads)
-        state = ErrorMemory(config).init_state(5)
+        config = ModelConfig(hidden_size=12, memory_heads=heads)
+        state = SurpriseMemory(config).init_state(5)
         assert state.M.shape == (5, heads, 12 // heads, 12 // heads)
         assert state.num_bytes == 4 * 5 * (12 * 12 // heads + 2 * 12)
 
@@ -89,29 +89,29 @@ def test_flops_and_state_bytes_count_it():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ConfigError, match="12 is not a multiple of error_heads 5"):
-        ModelConfig(hidden_size=12, error_heads=5)
+    with pytest.raises(ConfigError, match="12 is not a multiple of memory_heads 5"):
+        ModelConfig(hidden_size=12, memory_heads=5)
 
 
 def test_a_config_without_it_is_written_as_before():
-    assert "error_heads" not in to_dict(ModelConfig())
-    assert to_dict(ModelConfig(error_heads=2))["error_heads"] == 2
+    assert "memory_heads" not in to_dict(ModelConfig())
+    assert to_dict(ModelConfig(memory_heads=2))["memory_heads"] == 2
 
 
 def test_a_config_takes_it_and_gives_it_up():
     none = ModelConfig()
-    assert none.replace(error_heads=2).replace(error_heads=None) == none
+    assert none.replace(memory_heads=2).replace(memory_heads=None) == none
 
 
 def test_states_of_other_models_are_refused():
     with_it, without = model_of(2), model_of(None)
     tokens = torch.tensor([[1, 2]])
     own, other = with_it(tokens)[1], without(tokens)[1]
-    with pytest.raises(StateError, match="no error memory, the model has one"):
+    with pytest.raises(StateError, match="no surprise memory, the model has one"):
         with_it(tokens, other)
-    with pytest.raises(StateError, match="an error memory, the model none"):
+    with pytest.raises(StateError, match="a surprise memory, the model none"):
         without(tokens, own)
-    with pytest.raises(StateError, match=r"errors\.M is \[1, 3, 4, 4\]"):
+    with pytest.raises(StateError, match=r"memory\.M is \[1, 3, 4, 4\]"):
         with_it(tokens, model_of(3)(tokens)[1])
     with pytest.raises(StateError, match="different"):
         own.stack([own, other])
@@ -129,32 +129,32 @@ def test_other_layouts_have_no_place_for_it():
 
 def test_no_layout_of_rwkv7_can_hold_it():
     model = model_of(2, architecture="rwkv7", ffn_size=20).float()
-    with pytest.raises(ConfigError, match="error memory, for which RWKV-7 has no keys"):
+    with pytest.raises(ConfigError, match="surprise memory, for which RWKV-7 has no keys"):
         blinkdl.to_rwkv(model)
-    with pytest.raises(ConfigError, match="error memory, for which that layout has no keys"):
+    with pytest.raises(ConfigError, match="surprise memory, for which that layout has no keys"):
         fla.to_fla(model)
 
 
 def test_a_grown_memory_learns():
     """Its gain is zero at first, moves in the first step, and then all else of it does."""
-    model = grow(model_of(None).float().train(), error_heads=3)
+    model = grow(model_of(None).float().train(), memory_heads=3)
     tokens = torch.randint(17, (2, 20))
-    optimizer = torch.optim.SGD(model.error_memory.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.surprise_memory.parameters(), lr=1.0)
     moved = []
     for _ in range(2):
         optimizer.zero_grad()
         lm_loss(model, tokens[:, :-1], tokens[:, 1:]).loss.backward()
-        moved.append({n for n, p in model.error_memory.named_parameters() if p.grad.any()})
+        moved.append({n for n, p in model.surprise_memory.named_parameters() if p.grad.any()})
         optimizer.step()
-    assert moved == [{"gain"}, dict(model.error_memory.named_parameters()).keys()]
+    assert moved == [{"gain"}, dict(model.surprise_memory.named_parameters()).keys()]
 
 
 def test_it_is_added_once():
-    with pytest.raises(ConfigError, match="has an error memory already"):
-        grow(model_of(2), error_heads=4)
-    with pytest.raises(ConfigError, match="not a multiple of error_heads"):
-        grow(model_of(None), error_heads=5)
-    assert grow(model_of(2), num_layers=2).config.error_heads == 2
+    with pytest.raises(ConfigError, match="has a surprise memory already"):
+        grow(model_of(2), memory_heads=4)
+    with pytest.raises(ConfigError, match="not a multiple of memory_heads"):
+        grow(model_of(None), memory_heads=5)
+    assert grow(model_of(2), num_layers=2).config.memory_heads == 2
 
 
 def test_a_head_that_is_no_plain_one_is_refused():
@@ -178,7 +178,7 @@ def test_its_gradients_are_the_same_whichever_thread_comes_first():
     try:
         h, tokens = torch.randn(8, 512, 64), torch.randint(64, (8, 512))
         weight = torch.randn(64, 64, requires_grad=True)
-        memory = ErrorMemory(ModelConfig(hidden_size=64, num_heads=1, error_heads=1))
+        memory = SurpriseMemory(ModelConfig(hidden_size=64, num_heads=1, memory_heads=1))
         seen = set()
         for _ in range(20):
             loss = memory(h, tokens, weight, None)[0].square().sum()
@@ -195,9 +195,9 @@ def test_a_document_takes_m_of_its_start_and_no_last_token():
     resets[0, 4] = True
     packed, _, _ = model.features(tokens, model.init_state(1), resets=resets, start=start)
     fresh = model.init_state(1)
-    errors = replace(fresh.errors, M=start.errors.M)
+    memory = replace(fresh.memory, M=start.memory.M)
     layers = [replace(a, S=b.S) for a, b in zip(fresh.layers, start.layers, strict=True)]
-    alone, _, _ = model.features(tokens[:, 4:], fresh.with_parts([*layers, errors]))
+    alone, _, _ = model.features(tokens[:, 4:], fresh.with_parts([*layers, memory]))
     assert relative_error(packed[:, 4:], alone) < TOLERANCE[torch.float64]
 
 
@@ -206,19 +206,19 @@ def test_a_document_takes_m_of_its_start_and_no_last_token():
     [(1, 1), (88, 1), (256, 1), (288, 2), (768, 3), (3072, 12), (514, 1), (10**12, 10**12 // 256)],
 )
 def test_as_few_heads_as_the_kernels_allow(width, heads):
-    assert fewest_error_heads(width) == heads
+    assert fewest_memory_heads(width) == heads
 
 
 def test_a_new_width_has_new_heads():
-    config = ModelConfig(hidden_size=768, num_heads=12, error_heads=3)
-    assert config.replace(hidden_size=1536).error_heads == 6
-    assert config.replace(hidden_size=1536, error_heads=12).error_heads == 12
+    config = ModelConfig(hidden_size=768, num_heads=12, memory_heads=3)
+    assert config.replace(hidden_size=1536).memory_heads == 6
+    assert config.replace(hidden_size=1536, memory_heads=12).memory_heads == 12
     with pytest.raises(ConfigError, match="2147483647 at most"):
         config.replace(hidden_size=12 * 10**12)
 
 
 def test_the_gpu_kernels_are_told_of_wide_heads():
-    memory = ErrorMemory(ModelConfig(hidden_size=288, num_heads=4, error_heads=1))
+    memory = SurpriseMemory(ModelConfig(hidden_size=288, num_heads=4, memory_heads=1))
     h, tokens = torch.zeros(1, 1, 288), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ConfigError, match="288 wide here, the GPU kernels take 256"):
         memory(h, tokens, torch.zeros(5, 288), None, backend="triton")
