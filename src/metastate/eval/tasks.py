@@ -314,7 +314,7 @@ def task_model(
     usual = name == "metastate"
     memory = usual if name == architecture else architecture == f"{name}+memory"
     if name != architecture and memory == usual:
-        has = "an" if usual else "no"
+        has = "a" if usual else "no"
         raise ConfigError(
             f"{name} has {has} surprise memory as it is; write {name}, not {architecture}"
         )
