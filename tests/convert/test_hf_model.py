@@ -490,8 +490,9 @@ def test_a_wrapped_head_is_called_not_read():
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_the_vocabulary_can_be_resized(tmp_path):
-    model, ids = wrapped(), tokens()
+@pytest.mark.parametrize("name", ["metastate", "memory"])
+def test_the_vocabulary_can_be_resized(name, tmp_path):
+    model, ids = wrapped(name), tokens()
     before = model(ids).logits
     model.resize_token_embeddings(260)
     assert model.config.vocab_size == model.model.config.vocab_size == 260

@@ -107,6 +107,11 @@ def grows_exactly(model, dtype, sizes):
     after, _ = grown(tokens, resets=resets)
     assert change(before, after) <= EXACT[dtype]
     assert grown.count_parameters()["total"] > model.count_parameters()["total"]
+    state = model(tokens[:, :20], resets=resets[:, :20])[1]
+    rest = {"resets": resets[:, 20:]}
+    before, _ = model(tokens[:, 20:], state, **rest)
+    after, _ = grown(tokens[:, 20:], grow_state(state, grown), **rest)
+    assert change(before, after) <= EXACT[dtype]
 
 
 RECURRENT = {"num_layers": 3, "head_size": 9, "num_heads": 3, "parameter_tokens": 2}
@@ -223,6 +228,7 @@ def test_any_config_any_mixture(seed):
         ffn_size=draw.choice([None, 5]),
         ffn_order="beside" if meta["token_shift"] else draw.choice(["beside", "after"]),
         meta_state=meta,
+        memory_heads=draw.choice([None, 2]),
     )
     size = model.config.head_size
     has_meta, asks = meta["readout"] != "encoding", meta["encoder_query"] == "receptance"
@@ -235,6 +241,7 @@ def test_any_config_any_mixture(seed):
         "parameter_tokens": model.config.parameter_tokens + draw.choice([0, 2]),
         "num_layers": model.config.num_layers + draw.choice([0, 1]),
         "ffn_size": draw.choice([None, 7]),
+        "memory_heads": None if model.config.memory_heads else draw.choice([None, 3]),
     }
     if all(n in (None, getattr(model.config, axis)) for axis, n in sizes.items()):
         return

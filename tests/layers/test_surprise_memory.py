@@ -55,7 +55,7 @@ def test_tokens_are_written_without_reading_the_head():
     assert {i for i in range(17) if weight.grad[i].any()} == {1, 4, 5}  # 3 came after nothing
 
 
-def test_a_repeated_mistake_is_mended():
+def test_a_repeated_text_gets_likelier():
     """Untrained, and with its weights as they are made, a model finds a repeated text likelier."""
     model = model_of(1)
     text = torch.randint(17, (1, 12)).repeat(1, 9)

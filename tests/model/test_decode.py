@@ -110,9 +110,10 @@ def test_a_row_has_the_same_bits_in_any_batch(kind, half):
         assert torch.equal(decode(make_decoder(model, 11), tokens[:rows]), alone[:rows])
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("kind", ["both", "memory"])
+def test_any_number_of_threads_gives_the_same_bits(kind, monkeypatch):
     monkeypatch.setattr("metastate.model.decode.GRAIN", 1)
-    model, tokens = make(**KINDS["both"]), torch.randint(77, (3, 5))
+    model, tokens = make(**KINDS[kind]), torch.randint(77, (3, 5))
     before, outs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -168,7 +169,7 @@ def test_bfloat16_matrices_round_the_weights_and_nothing_else():
     assert make_decoder(model, 1).get(0).layers[0].S.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["rwkv7", "both", "tokens"])
+@pytest.mark.parametrize("kind", ["rwkv7", "both", "tokens", "memory"])
 def test_a_model_stored_in_bfloat16_decodes_in_float32(kind):
     model = make(**KINDS[kind]).bfloat16()
     tokens = torch.randint(77, (2, 8))

@@ -469,6 +469,28 @@ def test_states_with_wrong_tensors(tmp_path):
             ModelState.load(tmp_path / "t", model)
 
 
+def test_memories_with_wrong_tensors(tmp_path):
+    model = made("memory")
+    run(model)[1].save(tmp_path / "s", model.config)
+    header, tensors = parts_of(tmp_path / "s")
+    M, S = tensors["memory.M"], tensors["layers.0.S"]
+    factors = {f"layers.{i}.token_{k}": S[0, :, :3] for i in (0, 1) for k in ("keys", "values")}
+    for wrong, message in [
+        *(
+            ({k: v for k, v in tensors.items() if k != f"memory.{name}"}, "no whole state of the")
+            for name in ("M", "key", "features")
+        ),
+        (tensors | {"memory.expected": M.clone()}, "which no state has"),
+        (tensors | {"errors.M": M.clone()}, "which no state has"),
+        (tensors | {"memory.M": M[:, :1].clone()}, "memory.M is .2, 1, 6, 6., the model needs"),
+        ({k: v for k, v in tensors.items() if "memory" not in k}, "no surprise memory, the model"),
+        (factors | {"memory.M": M.clone()}, "of a memory; of no model"),
+    ]:
+        write_signed(tmp_path / "t", header, wrong)
+        with pytest.raises(StateError, match=message):
+            ModelState.load(tmp_path / "t", model)
+
+
 def test_caches_with_wrong_tensors(tmp_path):
     model = made("transformer")
     run(model)[1].save(tmp_path / "s", model.config)

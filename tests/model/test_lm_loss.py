@@ -9,7 +9,7 @@ from metastate.errors import ShapeError, TrainingError
 from metastate.model import loss as loss_module
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import linear_cross_entropy, lm_loss
-from tolerance import relative_error
+from tolerance import TOLERANCE, relative_error
 
 
 def plain(x, weight, targets, z_loss):
@@ -69,6 +69,24 @@ def test_autocast_keeps_the_loss_in_float32():
     assert abs(loss.item() - expected.item()) < 1e-3 * expected.item()  # bf16 alone: 4e-3
     assert relative_error(x.grad, grads[0]) < 2e-2
     assert relative_error(weight.grad, grads[1]) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_a_rest(monkeypatch, dtype):
+    """Weights and features stored so, without autocast, in chunks that do not divide the rows."""
+    monkeypatch.setattr(loss_module, "LOGITS", 90 * 256)
+    x, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (600, 90))
+    targets = torch.randint(0, 90, (600,))
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected, expected_nll = plain(*exact, targets, 1e-2)
+    expected.backward()
+    loss, nll = linear_cross_entropy(x, weight, targets, 1e-2)
+    (2.0**10 * loss).backward()
+    assert loss.dtype == nll.dtype == torch.float32
+    assert relative_error(loss, expected) < TOLERANCE[torch.bfloat16]
+    assert relative_error(nll, expected_nll) < TOLERANCE[torch.bfloat16]
+    for mine, theirs in zip((x, weight), exact, strict=True):
+        assert relative_error(mine.grad.double() / 2**10, theirs.grad) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

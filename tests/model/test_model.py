@@ -212,20 +212,23 @@ def test_a_detached_state_cuts_the_graph(model):
     assert not any(x.requires_grad for x in model.init_state(2).tensors().values())
 
 
-@pytest.mark.parametrize("name", ["metastate", "rwkv7"])
+@pytest.mark.parametrize("name", ["metastate", "rwkv7", "memory"])
 def test_gradient_by_finite_differences(name):
     model = made(name, hidden_size=6, num_heads=2, parameter_tokens=2)
     tokens, targets = some_tokens(1, 5), some_tokens(1, 5, seed=5)
     _, state = model(some_tokens(1, 3, seed=4))
     state = state.detach()
-    S = state.layers[0].S.requires_grad_()
+    carried = {"S": state.layers[0].S} | ({} if state.memory is None else vars(state.memory))
+    for x in carried.values():
+        x.requires_grad_()
 
     def loss():
         return lm_loss(model, tokens, targets, state).loss
 
     loss().backward()
-    checked = {"S": S} | {
-        n: p for n, p in model.named_parameters() if "blocks.1" in n and "token_" not in n
+    named = ("blocks.1", "head", "surprise_memory")
+    checked = carried | {
+        n: p for n, p in model.named_parameters() if n.startswith(named) and "token_" not in n
     }
     for key, p in checked.items():
         where = p.grad.abs().argmax()
@@ -310,6 +313,8 @@ def test_bfloat16_autocast(name, backend):
         for layer in state.layers:
             assert layer.S.dtype == torch.float32
             assert layer.M is None or layer.M.dtype == torch.float32
+    if state.memory is not None:
+        assert {x.dtype for x in vars(state.memory).values()} == {torch.float32}
 
 
 def test_states_follow_the_models_precision(model):

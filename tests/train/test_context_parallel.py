@@ -138,6 +138,7 @@ MODELS = {
     ),
     "rwkv7": (MetaStateConfig(), {"architecture": "rwkv7", "parameter_tokens": 2}),
     "memory": (MetaStateConfig(), {"memory_heads": 2, "with_state": True}),
+    "memory, from nothing": (MetaStateConfig(), {"memory_heads": 1}),
 }
 
 
@@ -174,7 +175,7 @@ def test_two_processes_equal_one():
 
 @pytest.mark.dist
 def test_four_processes_equal_one():
-    assert not worst(run_ranks(everything, 4, ["chunked"], ["with M"]))
+    assert not worst(run_ranks(everything, 4, ["chunked"], ["with M", "memory"]))
 
 
 def sent(rank):

@@ -23,7 +23,8 @@ from metastate.errors import ConfigError
 from metastate.layers.common import OUTPUT, VECTOR, Growth, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
 
-# Near where runs of a quarter of a million parameters ended that had begun elsewhere (docs/log.md).
+# Near where runs of a quarter of a million parameters ended that had begun elsewhere, the first
+# three in the older form (docs/log.md).
 FIRST_DECAY, FIRST_RATE = -6.4, -2.0  # logits: a half-life of 690 tokens, a rate of 0.12
 FIRST_GAIN = 1.5
 FIRST_LOGIT = -0.5  # a token surprises the less the higher its logit was
@@ -56,20 +57,21 @@ class MemoryState:
 class SurpriseMemory(nn.Module):
     """Correct the features before the head by what came, unexpected, after features like them.
 
-    k_t  = unit((h_t + c) * z)  per head            h = ln_out(x); H = `memory_heads`, N = D / H
+    k_t  = unit((h_t + c) * d)  per head            h = ln_out(x); H = `memory_heads`, N = D / H
     s_t  = 2 sigmoid(l h_{t-1} . W[x_t] + p . h_{t-1} + q . W[x_t] + b)  per head: the surprise
     M_t  = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + (s_t W[x_t])^T k_{t-1}
     h'_t = h_t + concat_h(k_t M_t^T) * g            what the head then reads
 
     The token x_t is the last one read, so nothing looks ahead; W [V, D] are the weights of the
     head. M associates what came with the features that it came after, the more the less it was
-    expected, as its own logit tells, and the rate a takes away what M held of it already. c, z, w,
+    expected, as its own logit tells, and the rate a takes away what M held of it already. c, d, w,
     a and g [D], l and b (a number for every head), p and q ([D] for every head) are learned and the
     same for all tokens. M has as many numbers as one block's S at the same head size.
 
-    Gradient descent on -log p(x_t) by a matrix that corrects h would write W[x_t] - p W, p all the
-    probabilities, for two more readings of the head; a share 1 - p(x_t) of that lies along W[x_t],
-    for which s_t stands. It was measured, and is no better (docs/log.md).
+    Gradient descent on -log p(x_t) by a matrix that corrects h would write
+    W[x_t] - softmax(h_{t-1} W^T) W, for two more readings of the head; the share of it that lies
+    along W[x_t] is the probability of any other token, for which s_t stands. It was measured, and
+    is no better (docs/log.md).
     """
 
     # A model that is given a memory is not corrected by it at first.

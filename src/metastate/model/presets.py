@@ -6,8 +6,7 @@ counted in). The others keep D and H and meet the count by depth and FFN width: 
 1.6 D, which was tried at D 128 alone (docs/log.md), the others' as near to 4 D as the depth allows;
 in `tiny` RWKV-7 has 1.8 D in 3 blocks, which did better than 4.3 D in 2, and the Transformer 3 D.
 Meta-State alone has a surprise memory, of as few heads as may be (one as wide as the model measured
-better than two of half the width) and written with tokens, which measured as good as errors and
-reads the head once (docs/results.md).
+better than two of half the width: docs/log.md).
 """
 
 from __future__ import annotations
