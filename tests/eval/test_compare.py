@@ -143,6 +143,7 @@ def test_a_model_without_a_hidden_part_is_fitted_by_depth_or_refused():
 
 def test_the_plan_gives_every_model_the_same_tokens_and_schedule(few_words, tmp_path):
     suite = suite_of(few_words, lr={"values": [1e-3, 1e-2], "share": 0.5})
+    suite = dataclasses.replace(suite, train=suite.train | {"warmup": 4})
     cells = plan(suite, tmp_path, match_params=True)
     assert [c.rate for c in cells[:4]] == [1e-3, 1e-2, 1e-3, 1e-2]
     assert all(c.rate is None for c in cells[4:]) and len(cells) == 8
@@ -153,6 +154,26 @@ def test_the_plan_gives_every_model_the_same_tokens_and_schedule(few_words, tmp_
         assert own[0].tokens == pytest.approx(0.03 * own[0].parameters, abs=64)
     assert not uneven(cells)
     assert "not equal" in uneven(plan(suite, tmp_path))[0]
+    # A shorter run's rate rises as soon, for its length.
+    assert all(c.train.warmup == (4 if c.rate is None else 2) for c in cells)
+
+
+def test_models_that_do_not_see_the_same_text_are_named(few_words, tmp_path):
+    models = {"a": {"train": {"context": 16, "lr": 1e-3}}, "b": {"train": {"weight_decay": 0.0}}}
+    suite = suite_of(few_words, models=models, sizes={"tiny": {"model": TINY}})
+    (said,) = uneven(plan(suite, tmp_path))
+    assert "size tiny: train.context differs (a 16, b 32)" in said
+
+
+def test_a_rate_of_one_s_own_beside_a_sweep_is_refused(few_words, tmp_path):
+    sweep = {"values": [1e-3, 1e-2]}
+    for changes in (
+        {"models": {"a": {"train": {"lr": 1e-3}}}},
+        {"sizes": {"tiny": {"model": TINY, "train": {"lr": 1e-3}}}},
+    ):
+        with pytest.raises(ConfigError, match=r"train\.lr of its own beside suite\.lr\.values"):
+            plan(suite_of(few_words, lr=sweep, **changes), tmp_path)
+        plan(suite_of(few_words, **changes), tmp_path)
 
 
 def test_a_sweep_s_seed_need_not_be_a_seed_of_its_size(few_words, tmp_path):
@@ -242,7 +263,9 @@ def test_results_name_the_data_and_the_sources(finished):
     assert results["data"] == data and commit in (results["environment"]["commit"] or "")
     for row in results["rows"]:
         assert row["data"] == data and row["test_tokens"] == 512
-        assert row["source"] == {k: results["environment"][k] for k in ("metastate", "commit")}
+        assert row["source"] == [{k: results["environment"][k] for k in ("metastate", "commit")}]
+        assert sum(nats for _, nats, _ in row["documents"]) / 512 == pytest.approx(row["loss"])
+        assert sum(tokens for _, _, tokens in row["documents"]) == 512
 
 
 def test_results_of_other_data_are_refused(copied, tmp_path):
@@ -274,6 +297,23 @@ def test_results_on_another_piece_of_the_test_text_are_refused_until_scored_agai
         assert new["curve"] == old["curve"]  # nothing was trained again
 
 
+def test_the_sources_of_all_who_worked_on_a_cell_are_kept(copied, monkeypatch):
+    suite, out = copied
+    first = json.loads(next(out.glob("cells/*/sources.json")).read_text())
+    for file in out.glob("cells/*/score.json"):
+        file.unlink()
+    next(out.glob("cells/*/sources.json")).unlink()  # one from before they were noted
+    monkeypatch.setattr(harness, "source", lambda: {"metastate": "9", "commit": None})
+    made = [row["source"] for row in compare(suite, out)["rows"]]
+    later = {"metastate": "9", "commit": None}
+    assert sorted(map(str, made)) == sorted(map(str, [*[[*first, later]] * 3, [None, later]]))
+    damaged = next(out.glob("cells/*/sources.json"))
+    damaged.write_text("[")
+    (damaged.parent / "score.json").unlink()
+    with pytest.raises(DataError, match="sources.json is damaged"):
+        compare(suite, out)
+
+
 def test_cells_of_before_data_and_sources_were_noted_still_count(copied):
     suite, out = copied
     for file in out.glob("*/*/score.json"):
@@ -297,6 +337,16 @@ def test_a_cell_that_was_begun_with_another_model_does_not_go_on(copied):
     (cell.folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=r"model\.memory_heads None, now 1.*remove that"):
         compare(suite, out)
+
+
+@pytest.mark.parametrize("change", [{"points": 3}, {"tokens_per_parameter": 0.06}])
+def test_a_cell_that_was_begun_under_other_settings_does_not_go_on(copied, change):
+    """Half of one schedule and half of another would be a run that nobody asked for."""
+    suite, out = copied
+    for file in out.glob("*/*/score.json"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"other settings \((steps|valid_every).*remove that"):
+        compare(dataclasses.replace(suite, **change), out)
 
 
 def test_cells_that_recorded_the_former_fingerprint_still_count(copied):

@@ -1,6 +1,7 @@
 """Tables, fits and the page, against figures worked out by hand."""
 
 import math
+import random
 import re
 
 import pytest
@@ -20,6 +21,7 @@ from metastate.eval.report import (
     remarks,
     seed_table,
     sweep_table,
+    text_error,
     write_report,
 )
 
@@ -31,7 +33,7 @@ def row(model, size, seed, loss, parameters=1000, failed=None):
     ]
     return {
         "model": model, "size": size, "seed": seed, "lr": 1e-3, "parameters": parameters,
-        "tokens": 1000, "flops": 1e6 * parameters, "loss": loss, "failed": failed,
+        "tokens": parameters, "flops": 1e6 * parameters, "loss": loss, "failed": failed,
         "bits_per_byte": loss and loss / math.log(2), "domains": {"law": loss, "web": loss},
         "state_bytes": 64, "tokens_per_s": 500.0, "config": {"hidden_size": 8},
         "curve": [] if failed else curve,
@@ -66,13 +68,55 @@ def test_gains_are_paired_by_seed(results):
     absolute, relative = gains(results, "small", "new <1>")
     assert absolute == pytest.approx([0.2, 0.5]) and relative == pytest.approx([10.0, 20.0])
     table = main_table(results)
-    assert table[1][:2] == ["small", "new <1>"] and table[1][8:] == ["1e+09", "2"]
+    assert table[1][:2] == ["small", "new <1>"] and table[1][9:] == ["1e+09", "2"]
     assert table[1][2] == "1.9000 ± 0.1414" and table[1][3] == "0.3500 ± 0.2121"
     assert table[1][4] == "15.00 ± 7.07 %"
-    assert table[2][3:5] == ["", ""]  # the baseline has no gain over itself
+    assert table[2][3:6] == ["", "", ""]  # the baseline has no gain over itself
     # Where the baseline diverged there is nothing to gain over.
     assert table[3][:2] == ["large", "new <1>"] and table[3][3:5] == ["-", "-"]
-    assert markdown(table).splitlines()[1] == "|" + "---|" * 10
+    assert markdown(table).splitlines()[1] == "|" + "---|" * 11
+
+
+def test_the_error_of_a_gain_over_documents_is_the_jackknife_s(results):
+    """It leaves out a document at a time, and says nothing of how the formula comes about."""
+    draw, n = random.Random(0), 40
+    tokens = [draw.randint(20, 60) for _ in range(n)]
+    nats = {
+        (model, seed): [draw.uniform(rate, rate + 0.5) * t for t in tokens]
+        for model, rate in (("new <1>", 1.5), ("old", 1.7))
+        for seed in (0, 1)
+    }
+    for r in results["rows"]:
+        if r["size"] == "small":
+            own = nats[r["model"], r["seed"]]
+            r["documents"] = [[i, own[i], tokens[i]] for i in range(n)]
+
+    def gain(left_out):
+        sums = {key: sum(x for i, x in enumerate(v) if i != left_out) for key, v in nats.items()}
+        own, base = (sums[model, 0] + sums[model, 1] for model in ("new <1>", "old"))
+        return 100 * (1 - own / base)
+
+    gone = [gain(i) for i in range(n)]
+    jackknife = math.sqrt((n - 1) / n * sum((g - sum(gone) / n) ** 2 for g in gone))
+    found = text_error(results, "small", "new <1>")
+    assert found == pytest.approx(jackknife, rel=0.03) and 0.3 < found < 3
+    assert main_table(results)[1][5] == f"± {found:.2f} %"
+    assert text_error(results, "large", "new <1>") is None  # nothing to be paired with
+    results["rows"][0]["documents"] = results["rows"][0]["documents"][:3]
+    assert text_error(results, "small", "new <1>") is None  # not the same text
+
+
+def test_documents_that_agree_leave_no_doubt_of_a_gain(results):
+    for r in results["rows"]:
+        share = 0.9 if r["model"] != "old" else 1.0
+        r["documents"] = [[i, share * x, 4] for i, x in enumerate((3.0, 7.0, 5.0))]
+    assert text_error(results, "small", "new <1>") == pytest.approx(0, abs=1e-9)
+
+
+def test_seeds_that_have_no_partner_are_said(results):
+    results["rows"] = [r for r in results["rows"] if (r["model"], r["seed"]) != ("old", 1)]
+    assert main_table(results)[1][10] == "2 (1 paired)"
+    assert main_table(results)[2][10] == "1"
 
 
 def test_every_run_is_shown_with_its_gain_over_the_same_seed(results):
@@ -104,9 +148,12 @@ def test_cells_of_several_sources_or_texts_are_said(results, tmp_path):
         r["domain_tokens"] = {"law": 5, "web": 7}
     assert remarks(results) == failures(results)
     results["rows"][0]["source"] = None
-    results["rows"][1]["source"] = {"metastate": "0.0.9", "commit": None}
+    older = {"metastate": "0.0.9", "commit": None}
+    results["rows"][1]["source"] = [None, older]
+    results["rows"][2]["source"] = [results["rows"][2]["source"]]
     said = (
-        "different sources: unknown (1 cells), 0.0.9 (1 cells), 0.1.0 0123456789ab-dirty (4 cells)"
+        "different sources: unknown (1 cells), unknown, then 0.0.9 (1 cells), "
+        "0.1.0 0123456789ab-dirty (4 cells)"
     )
     assert said in remarks(results)[-1]
     results["rows"][5]["domain_tokens"] = {"law": 12}  # of the cell that diverged: nothing scored
@@ -192,6 +239,8 @@ def test_a_power_law_is_found_again_and_its_band_covers_it():
     assert all(lo < m < h for lo, m, h in zip(noisy.low, noisy.loss, noisy.high, strict=True))
     assert widths[-1] > 2 * min(widths)  # doubt grows where nothing was measured
     assert power_law([1e5, 4e5], [2.0, 1.9]) is None
+    assert power_law([288_240, 288_768, 289_088], [1.6, 1.7, 1.8]) is None  # a noise's slope
+    assert power_law([1e5, 1.2e5, 1.4e5, 2e5], [2.0, 1.9, 1.9, 1.8]) is None
 
 
 def test_the_band_is_the_textbook_one():
@@ -205,14 +254,27 @@ def test_the_band_is_the_textbook_one():
     assert half == pytest.approx(t * s / math.sqrt(3), rel=1e-3)
 
 
-def test_fits_need_three_sizes(results):
+def test_fits_need_three_sizes_and_take_their_means(results):
     assert set(fits(results, "parameters")) == {"new <1>"}
+    law = power_law([1000, 4000, 16000], [1.9, 1.5, 1.2])
+    assert fits(results, "parameters")["new <1>"] == law
+    for r in results["rows"]:
+        if r["size"] == "huge":
+            r["tokens"] *= 2
+    assert not fits(results, "parameters")  # of unlike numbers of tokens a parameter
 
 
 @pytest.mark.parametrize("key", FIGURES)
 @pytest.mark.parametrize("kind", ["png", "svg"])
-def test_every_figure_is_drawn(results, key, kind):
-    image = comparison_figure(results, key, fits(results, key), "a title", kind)
+def test_every_figure_is_drawn(results, key, kind, drawn):
+    laws = fits(results, key)
+    image = comparison_figure(results, key, laws, "a title", kind)
+    (axes,) = drawn[0].axes
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert (
+        ("law, beyond what was measured" in said) == bool(laws) == (key in ("parameters", "flops"))
+    )
+    assert f"loss of the {'test' if key == 'parameters' else 'valid'} text" in axes.get_ylabel()
     assert image.startswith(b"\x89PNG") if kind == "png" else b"<svg" in image
 
 
@@ -229,7 +291,6 @@ def test_the_page_stands_alone_and_is_escaped(results, tmp_path):
     assert 'name="viewport"' in page
     # Nothing is loaded from elsewhere.
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#', "", page))
-    assert "the seeds of a size share its distance from the line" in page
     assert "extrapolation, not measured" in page and "1 of 8 cells" in page
     assert "10.00" not in page and "15.00 ± 7.07 %" in page
 

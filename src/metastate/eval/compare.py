@@ -30,7 +30,7 @@ from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
 from metastate.eval.runs import check_settings, settings, source
-from metastate.eval.suite import Cell, Suite, plan
+from metastate.eval.suite import Cell, Suite, plan, uneven
 from metastate.mapping import to_dict
 from metastate.model.io import load
 from metastate.model.lm import LanguageModel, arithmetic, sketch
@@ -39,6 +39,7 @@ from metastate.train.checkpoint import find_checkpoint, has_run, saved_config, s
 from metastate.train.trainer import DTYPES, LOG, train
 
 RESULTS, SCORE = "results.json", "score.json"
+SOURCES = "sources.json"  # of a cell: the sources that worked on it, in their order
 CLAIM = "claim"  # folder in a cell's, held from the look to the score; training holds the other
 LAPS, LAPS_S = 3, 5.0  # batches that an estimate times, and seconds after which it times no more
 WAIT_S = 5.0  # between two looks at cells that another process is working on
@@ -186,11 +187,12 @@ def _score(cell: Cell) -> dict[str, Any]:
 def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
     """Train a cell to its end and score it; a run that diverged is a result too."""
     run = replace(cell.train, lr=rate, min_lr=rate * cell.train.min_lr / cell.train.lr)
-    if has_run(run.out):  # a preset may have changed since: what goes on is the model of then
-        begun = settings(run) | {"model": saved_config(run.out).model}
+    if has_run(run.out):  # the suite or a preset may have changed since
+        begun = to_dict(saved_config(run.out))
         check_settings(begun, run, "choose another --out, or remove that folder")
     data = PreparedData.open(run.data)
-    made = {"run": settings(cell.train), "lr": rate, "data": cell.data, "source": source()}
+    made = {"run": settings(cell.train), "lr": rate, "data": cell.data}
+    made["source"] = _sources(cell.folder)
     try:
         result = train(run, evaluate=held_out(data, run), progress=show, resume=has_run(run.out))
     except DivergedError as error:
@@ -210,9 +212,29 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
             mode="windowed",
             context=run.context,
             by_domain=True,
+            by_document=True,
             limit_tokens=cell.test_tokens,
         ).to_json()
     write_json(cell.folder / SCORE, score)
+
+
+def _sources(folder: Path) -> list[dict[str, str | None] | None]:
+    """Add the sources that run now to those that worked on a cell, None where they were not noted.
+
+    Raises:
+        DataError: the file cannot be read or written.
+    """
+    file = folder / SOURCES
+    try:
+        made = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, ValueError) as cause:
+        raise DataError(f"{file} is damaged ({cause}); delete it, its cell goes on") from None
+    if made is None:
+        made = [None] if has_run(folder) else []
+    if source() not in made:
+        made.append(source())
+        write_json(file, made, error=DataError)
+    return made
 
 
 def chosen_rate(suite: Suite, cells: list[Cell], cell: Cell) -> float:
@@ -272,9 +294,11 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
     Returns:
         {"suite", "environment", "data", "split", "cells", "sweep": [...], "rows": [...]}; a row has
         model, size, seed, lr, parameters, tokens, flops, loss (nats a token of `split`),
-        bits_per_byte, domains, domain_tokens, state_bytes, tokens_per_s, config, curve, and what it
-        was made of: data (fingerprint), test_tokens and source, None where an older score does not
-        say. One that failed says so in `failed`; lr is None where every rate of a sweep diverged.
+        bits_per_byte, domains, domain_tokens, documents ([number, nats, tokens] each), state_bytes,
+        tokens_per_s, config, curve, and what it was made of: data (fingerprint), test_tokens and
+        source (those that trained and scored it, in their order), None where an older score does
+        not say. One that failed says so in `failed`; lr is None where every rate of a sweep
+        diverged. `uneven` are the sentences of `suite.uneven`.
 
     Raises:
         ConfigError, DataError: as `compare`.
@@ -309,6 +333,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
                 "bits_per_byte": score.get("bits_per_byte"),
                 "domains": {n: d["nats_per_token"] for n, d in domains.items()},
                 "domain_tokens": {n: d["tokens"] for n, d in domains.items()},
+                "documents": score.get("by_document"),
                 "state_bytes": model.state_bytes(1, cell.train.context),
                 "tokens_per_s": cell.tokens / points[-1]["seconds"] if points else None,
                 "data": cell.data if "data" in score else None,  # _finished has seen that it is
@@ -324,6 +349,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
         "data": cells[0].data,
         "split": _scored_split(PreparedData.open(suite.data)),
         "cells": sum(c.rate is None for c in cells),
+        "uneven": uneven(cells),
         "sweep": sweep,
         "rows": rows,
     }

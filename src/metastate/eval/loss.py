@@ -56,6 +56,7 @@ class EvalResult:
         total: over everything scored; the end of every document counts as a token.
         domains: the same by domain name.
         positions: mean loss by number of tokens seen before, in buckets of doubling size.
+        documents: (number in the split, nats, tokens) of every document that was scored.
     """
 
     mode: str
@@ -63,6 +64,7 @@ class EvalResult:
     total: Tally
     domains: dict[str, Tally] = field(default_factory=dict)
     positions: list[dict[str, Any]] = field(default_factory=list)
+    documents: list[tuple[int, float, int]] = field(default_factory=list)
 
     @property
     def nats_per_token(self) -> float:
@@ -77,6 +79,7 @@ class EvalResult:
             **self.total.to_json(),
             "domains": {name: t.to_json() for name, t in sorted(self.domains.items())},
             "positions": self.positions,
+            **({"by_document": self.documents} if self.documents else {}),
         }
 
 
@@ -97,6 +100,7 @@ def evaluate(
     mode: Literal["stateful", "windowed"] = "stateful",
     by_domain: bool = False,
     by_position: bool = False,
+    by_document: bool = False,
     limit_tokens: int | None = None,
     batch_size: int = 16,
     start: ModelState | None = None,
@@ -118,6 +122,7 @@ def evaluate(
             token before it, as a model without a state must.
         by_domain: tally every domain too.
         by_position: tally by the number of tokens that the model has seen since its fresh start.
+        by_document: tell the sum of every document too.
         limit_tokens: score so many tokens: of each domain in proportion to its tokens in the split
             (at least one, where the limit allows), within a domain of documents in a fixed shuffled
             order. So that a few books do not use them up, a document gives at most the larger of
@@ -206,7 +211,10 @@ def evaluate(
         for i in np.flatnonzero(buckets[1]).tolist()
         if by_position
     ]
-    return EvalResult(mode, context, tally(scored), domains, positions)
+    documents = [
+        (i, float(nats[i]), int(lengths[i])) for i in np.flatnonzero(scored).tolist() if by_document
+    ]
+    return EvalResult(mode, context, tally(scored), domains, positions, documents)
 
 
 def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, Any]]:

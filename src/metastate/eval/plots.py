@@ -17,6 +17,7 @@ from metastate.errors import ConfigError, DataError
 
 TRAIN, VALID = "#4c72b0", "#c44e52"
 STYLES = ("-", "--", ":", "-.")  # of sizes
+BEYOND = (0, (9, 6))  # long dashes, of a law beyond what was measured
 MOST_LABELS = 12  # bars that there is room to write on
 
 
@@ -115,7 +116,7 @@ AXIS = {
     "parameters": "parameters without embedding and head",
     "tokens": "training tokens",
     "flops": "training FLOPs",
-    "seconds": "training seconds on this machine",
+    "seconds": "training seconds, beside whatever else ran",
 }
 
 
@@ -128,7 +129,7 @@ def comparison_figure(
         results: from `metastate.eval.compare.collect`.
         key: "parameters", where a point is a size's final loss; or "tokens", "flops", "seconds",
             where a line is a run's held-out curve and a dot its end.
-        laws: model -> fitted PowerLaw: a line with its band, dashed where it extrapolates.
+        laws: model -> fitted PowerLaw: a line with its band, in long dashes where it extrapolates.
         title: of the figure.
         kind: "png" or "svg".
 
@@ -180,11 +181,14 @@ def comparison_figure(
         low = min([min(ends), *(law.loss[-1] for law in laws.values())])
         axes.set_ylim(low - margin, max(ends) + margin)
     axes.set_xlabel(AXIS[key])
-    axes.set_ylabel("held-out loss (nats a token)")
+    split = results["split"] if key == "parameters" else "valid"  # what curves are of
+    axes.set_ylabel(f"loss of the {split} text (nats a token)")
     axes.set_title(_as_text(title))
     if key != "parameters" and len(sizes) > 1:
         for size, style in zip(sizes, STYLES, strict=False):
             axes.plot([], [], style, color="#555", label=_as_text(size))
+    if laws:
+        axes.plot([], [], ls=BEYOND, color="#555", label="law, beyond what was measured")
     axes.legend(frameon=False)
     return _bytes(figure, kind)
 
@@ -212,17 +216,17 @@ def lead_figure(
     axes.xaxis.set_major_formatter(_short)
     axes.xaxis.set_minor_formatter(lambda x, _: _short(x) if f"{x:e}"[0] in "25" else "")
     axes.set_xlabel(AXIS["tokens"])
-    axes.set_ylabel("lead (% of the baseline's held-out loss)")
+    axes.set_ylabel("lead (% of the baseline's valid loss)")
     axes.set_title(_as_text(title))
     axes.legend(frameon=False)
     return _bytes(figure, kind)
 
 
 def _draw_law(axes: Any, law: Any, colour: str) -> None:
-    """Draw a fit: solid where it was measured, dashed beyond, its band lightly."""
+    """Draw a fit: solid where it was measured, in long dashes beyond, its band lightly."""
     measured = sum(x <= law.fitted * 1.001 for x in law.x)
     axes.plot(law.x[:measured], law.loss[:measured], "-", color=colour, lw=1.3)
-    axes.plot(law.x[measured - 1 :], law.loss[measured - 1 :], "--", color=colour, lw=1.1)
+    axes.plot(law.x[measured - 1 :], law.loss[measured - 1 :], ls=BEYOND, color=colour, lw=1.1)
     axes.fill_between(law.x, law.low, law.high, color=colour, alpha=0.1, lw=0)
 
 

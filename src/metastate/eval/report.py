@@ -27,9 +27,11 @@ FIGURES = {  # x of a figure: (title, file)
     "seconds": ("Loss against training time", "loss-by-seconds"),
 }
 MEANING = (
-    "Loss: text of the split {split}, windows of the training length. Mean ± standard deviation "
-    "over seeds; gains are paired by seed."
+    "Loss: text of the split {split}, windows of the training length, in float32. Mean ± standard "
+    "deviation over seeds; gains are paired by seed. Another text: the standard error of the "
+    "relative gain (seeds' mean) if the scored documents were drawn anew."
 )
+APART = 1.5  # factor between two sizes of a power law, and most between their tokens a parameter
 NO_TEST = (
     "the data has no test split, so losses are of the validation text, by which learning rates are "
     "chosen too: `metastate prepare` makes one"
@@ -60,12 +62,17 @@ class PowerLaw:
 def power_law(x: Sequence[float], loss: Sequence[float], reach: float = 10.0) -> PowerLaw | None:
     """Fit a power law to measured losses, drawn up to `reach` times the largest x.
 
-    Returns None for fewer than three different x: two points give a line and no doubt of it.
+    Returns None for fewer than three x that are a factor of `APART` from one another: two points
+    give a line and no doubt of it, and near ones a slope that is their noise.
 
     Raises:
         ConfigError: scipy is missing.
     """
-    if len(set(x)) < 3:
+    far: list[float] = []
+    for v in sorted(x):
+        if not far or v >= APART * far[-1]:
+            far.append(v)
+    if len(far) < 3:
         return None
     try:
         from scipy import stats
@@ -94,19 +101,24 @@ def power_law(x: Sequence[float], loss: Sequence[float], reach: float = 10.0) ->
 
 
 def fits(results: dict[str, Any], key: str) -> dict[str, PowerLaw]:
-    """Return the power law of each model over its cells.
+    """Return the power law of each model over its sizes, each the mean of its seeds.
 
-    By `parameters` it is one of the final test losses, by `flops` of the last points of the curves;
-    by anything else there is none.
+    By `parameters` it is one of the final losses, by `flops` of the last points of the curves; by
+    anything else there is none, nor where sizes saw unlike numbers of tokens a parameter.
     """
     found: dict[str, PowerLaw] = {}
     if key not in ("parameters", "flops"):
         return found
     for name in results["suite"]["models"]:
-        rows = [r for r in results["rows"] if r["model"] == name and r["loss"] is not None]
-        ends = [r["loss"] if key == "parameters" else r["curve"][-1]["loss"] for r in rows]
-        fit = power_law([r[key] for r in rows], ends)
-        if fit is not None:
+        x, ends, shares = [], [], []
+        for size in results["suite"]["sizes"]:
+            if rows := _of(results, size, name):
+                last = [r["loss"] if key == "parameters" else r["curve"][-1]["loss"] for r in rows]
+                x.append(rows[0][key])
+                ends.append(statistics.fmean(last))
+                shares.append(rows[0]["tokens"] / rows[0]["parameters"])
+        even = len(x) > 0 and max(shares) <= APART * min(shares)
+        if even and (fit := power_law(x, ends)) is not None:
             found[name] = fit
     return found
 
@@ -129,6 +141,29 @@ def gains(results: dict[str, Any], size: str, model: str) -> tuple[list[float], 
     base = {r["seed"]: r["loss"] for r in _of(results, size, results["suite"]["baseline"])}
     own = [(r["loss"], base[r["seed"]]) for r in _of(results, size, model) if r["seed"] in base]
     return [b - a for a, b in own], [100 * (b - a) / b for a, b in own]
+
+
+def text_error(results: dict[str, Any], size: str, model: str) -> float | None:
+    """Return the standard error, in %, of the relative gain over the documents that were scored.
+
+    gain = sum_d diff_d / sum_d base_d, diff_d and base_d the seeds' mean of a document's nats; its
+    error is that of a ratio of sums over n documents drawn as they come,
+    sqrt(n / (n - 1) sum_d (diff_d - gain base_d)^2) / sum_d base_d.
+    None where runs do not tell of the same two or more documents.
+    """
+    base = {r["seed"]: r for r in _of(results, size, results["suite"]["baseline"])}
+    pairs = [(r, base[r["seed"]]) for r in _of(results, size, model) if r["seed"] in base]
+    told = [r.get("documents") or () for pair in pairs for r in pair]
+    if not all(told) or len({tuple((i, n) for i, _, n in each) for each in told}) != 1:
+        return None  # without a pair there is no text either
+    own, other = (
+        np.mean([[x[1] for x in pair[k]["documents"]] for pair in pairs], 0) for k in (0, 1)
+    )
+    n, whole = len(own), other.sum()
+    if n < 2:
+        return None
+    rest = (other - own) - other * ((other - own).sum() / whole)
+    return 100 * math.sqrt(n / (n - 1) * float((rest**2).sum())) / float(whole)
 
 
 Table = list[list[str]]
@@ -165,6 +200,7 @@ def main_table(results: dict[str, Any]) -> Table:
     """
     baseline = results["suite"]["baseline"]
     head = ["size", "model", "loss (nats a token)", f"gain over {baseline}", "relative"]
+    head.append("another text")
     out = [[*head, "bits a byte", "parameters", "tokens", "training FLOPs", "seeds"]]
     for size in results["suite"]["sizes"]:
         for model in results["suite"]["models"]:
@@ -174,14 +210,18 @@ def main_table(results: dict[str, Any]) -> Table:
             absolute, relative = gains(results, size, model)
             is_base = model == baseline
             bits = [r["bits_per_byte"] for r in rows if r["bits_per_byte"]]
+            error = None if is_base else text_error(results, size, model)
+            unpaired = not is_base and absolute and len(absolute) < len(rows)
+            seeds = f"{len(rows)} ({len(absolute)} paired)" if unpaired else str(len(rows))
             out.append(
                 [
                     *(size, model, mean_and_spread([r["loss"] for r in rows])),
                     "" if is_base else mean_and_spread(absolute),
                     "" if is_base else mean_and_spread(relative, 2) + " %" * bool(relative),
+                    "" if error is None else f"± {error:.2f} %",
                     mean_and_spread(bits),
                     *(f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}"),
-                    *(f"{rows[0]['flops']:.3g}", str(len(rows))),
+                    *(f"{rows[0]['flops']:.3g}", seeds),
                 ]
             )
     return out
@@ -249,11 +289,12 @@ def sweep_table(results: dict[str, Any]) -> Table:
 def remarks(results: dict[str, Any]) -> list[str]:
     """Return what a reader must know: cells that failed, are not run or differ in their making.
 
-    Cells of several sources, or scored on several pieces of the test text, are named as such, and
-    models whose best learning rate is the last of a sweep of three or more, on either side.
+    Named are what is not equal between the models (`suite.uneven`), cells of several sources or
+    scored on several pieces of the test text, and models whose best learning rate is the last of a
+    sweep of three or more, on either side.
     """
     made, pieces = _counted(results, _source), _counted(results, _piece)
-    said = [*failures(results), *_at_edges(results)]
+    said = [*results.get("uneven", ()), *failures(results), *_at_edges(results)]
     if results["split"] != "test":
         said.append(NO_TEST)
     if len(made) > 1:
@@ -291,11 +332,15 @@ def _counted(results: dict[str, Any], say: Callable[[dict[str, Any]], str]) -> C
 
 
 def _source(row: dict[str, Any]) -> str:
-    """Return the sources that a cell was run with, in words."""
-    source = row.get("source") or {}
-    commit = source.get("commit") or ""
-    short = commit[:12] + "-dirty" * commit.endswith("-dirty")
-    return " ".join(filter(None, [source.get("metastate"), short])) or "unknown"
+    """Return the sources that a cell was run and scored with, in words."""
+    given = row.get("source")
+    said = []
+    for source in given if isinstance(given, list) else [given]:  # an older cell names one
+        commit = (source or {}).get("commit") or ""
+        short = commit[:12] + "-dirty" * commit.endswith("-dirty")
+        named = filter(None, [(source or {}).get("metastate"), short])
+        said.append(" ".join(named) or "unknown")
+    return ", then ".join(said)
 
 
 def _piece(row: dict[str, Any]) -> str:
@@ -418,9 +463,9 @@ def _page(
         for model, law in laws.items():
             parts.append(
                 f"<figcaption>{html.escape(model)}: loss = {law.scale:.3g} x^-{law.exponent:.4f}; "
-                "band: 95 % confidence as if the law were exact and every run an independent "
-                "point, but the seeds of a size share its distance from the line, which the band "
-                "leaves out; dashed: extrapolation, not measured</figcaption>"
+                "through the sizes' means; band: 95 % confidence as if the law were exact and the "
+                "distances from it independent; long dashes: extrapolation, not measured"
+                "</figcaption>"
             )
         parts.append("</figure>")
     for name, table in tables[1:]:

@@ -35,6 +35,7 @@ RESERVED = {  # setting of `train`: what decides it instead
     "valid_every": "suite.points",
     "checkpoint_every": "suite.points",
 }
+SAME_TEXT = ("batch_size", "context", "accumulate", "valid_tokens", "document_reset", "carry_state")
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,11 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                     f"train.{reserved} cannot be set in a suite, where {RESERVED[reserved]} "
                     "decides it; remove it"
                 )
+            if suite.lr.values and "lr" in size.train | side.train:
+                raise ConfigError(
+                    f"{name}, {size_name} has a train.lr of its own beside suite.lr.values, which "
+                    "decide it; remove one of them"
+                )
             base = from_dict(TrainConfig, settings, "suite.train")
             a_step = base.batch_size * base.context * base.accumulate
             tokens = (size.tokens_per_parameter or suite.tokens_per_parameter) * target
@@ -341,6 +347,7 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                     short = replace(
                         base,
                         steps=max(1, round(steps * suite.lr.share)),
+                        warmup=math.ceil(base.warmup * suite.lr.share),
                         lr=rate,
                         min_lr=rate * base.min_lr / base.lr,
                     )
@@ -353,7 +360,11 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
 
 
 def uneven(cells: list[Cell]) -> list[str]:
-    """Return a sentence for each size whose counts differ by more than two fits may, 2 %."""
+    """Return what is not equal at a size, a sentence each.
+
+    That is counts that differ by more than two fits may, 2 %, and settings by which models see
+    other text, or see it in another order.
+    """
     said = []
     for size in dict.fromkeys(c.size for c in cells):
         counts = {c.model: c.parameters for c in cells if c.size == size}
@@ -361,4 +372,12 @@ def uneven(cells: list[Cell]) -> list[str]:
         if high > low * (1 + 2 * TOLERANCE):
             each = ", ".join(f"{name} {n:,}" for name, n in counts.items())
             said.append(f"size {size}: parameters are not equal ({each}); --match-params fits them")
+        for key in SAME_TEXT:
+            values = {c.model: getattr(c.train, key) for c in cells if c.size == size}
+            if len(set(values.values())) > 1:
+                each = ", ".join(f"{name} {value}" for name, value in values.items())
+                said.append(
+                    f"size {size}: train.{key} differs ({each}), so that the models do not learn "
+                    "from, or are not scored on, the same text in the same order"
+                )
     return said

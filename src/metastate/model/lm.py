@@ -259,9 +259,9 @@ class LanguageModel(nn.Module):
         Matrix products count 2 a weight forward and 4 backward. An N x N state costs, a head and
         token, 10 N^2 for the recurrence (2 N^2 each for removal read, decay, two rank-1 writes and
         read, though the decay adds nothing) and 2 N^2 for another reader, 26 N^2 and 10 N^2
-        backward. Attention costs 4 D a visible key forward (8 backward), (T + 1) / 2 keys on
-        average. A surprise memory is one such recurrence. Elementwise work, and what is computed
-        again to save memory, is left out.
+        backward, of both 6 N^2 to make S again, which no backend here keeps. Attention costs 4 D a
+        visible key forward (8 backward), (T + 1) / 2 keys on average. A surprise memory is one such
+        recurrence. Elementwise work, and what else is computed again to save memory, is left out.
         """
         config = self.config
         matrices = sum(p.numel() * self._products(n, p) for n, p in self.named_parameters())
