@@ -149,6 +149,18 @@ def test_carried_rows_continue_and_cover_whole_documents(tmp_path):
     assert any(order != orders[0] for order in orders[1:])
 
 
+def test_carried_rows_of_one_document_begin_elsewhere_each_epoch(tmp_path):
+    """Else the end of the text, which no stream holds, would never be learned."""
+    split, _ = make_split(tmp_path, [63])
+    source = BatchSource(split, 4, 8, seed=3, carry_state=True)
+    assert source.num_windows == 1
+    firsts = {int(source.batch(epoch).tokens[0, 0]) for epoch in range(99)}
+    text = split.dataset.tokens.tolist()
+    assert firsts <= set(text[: 63 - 4 * 8]) and len(firsts) > 20
+    seen = {int(t) for epoch in range(99) for t in source.batch(epoch).targets.flatten()}
+    assert seen >= set(text[1:])
+
+
 def test_documents(tmp_path):
     split, documents = make_split(tmp_path, [5, 3, 6], domains=[0, 1, 0])
     found = list(split.documents())

@@ -402,9 +402,14 @@ def test_a_damaged_part_is_named(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a.jsonl", out, tokenizer=Interrupted(0))
-    (out / "parts" / "000000.npz").write_bytes(b"PK\3\4 no archive")
-    with pytest.raises(DataError, match=r"000000\.npz is broken .*; remove it and run the same"):
-        run(tmp_path / "a.jsonl", out)
+    part = out / "parts" / "000000.npz"
+    np.savez(part, names=np.zeros(999, np.uint8))
+    flipped = bytearray(part.read_bytes())
+    flipped[len(flipped) // 2] ^= 1  # the archive's own table stays whole
+    for content in (b"PK\3\4 no archive", bytes(flipped)):
+        part.write_bytes(content)
+        with pytest.raises(DataError, match=r"000000\.npz is broken .*; remove it"):
+            run(tmp_path / "a.jsonl", out)
 
 
 def test_progress_reaches_the_size_of_the_inputs(tmp_path):

@@ -284,16 +284,20 @@ def test_a_dataset_of_the_hub(monkeypatch):
         asked.append((path, configuration, streaming))
         if path == "none":
             raise ConnectionError("offline")
-        return {"train": [{"text": "a"}, {"text": "bc"}], "validation": [{"texts": "d"}]}
+        broken = ({"text": "e"} if i < 2 else 1 / 0 for i in range(3))
+        train, valid = [{"text": "a"}, {"text": "bc"}], [{"texts": "d"}]
+        return {"train": train, "validation": valid, "test": broken}
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    train, valid = find_sources(["some/set:small"])
+    train, valid, test = find_sources(["some/set:small"])
     assert asked == [("some/set", "small", True)]
     assert [(d.text, d.position) for d in train.read()] == [("a", 1), ("bc", 3)]
     assert (train.split, valid.split, train.num_bytes) == ("train", "valid", None)
     with pytest.raises(DataError, match="some/set:small/validation:1: .*field 'text'"):
         list(valid.read())
+    with pytest.raises(DataError, match="some/set:small/test stopped before record 3 .*again"):
+        list(test.read())
     with pytest.raises(DataError, match="hub cannot give a dataset of that name: offline"):
         find_sources(["none"])
 

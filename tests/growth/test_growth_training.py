@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,10 +254,26 @@ def test_a_run_and_its_last_checkpoint_are_the_same_start(config, tmp_path):
     assert found["step:embedding.weight"] == 12
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5, 6, 8])
+THAWING = (SCHEDULE[0], replace(SCHEDULE[1], old_lr_scale=0.0), GrowthStep(8, num_heads=4))
+
+
+def test_what_one_growth_froze_learns_after_the_next(config):
+    def made(out, growths, steps):
+        growth = {"growth": THAWING[:growths], "steps": steps, "schedule": "constant"}
+        return metastate.load(train(config(out, **growth), grow=grow_in_training).out)
+
+    before, frozen, whole = made("a", 1, 6), made("b", 2, 8), made("c", 3, 10)
+    for name in ("embedding.weight", "head.weight", "ln_out.weight"):
+        old, still, now = (m.get_parameter(name) for m in (before, frozen, whole))
+        assert torch.equal(old, still) and not torch.equal(still, now), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stop"), [*((SCHEDULE, n) for n in (2, 3, 5, 6, 8)), (THAWING, 7), (THAWING, 9)]
+)
 @pytest.mark.parametrize("carry", [False, True])
-def test_resume_around_growth_is_exact(config, stop, carry):
-    settings = {"growth": SCHEDULE, "carry_state": carry, "checkpoint_every": 1}
+def test_resume_around_growth_is_exact(config, schedule, stop, carry):
+    settings = {"growth": schedule, "carry_state": carry, "checkpoint_every": 1}
     whole = train(config("whole", **settings), evaluate=evaluate, grow=grow_in_training)
     part = config("part", **settings)
 

@@ -14,9 +14,10 @@ import torch
 
 import metastate
 from metastate.config import ModelConfig, TrainConfig
-from metastate.errors import CheckpointError, TrainingError
+from metastate.errors import CheckpointError, StateError, TrainingError
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
+from metastate.model.state import ModelState
 from metastate.train import checkpoint
 from metastate.train.checkpoint import (
     Snapshot,
@@ -168,6 +169,27 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path):
             break
     assert lived and number > 15
     assert found_steps == {1, 2}
+
+
+def test_a_carried_state_that_cannot_be_written_or_read_is_a_checkpoint_s_fault(
+    tmp_path, monkeypatch
+):
+    model, optimizer = make()
+    step(model, optimizer)
+    state = model.init_state(2)
+    first = save_checkpoint(tmp_path, model, optimizer, at(1), state)
+
+    def full(*args, **kwargs):
+        raise StateError("no room") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelState, "save", full)
+        with pytest.raises(TrainingError, match="step 2 could not be written"):
+            save_checkpoint(tmp_path, model, optimizer, at(2), state)
+    assert [first] == list((tmp_path / "checkpoints").iterdir())
+    (first / "state.safetensors").write_bytes(b"no state")
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        load_checkpoint(tmp_path, *make(seed=1))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "mkdir"])

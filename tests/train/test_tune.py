@@ -2,6 +2,7 @@
 
 import math
 import signal
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -260,6 +261,29 @@ def test_going_on_is_exact(config, what, at, tmp_path):
     assert rest.before == whole.before
     for name, x in contents(again.out).items():
         assert torch.equal(x, expected[name]), name
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_what_goes_on(config, monkeypatch):
+    """A state without what goes on beside it is one that came to its end."""
+    often, score = settings(config, valid_every=1, checkpoint_every=6), scorer(config)
+    whole = tune(made(), settings(often, out=config.out + ".whole"), evaluate=score)
+
+    def killed(step, *args, **figures):
+        if step == 2:
+            raise MemoryError  # whatever ends it without another line
+
+    with pytest.raises(MemoryError):
+        tune(made(), often, evaluate=score, progress=killed)
+    assert Path(config.out).exists()
+    again = tune(made(), often, evaluate=score, resume=True)
+    assert (again.step, again.best_loss) == (whole.step, whole.best_loss)
+
+
+def test_a_start_is_not_rounded_by_autocast():
+    start = random_start(made().float(), "tokens")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = start()
+    assert all(torch.equal(a.S, b.S) for a, b in zip(rounded.layers, start().layers, strict=True))
 
 
 def stopped(model, config, **options):

@@ -25,6 +25,7 @@ from metastate.model.io import (
     checkpoint_folder,
     load,
     one_dtype,
+    pinned,
     read_config,
     read_tensors,
     save,
@@ -100,7 +101,8 @@ def read_rwkv(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Conte
 
 def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
     """Read one of our checkpoints."""
-    model, folder = load(source, dtype=dtype), checkpoint_folder(source)
+    folder = pinned(source)
+    model = load(folder, dtype=dtype)
     file = folder / UNUSED
     unused = one_dtype(read_tensors(file), dtype, file) if file.exists() else {}
     if not allow_nan:

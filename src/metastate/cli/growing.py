@@ -19,8 +19,8 @@ from metastate.errors import CheckpointError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
 from metastate.model.io import (
     check_finite,
-    checkpoint_folder,
     load,
+    pinned,
     read_config,
     read_tensors,
     save,
@@ -67,9 +67,10 @@ def run_grow(args: argparse.Namespace) -> None:
 def open_parent(path: str | os.PathLike[str]) -> tuple[LanguageModel, Path]:
     """Return the model of a checkpoint, its weights finite, and the folder that it lies in."""
     read_config(path)  # a preset's name is no checkpoint
-    model = load(path).eval()
+    folder = pinned(path)
+    model = load(folder).eval()
     check_finite(model.state_dict(), path)
-    return model, checkpoint_folder(path)
+    return model, folder
 
 
 def check_exact(report: dict[str, Any], folder: Path) -> None:

@@ -103,9 +103,12 @@ class IndexedDataset:
                 f"{self.bin_path} is {state}: expected {expected:,} bytes, found {found:,}; "
                 "prepare the data again"
             )
-        self.tokens: np.ndarray = (
-            np.memmap(self.bin_path, dtype=dtype, mode="r") if expected else np.empty(0, dtype)
-        )
+        try:
+            self.tokens: np.ndarray = (
+                np.memmap(self.bin_path, dtype=dtype, mode="r") if expected else np.empty(0, dtype)
+            )
+        except OSError as cause:
+            raise DataError(f"{self.bin_path} cannot be read ({cause})") from None
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])[doc_idx]
         self.lengths = np.diff(self.offsets)
         self.domains = np.zeros(len(self), np.int64) if domains is None else domains
@@ -117,7 +120,10 @@ class IndexedDataset:
 
     def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         """Return the dtype, the sizes [sequences] and doc_idx [documents + 1], all checked."""
-        content = self.idx_path.read_bytes()
+        try:
+            content = self.idx_path.read_bytes()
+        except OSError as cause:
+            raise DataError(f"{self.idx_path} cannot be read ({cause})") from None
 
         def broken(what: str) -> DataError:
             return DataError(f"{self.idx_path} {what}; prepare the data again")

@@ -144,8 +144,10 @@ class PreparedData:
                     f"{folder} was prepared in format {version}, this program reads up to "
                     f"{FORMAT}; install a newer metastate or prepare it again"
                 )
+            for name in ("tokenizer", "domains", "splits"):
+                record[name]
             return cls(folder, record)
-        except (ValueError, KeyError, TypeError) as cause:
+        except (OSError, ValueError, KeyError, TypeError) as cause:
             raise DataError(f"{folder / RECORD} is broken ({cause!r}); prepare again") from cause
 
     @property
@@ -321,7 +323,10 @@ class BatchSource:
     def _streams(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         epoch, at = divmod(step, self.num_windows)
         order, ends = _document_order(self.split.dataset, _key(self.seed, epoch))
-        starts = (rows * self.num_windows + at) * self.context
+        # What no stream holds is other text each epoch, also where one document is all there is.
+        spare = self.split.num_tokens - 1 - self.batch_size * self.num_windows * self.context
+        first = _key(self.seed, epoch) % (spare + 1)
+        starts = first + (rows * self.num_windows + at) * self.context
         out = np.empty((len(rows), self.context + 1), dtype=np.int64)
         fresh = np.full(len(rows), at == 0)
         for row, start in enumerate(starts.tolist()):

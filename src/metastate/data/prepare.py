@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -326,16 +327,14 @@ def _merge(
     """Write every split's files from the parts; return what data.json says about them."""
     local: list[list[str]] = []
     for path in parts:
-        with _load(path) as part:
-            local.append(json.loads(part["names"].tobytes()))
+        local.append(json.loads(_load(path, "names")["names"].tobytes()))
     names = sorted(set(chain.from_iterable(local)))
     columns: dict[str, list[np.ndarray]] = {}
     for path, own in zip(parts, local, strict=True):
         place = np.array([names.index(name) for name in own])
-        with _load(path) as part:
-            for key in ("lengths", "text_bytes", "hashes", "splits"):
-                columns.setdefault(key, []).append(part[key])
-            columns.setdefault("domains", []).append(place[part["domains"]])
+        part = _load(path, "lengths", "text_bytes", "hashes", "splits", "domains")
+        for key, column in (part | {"domains": place[part["domains"]]}).items():
+            columns.setdefault(key, []).append(column)
     ends = np.cumsum([len(lengths) for lengths in columns["lengths"]])[:-1]
     table = {key: np.concatenate(value) for key, value in columns.items()}
     splits = _assign(table, fractions)
@@ -347,8 +346,8 @@ def _merge(
 
         def write(file: BinaryIO, mine: np.ndarray = mine, digest: Any = digest) -> None:
             for path, keep in zip(parts, np.split(mine, ends), strict=True):
-                with _load(path) as part:
-                    tokens = part["tokens"][np.repeat(keep, part["lengths"])]
+                part = _load(path, "tokens", "lengths")
+                tokens = part["tokens"][np.repeat(keep, part["lengths"])]
                 digest.update(tokens)
                 file.write(tokens)
 
@@ -384,10 +383,12 @@ def _save(path: Path, array: np.ndarray | None = None, **columns: np.ndarray) ->
     atomic_write(path, write, error=DataError)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, *columns: str) -> dict[str, np.ndarray]:
+    """Return named columns of a part, read whole: a flipped bit shows when it is read."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as cause:
+        with np.load(path, allow_pickle=False) as part:
+            return {key: part[key] for key in columns}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as cause:
         raise DataError(
             f"{path} is broken ({cause}); remove it and run the same prepare again"
         ) from cause

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ def form_of(path: Path, text_field: str = TEXT_FIELD) -> str:
         first, second = next(filled, b"").removeprefix(codecs.BOM_UTF8), next(filled, b"")
     try:
         if first.startswith(b"["):
-            values = json.loads(_whole(path))
+            values = json.loads(_whole(path)[0])
             return "array" if values and _has_text(values[0], text_field) else "text"
         record = json.loads(first)
     except (ValueError, RecursionError):
@@ -101,19 +102,20 @@ def read_file(path: Path, form: str, text_field: str = TEXT_FIELD) -> Iterator[R
     if form == "lines":
         yield from _read_lines(path, text_field)
         return
-    size = path.stat().st_size
+    text, size = _whole(path)
     if form == "text":
-        yield RawDocument(_whole(path), NO_DOMAIN, size)
+        yield RawDocument(text, NO_DOMAIN, size)
         return
-    for number, value in enumerate(_parse(_whole(path), str(path)), 1):
+    for number, value in enumerate(_parse(text, str(path)), 1):
         where = f"{path}, value {number} of the array"
         record = {text_field: value} if isinstance(value, str) else value
         yield RawDocument(*text_and_domain(record, where, text_field), size)
 
 
-def _whole(path: Path) -> str:
-    with _opened(path) as (_, file):
-        return _decode(file.read(), str(path))
+def _whole(path: Path) -> tuple[str, int]:
+    """Return a file's text, and the bytes of the file."""
+    with _opened(path) as (raw, file):
+        return _decode(file.read(), str(path)), os.fstat(raw.fileno()).st_size
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[RawDocument]:

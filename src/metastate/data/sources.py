@@ -292,8 +292,18 @@ def _hub_sources(name: str, split: str | None, text_field: str) -> list[Source]:
         ) from cause
 
     def rows(part: str) -> Iterator[RawDocument]:
-        position = 0
-        for number, record in enumerate(loaded[part], 1):
+        position, number, records = 0, 0, iter(loaded[part])
+        while True:
+            number += 1
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as cause:  # the library raises many kinds
+                raise DataError(
+                    f"{name}/{part} stopped before record {number} ({cause}); run the same command "
+                    "again to go on"
+                ) from cause
             text, domain = text_and_domain(record, f"{name}/{part}:{number}", text_field)
             position += len(text)
             yield RawDocument(text, domain, position)

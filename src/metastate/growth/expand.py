@@ -27,7 +27,7 @@ from metastate.layers.attention import AttentionState
 from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO, RecurrentState
 from metastate.layers.time_mix import TimeMix
 from metastate.mapping import coerce_fields, to_dict
-from metastate.model.lm import LanguageModel
+from metastate.model.lm import LanguageModel, ask_as
 from metastate.model.regions import Region, Regions, regions
 from metastate.model.state import ModelState
 from metastate.model.weights import weights_hash
@@ -245,9 +245,7 @@ def inherit(grown: LanguageModel, model: LanguageModel, step: dict[str, Any]) ->
 
     Parameters that the parent has ask for a gradient as they do there.
     """
-    asked = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, p in grown.named_parameters():
-        p.requires_grad_(asked.get(name, True))
+    ask_as(model, grown)
     step = step | {"step": model.step, "parent": weights_hash(model)}
     grown.lineage = [*model.lineage, step | {"before": to_dict(model.config)}]
     grown.step = model.step

@@ -100,7 +100,8 @@ def load(
     path = Path(path_or_preset)
     if not os.path.exists(path) and str(path_or_preset) in presets.NAMES:
         return LanguageModel(presets.preset(str(path_or_preset))).to(device, dtype)
-    info, path = read_config(path), checkpoint_folder(path)
+    path = pinned(path)
+    info = read_config(path)
     file = path / "model.safetensors"
     tensors = read_tensors(file)
     _check_extent(tensors, info["model"], file)
@@ -178,6 +179,12 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     own, last = _followed(path), _followed(path / "last")
     known = [os.path.exists(folder / "config.json") for folder in (own, last)]
     return last if known == [False, True] else own
+
+
+def pinned(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that a checkpoint's links lead to now; a run that goes on moves them."""
+    path = checkpoint_folder(path)
+    return path.resolve() if os.path.islink(path) else path
 
 
 def _followed(path: Path) -> Path:

@@ -303,6 +303,13 @@ class LanguageModel(nn.Module):
         return cache + (0 if memory is None else memory.init_state(batch_size).num_bytes)
 
 
+def ask_as(model: LanguageModel, grown: LanguageModel) -> None:
+    """Ask gradients of the parameters of `grown` as of those of `model` that have their names."""
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in grown.named_parameters():
+        p.requires_grad_(asked.get(name, True))
+
+
 def sketch(config: ModelConfig) -> LanguageModel:
     """Return the model of `config` on the meta device, without memory for its values."""
     with torch.device("meta"):

@@ -33,7 +33,14 @@ from torch import Tensor
 
 from metastate.config import ModelConfig, TrainConfig
 from metastate.data.files import atomic_write, sync_folder, write_json
-from metastate.errors import CheckpointError, ConfigError, TrainingError, is_full, remedy
+from metastate.errors import (
+    CheckpointError,
+    ConfigError,
+    StateError,
+    TrainingError,
+    is_full,
+    remedy,
+)
 from metastate.mapping import from_dict, to_dict
 from metastate.model import io
 from metastate.model.lm import LanguageModel
@@ -175,7 +182,7 @@ def write_checkpoint(
             os.replace(temporary, final)
             sync_folder(folder)
             _publish(Path(out), trainer)
-    except (OSError, CheckpointError, TrainingError) as cause:
+    except (OSError, CheckpointError, StateError, TrainingError) as cause:
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)
         before = find_checkpoint(out)
@@ -261,7 +268,10 @@ def load_checkpoint(
     )
     _load_moments(optimizer, folder / MOMENTS)
     state_file = folder / CARRIED
-    carried = ModelState.load(state_file, model) if state_file.exists() else None
+    try:
+        carried = ModelState.load(state_file, model) if state_file.exists() else None
+    except StateError as cause:
+        raise CheckpointError(f"{cause}") from None
     if repair:
         try:
             _publish(Path(out), trainer)

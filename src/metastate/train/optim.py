@@ -62,11 +62,15 @@ class GroupedAdamW(torch.optim.AdamW):
 
     A group holds "name", "scale" (factor of the learning rate), "names" of what it trains, and
     "regions": None for a whole parameter. A region is trained through a view, so that it has its
-    own learning rate and moments, and what no region covers is never touched.
+    own learning rate and moments, and what no region covers is never touched. `frozen` are the
+    parameters that would learn but for a factor of 0; no gradient is asked of them.
     """
 
     def __init__(self, model: LanguageModel, groups: list[dict[str, Any]], **settings: Any) -> None:
         self.sources = dict(model.named_parameters())
+        trained = {name.partition("[")[0] for group in groups for name in group["names"]}
+        learning = {name: p for name, p in self.sources.items() if p.requires_grad}
+        self.frozen = [p.requires_grad_(False) for n, p in learning.items() if n not in trained]
         super().__init__(groups, **settings)
 
     def gather(self) -> tuple[list[Tensor], Tensor]:
@@ -110,7 +114,7 @@ def make_optimizer(
             parent; config's if None. At 0 they are left out: no moments, no gradient where that can
             be avoided, and they stay as they are bit by bit.
 
-    Parameters that are frozen whole no longer require gradients afterwards.
+    Parameters that are frozen whole no longer require gradients afterwards (`frozen`).
 
     Raises:
         ConfigError: a parameter has no group, a group names no parameter or no rule, or
@@ -131,7 +135,7 @@ def make_optimizer(
     for name, p in parameters.items():
         if p.requires_grad:
             part = None if parts is None else parts[name]
-            for piece, region, scale in _pieces(name, p, part, scale_of_old):
+            for piece, region, scale in _pieces(name, part, scale_of_old):
                 view = p if region is None else region.of(p.detach())
                 key = (groups[name], scale, region is None)
                 members.setdefault(key, []).append((piece, view, region))
@@ -177,7 +181,7 @@ def grown_regions(model: LanguageModel) -> dict[str, Regions]:
 
 
 def _pieces(
-    name: str, p: Tensor, part: Regions | None, scale: float
+    name: str, part: Regions | None, scale: float
 ) -> Iterator[tuple[str, Region | None, float]]:
     """Yield what of a parameter is trained: its name, region (None: whole), factor of the rate."""
     if part is None or part.old is None:
@@ -189,8 +193,6 @@ def _pieces(
             yield f"{name}[{axis}]", region, 1.0
     elif scale:
         yield name, None, scale
-    else:
-        p.requires_grad_(False)
 
 
 def moments(optimizer: GroupedAdamW) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from metastate.data.loader import Batch, BatchSource, PreparedData
 from metastate.errors import ConfigError, DivergedError
 from metastate.mapping import to_dict
 from metastate.model import io
-from metastate.model.lm import LanguageModel, arithmetic
+from metastate.model.lm import LanguageModel, arithmetic, ask_as
 from metastate.model.loss import IGNORE
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
@@ -217,13 +217,15 @@ class _Run:
             # A checkpoint is written before the growth that is due at its step.
             self.growths = sum(g.step < at.step for g in config.growth)
             if model is None or model.config != info["model"]:
-                model = LanguageModel(info["model"])
+                given, model = model, LanguageModel(info["model"])
+                if given is not None:
+                    ask_as(given, model)
             io.adopt_record(model, info, found / "config.json")
         elif model is None and config.from_checkpoint:
             io.read_config(config.from_checkpoint)  # a preset's name is no checkpoint
-            model = io.load(config.from_checkpoint)
+            folder = io.pinned(config.from_checkpoint)
+            model = io.load(folder)
             model.tokenizer_info = model.tokenizer_info or data.record["tokenizer"]
-            folder = io.checkpoint_folder(config.from_checkpoint)
             if (folder / MOMENTS).exists():
                 return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
         elif model is None:
@@ -356,6 +358,8 @@ class _Run:
         assert self.grow is not None
         before, known = self.model, whole_moments(moments(self.optimizer), self.model)
         seed = self.config.seed * 1_000_003 + growth.step
+        for p in self.optimizer.frozen:  # by the factor that held until now
+            p.requires_grad_(True)
         model, known, self.carried = self.grow(before, growth, known, self.carried, seed)
         self.growths += 1
         self.use(model, known)

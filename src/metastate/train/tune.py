@@ -90,7 +90,8 @@ class Start(nn.Module):
                 if name.startswith(f"layers:{i}:")
             }
             if self.what == "tokens":
-                own = {"S": layer.S + own["token_values"].mT @ own["token_keys"]}
+                with torch.autocast(layer.S.device.type, enabled=False):  # never rounded
+                    own = {"S": layer.S + own["token_values"].mT @ own["token_keys"]}
             layers.append(replace(layer, **own))
         return replace(self.base, layers=tuple(layers))
 
@@ -222,6 +223,8 @@ class _Tuning:
         config, shown = self.config, {}
         if self.evaluate is not None and self.before is None:
             self.before = self.score(None)
+        if self.at.step < config.steps and not self.kept.exists():
+            self.save()  # a state without it is one that came to its end
         while self.at.step < config.steps and self.signal is None:
             self.update()
             done, last = self.at.step, self.at.step == config.steps
