@@ -174,7 +174,7 @@ def test_a_broken_request_ends_alone(model, engine):
     assert engine.totals["error"] == 1 and engine.num_running == 0
 
 
-def test_an_error_of_the_model_ends_what_ran_and_not_the_engine(model, engine, monkeypatch):
+def test_an_error_of_the_model_ends_what_ran_and_not_the_engine(model, engine, monkeypatch, caplog):
     jobs = [engine.submit(text, sampling=GREEDY) for text in ("ab", "cd")]
     while engine.num_running < 2:
         engine.step()
@@ -186,6 +186,7 @@ def test_an_error_of_the_model_ends_what_ran_and_not_the_engine(model, engine, m
         patch.setattr(engine._decoder, "step", fail)
         engine.step()
     assert [job.finish_reason for job in jobs] == ["error", "error"]
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["no memory"] * 2
     later = engine.submit("ab", sampling=GREEDY, max_tokens=4)
     run(engine)
     assert later.tokens == alone(model, "ab", sampling=GREEDY, max_tokens=4).drain().tokens

@@ -339,7 +339,7 @@ REFUSED = [
     ({"max_tokens": True}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"n": 0}, "n"),
-    ({"n": 17}, "n"),
+    ({"n": 33}, "n"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 1e300}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -359,7 +359,7 @@ REFUSED = [
     ({"prompt": [True]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": ["a", 1]}, "prompt"),
-    ({"prompt": ["a"] * 17}, "n"),
+    ({"prompt": ["a"] * 33}, "n"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"x": 1}}, "stream_options"),
     ({"state": 5}, "state"),
@@ -437,6 +437,19 @@ def test_lone_surrogates_in_chats(server):
     raw = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     json_type = {"content-type": "application/json"}
     error_of(server.client.post("/v1/chat/completions", content=raw, headers=json_type), 400)
+
+
+def test_lone_surrogates_with_a_tokenizer_that_takes_them_for_no_text(server, monkeypatch):
+    """That of a tokenizer.json raises TypeError."""
+
+    def encode(self, text):
+        raise TypeError("TextEncodeInput must be Union[TextInputSequence, ...]")
+
+    monkeypatch.setattr(type(TOKENIZER), "encode", encode)
+    json_type = {"content-type": "application/json"}
+    raw = b'{"prompt": "\\ud800"}'
+    answer = server.client.post("/v1/completions", content=raw, headers=json_type)
+    assert "no Unicode text" in error_of(answer, 400)["message"]
 
 
 def test_wrong_types_paths_and_methods(server):

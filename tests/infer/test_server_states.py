@@ -140,12 +140,19 @@ def test_the_command_line_reads_a_downloaded_state(server, tmp_path):
     assert alone(server, "", 8, state=state) == alone(server, "ab", 12)[4:]
 
 
-def test_inspector_routes(server):
+def test_inspector_routes(server, tmp_path):
     id = complete(server, "ab", 4)["state"]
     told = server.client.get(f"/v1/states/{id}/inspect").json()
     assert told["tokens_seen"] == 6 and len(told["layers"]) == 2
     told = server.client.post("/v1/inspect", json={"prompt": "xyz", "state": id}).json()
     assert [t["text"] for t in told["tokens"]][1:] == ["x", "y", "z"]  # behind the pending token
+    # A start that has read nothing is read from as it is written from: behind an end of document.
+    server.model.init_state(1).save(tmp_path / "start", server.model)
+    content = (tmp_path / "start").read_bytes()
+    start = server.client.post("/v1/states/upload", content=content).json()["id"]
+    behind = server.client.post("/v1/inspect", json={"prompt": "xyz", "state": start}).json()
+    own = server.client.post("/v1/inspect", json={"prompt": "xyz"}).json()
+    assert behind["tokens"] == own["tokens"]
     error_of(server.client.post("/v1/inspect", json={"prompt": ""}), 400)
     error_of(server.client.post("/v1/inspect", json={"prompt": "x" * 600}), 400)
     error_of(server.client.get("/v1/states/state-0/inspect"), 404)

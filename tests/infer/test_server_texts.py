@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import types
 
 import httpx
 import pytest
@@ -13,9 +14,11 @@ import torch
 from served import KEYS, LONG, SECOND, TOKENIZER, error_of, make, paced, served, wait
 
 from metastate.cli.serving import warm_up
-from metastate.errors import StateError
+from metastate.errors import EngineError, StateError
+from metastate.infer import openai_feed
 from metastate.infer.engine import Engine
 from metastate.infer.generate import Continuation, Draft, generate
+from metastate.infer.openai_api import OpenAI
 from metastate.infer.sampling import SamplingConfig
 from metastate.infer.store import StateStore
 
@@ -168,6 +171,53 @@ def test_without_room_for_the_states_nothing_is_written(tmp_path):
         assert server.engine.totals["length"] == 2
 
 
+def test_a_state_that_nobody_is_told_of_is_deleted(tmp_path, monkeypatch):
+    """Both texts are stored when the answer of the second fails."""
+    plain = OpenAI._choice
+
+    def fail(self, feed, index):
+        if index:
+            raise EngineError("no more")
+        return plain(self, feed, index)
+
+    monkeypatch.setattr(OpenAI, "_choice", fail)
+    with served(tmp_path) as server:
+        body = {"prompt": "a", "max_tokens": 3, "n": 2, "store_state": True}
+        error_of(server.client.post("/v1/completions", json=body), 503)
+        wait(lambda: not server.client.get("/v1/states").json()["data"])
+        monkeypatch.undo()
+        assert len(post(server, **body)["choices"]) == 2
+        assert len(server.client.get("/v1/states").json()["data"]) == 2
+
+
+def test_a_stream_that_says_nothing_is_not_taken_for_dead(monkeypatch):
+    monkeypatch.setattr(openai_feed, "SILENCE_S", 0.02)
+
+    async def lines():
+        yield "data: a\n\n"
+        await asyncio.sleep(0.15)
+        yield "data: b\n\n"
+
+    async def run():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        stream = openai_feed.EventStream(lines(), types.SimpleNamespace(cancel=lambda: None))
+        await stream({}, receive, send)
+        return sent
+
+    start, *parts = asyncio.run(run())
+    assert (b"x-accel-buffering", b"no") in start["headers"]
+    bodies = [part["body"] for part in parts]
+    assert bodies[0] == b"data: a\n\n" and bodies[-2:] == [b"data: b\n\n", b""]
+    assert len(bodies) > 4 and set(bodies[1:-2]) == {b": waiting\n\n"}
+
+
 def test_storing_one_text_does_not_hold_up_the_others(tmp_path, pace, monkeypatch):
     pace.s = 0
     with served(tmp_path, max_behind=40) as server:
@@ -253,6 +303,7 @@ def test_broken_weights_are_no_clients_mistake(tmp_path):
     with served(tmp_path, model) as server:
         answer = server.client.post("/v1/completions", json={"prompt": "ab"})
         assert error_of(answer, 500)["code"] == "broken_model"
+        assert answer.headers["x-should-retry"] == "false"  # as OpenAI's clients would
 
 
 def test_texts_are_counted_not_requests(tmp_path, pace):

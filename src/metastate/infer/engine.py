@@ -7,13 +7,14 @@ row, and when one leaves the last row takes its place.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
 from metastate.data.tokenizer import Tokenizer
-from metastate.errors import BusyError, ConfigError, EngineError
+from metastate.errors import BusyError, ConfigError, EngineError, MetaStateError
 from metastate.infer.generate import (
     PREFILL_CHUNK,
     Continuation,
@@ -26,6 +27,8 @@ from metastate.infer.sampling import SamplingConfig
 from metastate.model.decode import make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -271,6 +274,8 @@ class Engine:
             self._finish(job, job.draft.end(job.overdue() or ""))
 
     def _fail(self, job: Job, error: Exception) -> None:
+        if not isinstance(error, MetaStateError):
+            logger.error("a text could not be written: %s", error, exc_info=error)
         job.error = error
         job.draft.finish_reason = "error"
         self._finish(job, "")

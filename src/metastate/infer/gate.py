@@ -67,7 +67,7 @@ class ServerConfig:
     max_body_bytes: int = 2**20
     max_prompt_tokens: int = 32_768
     max_tokens: int = 4096
-    max_choices: int = 16
+    max_choices: int = 32
     max_concurrent: int = 32
     max_behind: int = 256
     timeout_s: float = 300.0
@@ -82,9 +82,11 @@ class ApiError(HTTPException):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
-        # Clients wait that many seconds before they try again.
-        headers = {"retry-after": "1"} if status in (429, 503) else None
-        super().__init__(status, message, headers)
+        # Clients wait that many seconds before they try again; what would end alike they leave.
+        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        if status == 408 or code in ("state_limit", "broken_model"):
+            headers = {"x-should-retry": "false"}
+        super().__init__(status, message, headers or None)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from metastate.data.tokenizer import StreamDecoder, Tokenizer
@@ -47,7 +47,7 @@ class OpenAI:
 
     async def complete(
         self, request: CompletionRequest | ChatRequest, owner: str, receive: Receive
-    ) -> Response | dict[str, Any]:
+    ) -> Response:
         """Return the answer: an object, or a stream of events."""
         feed = await asyncio.to_thread(self._feed, request, owner)
         task = feed.task
@@ -64,9 +64,10 @@ class OpenAI:
         if request.stream:
             return EventStream(self._events(feed, owner), feed)
         try:
-            return await while_connected(receive, self._whole(feed, owner))
+            value = await while_connected(receive, self._whole(feed, owner))
         finally:
             feed.cancel()
+        return await asyncio.to_thread(JSONResponse, value)  # it may be long
 
     def check_model(self, name: str) -> None:
         """Raise ApiError unless `name` is the served model's."""
@@ -85,7 +86,11 @@ class OpenAI:
     def encode(self, prompt: str | Sequence[int], before: Continuation | None = None) -> list[int]:
         """Return a prompt's tokens; ApiError if there are too many, or ids that mean nothing."""
         try:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            if isinstance(prompt, str):
+                prompt.encode("utf-8")  # half a character is not every tokenizer's UnicodeError
+                ids = self.tokenizer.encode(prompt)
+            else:
+                ids = list(prompt)
         except UnicodeEncodeError as cause:
             raise ApiError(400, f"the prompt is no Unicode text: {cause}", param="prompt") from None
         size = self.tokenizer.vocab_size
@@ -215,12 +220,23 @@ class OpenAI:
 
     async def _whole(self, feed: Feed, owner: str) -> dict[str, Any]:
         choices, stored = [], {}
-        async for index, _, _ in feed:
-            work = self._stored(feed, index, feed.jobs[index].result(), owner)
-            stored[index] = feed.beside(work)
-        for index in range(len(feed.jobs)):
-            choice = await asyncio.to_thread(self._choice, feed, index)  # an echo may be long
-            choices.append(choice | await stored[index])
+
+        def forget(work: asyncio.Task[dict[str, Any]]) -> None:
+            if not work.cancelled() and work.exception() is None and work.result().get("state"):
+                delete = partial(self.store.delete, owner, work.result()["state"])
+                work.get_loop().run_in_executor(None, delete)
+
+        try:
+            async for index, _, _ in feed:
+                work = self._stored(feed, index, feed.jobs[index].result(), owner)
+                stored[index] = feed.beside(work)
+            for index in range(len(feed.jobs)):
+                choice = await asyncio.to_thread(self._choice, feed, index)  # an echo may be long
+                choices.append(choice | await stored[index])
+        except BaseException:  # also where the client went: nobody will be told the ids
+            for storing in stored.values():
+                storing.add_done_callback(forget)
+            raise
         return self._head(feed.task) | {"choices": choices, "usage": self._usage(feed)}
 
     def _choice(self, feed: Feed, index: int) -> dict[str, Any]:

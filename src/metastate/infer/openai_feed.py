@@ -29,6 +29,7 @@ from metastate.infer.job import Job
 from metastate.infer.openai_requests import CommonFields
 
 logger = logging.getLogger(__name__)
+SILENCE_S = 15.0  # after which a comment goes out, lest a proxy take the stream for dead
 
 FINISH = {"eod": "stop", "stop": "stop", "length": "length"}
 
@@ -172,7 +173,8 @@ class EventStream(Response):
     """Server-sent events while the client is there; the feed's jobs end with the stream."""
 
     def __init__(self, lines: AsyncIterator[str], feed: Feed) -> None:
-        super().__init__(media_type="text/event-stream")
+        headers = {"x-accel-buffering": "no"}  # a proxy in between is to pass every piece on
+        super().__init__(headers=headers, media_type="text/event-stream")
         self.lines, self.feed = lines, feed
         del self.headers["content-length"]
 
@@ -182,8 +184,19 @@ class EventStream(Response):
         async def write() -> None:
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
-            async for line in self.lines:
-                await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
+            coming = asyncio.ensure_future(anext(self.lines, None))
+            try:
+                while True:
+                    await asyncio.wait([coming], timeout=SILENCE_S)
+                    line = coming.result() if coming.done() else ": waiting\n\n"
+                    if line is None:
+                        break
+                    if coming.done():
+                        coming = asyncio.ensure_future(anext(self.lines, None))
+                    part = {"type": "http.response.body", "body": line.encode(), "more_body": True}
+                    await send(part)
+            finally:
+                coming.cancel()
             await send({"type": "http.response.body", "body": b""})
 
         try:

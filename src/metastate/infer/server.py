@@ -17,9 +17,10 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse, PlainTextResponse, Response
+    from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
     from fastapi.staticfiles import StaticFiles
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
     from metastate.infer.gate import (
         ApiError,
@@ -89,7 +90,8 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     for kind in (HTTPException, MetaStateError, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.add_exception_handler(ClientGoneError, _answer_nobody)
+    for gone in (ClientGoneError, ClientDisconnect):
+        app.add_exception_handler(gone, _answer_nobody)
     openai = OpenAI(engine, store, config, template or ChatTemplate())
     add_openai_routes(app, openai)
     add_state_routes(app, openai)
@@ -108,11 +110,11 @@ def add_openai_routes(app: FastAPI, openai: OpenAI) -> None:
     }
 
     @app.post("/v1/completions", response_model=None)
-    async def complete(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
+    async def complete(body: CompletionRequest, request: Request) -> Response:
         return await openai.complete(body, request.state.owner, request.receive)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
+    async def chat(body: ChatRequest, request: Request) -> Response:
         return await openai.complete(body, request.state.owner, request.receive)
 
     @app.get("/v1/models")
@@ -177,24 +179,28 @@ def add_inspector_routes(app: FastAPI, openai: OpenAI) -> None:
     one_at_a_time = asyncio.Lock()  # it computes beside the engine
 
     @app.get("/v1/states/{id}/inspect")
-    async def look(id: str, request: Request) -> dict[str, Any]:
+    async def look(id: str, request: Request) -> Response:
         state = (await asyncio.to_thread(openai.store.get, request.state.owner, id)).state
         async with one_at_a_time:
-            return await asyncio.to_thread(inspect_state, state, model.config)
+            told = await asyncio.to_thread(inspect_state, state, model.config)
+        return await asyncio.to_thread(JSONResponse, told)  # long: not in the loop
 
     @app.post("/v1/inspect")
-    async def read(body: StateRequest, request: Request) -> dict[str, Any]:
+    async def read(body: StateRequest, request: Request) -> Response:
         before = await asyncio.to_thread(openai.before, request.state.owner, body.state)
         ids = await asyncio.to_thread(openai.encode, body.prompt, before)
         state = None if before is None else before.state
-        ids = ids if before is None else [*before.pending, *ids]
+        if before is not None:  # a state that has read nothing is a tuned start
+            first = () if before.state.tokens_seen or before.pending else (tokenizer.eod_id,)
+            ids = [*before.pending, *first, *ids]
         gone = threading.Event()
         async with one_at_a_time:
             work = asyncio.to_thread(inspect_prompt, model, tokenizer, ids, state, stop=gone)
             try:
-                return await while_connected(request.receive, work)
+                told = await while_connected(request.receive, work)
             finally:
                 gone.set()
+        return await asyncio.to_thread(JSONResponse, told)
 
 
 def add_plain_routes(app: FastAPI, openai: OpenAI, traffic: Traffic) -> None:

@@ -192,6 +192,8 @@ class Column {
     this.problem("");
     if (columns.length === MOST_COLUMNS) return this.problem(`${MOST_COLUMNS} columns are open; close one first.`);
     const text = this.whole.slice(0, this.cut), mark = this.markBefore(this.cut);
+    const button = this.find(".fork-here");
+    button.disabled = true; // a second click would open a column more than there are
     try {
       const marks = [];
       if (mark) {
@@ -204,6 +206,8 @@ class Column {
       listStates();
     } catch (cause) {
       this.failed(cause, mark);
+    } finally {
+      button.disabled = false;
     }
   }
 
