@@ -343,7 +343,7 @@ REFUSED = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 1e300}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"top_k": -1}, "top_k"),
     ({"repetition_penalty": 0.5}, "repetition_penalty"),
@@ -431,6 +431,15 @@ def test_bodies_that_are_no_request(server, raw):
     assert answer.status_code in (400, 404)
     error_of(answer, answer.status_code)
     assert server.client.get("/healthz").status_code == 200
+
+
+def test_no_probability_at_all_leaves_the_likeliest_token(server):
+    body = {"prompt": "ab", "max_tokens": 8}
+    likeliest, other = (
+        server.client.post("/v1/completions", json=body | fields).json()["choices"][0]["text"]
+        for fields in ({"temperature": 0}, {"top_p": 0, "seed": 3})
+    )
+    assert likeliest == other
 
 
 def test_lone_surrogates_in_chats(server):

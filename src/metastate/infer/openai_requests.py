@@ -72,7 +72,7 @@ class CommonFields(Body):
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -113,7 +113,8 @@ class CommonFields(Body):
         return SamplingConfig(
             temperature=0.0 if temperature < GREEDY else temperature,
             top_k=self.top_k or 0,
-            top_p=self.top_p or 1.0,
+            # 0 leaves the likeliest token, as with OpenAI.
+            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-9),
             repetition_penalty=self.repetition_penalty or 1.0,
             seed=seed,
         )
