@@ -302,6 +302,14 @@ def test_a_dataset_of_the_hub(monkeypatch):
         find_sources(["none"])
 
 
+def test_a_file_that_goes_away_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    (source,) = find_sources([str(tmp_path)])
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"a\.txt"):
+        list(source.read())
+
+
 def test_stdlib_is_the_running_python():
     (source,) = find_sources(["stdlib"])
     found = list(source.read())

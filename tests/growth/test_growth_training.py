@@ -290,6 +290,27 @@ def test_resume_around_growth_is_exact(config, schedule, stop, carry):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
+def test_what_a_caller_froze_stays_so_when_a_run_resumes_behind_growth(config):
+    """The model that is given has the shape of before; what it asks gradients of counts."""
+
+    def frozen():
+        model = fresh()
+        model.head.weight.requires_grad_(False)
+        return model
+
+    settings = config(growth=SCHEDULE[:1], checkpoint_every=1)
+
+    def interrupt(step, *_, **__):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model = frozen()
+    before = model.head.weight.clone()
+    train(settings, model=model, grow=grow_in_training, progress=interrupt)
+    train(settings, model=frozen(), grow=grow_in_training, resume=True)
+    assert torch.equal(metastate.load(settings.out).head.weight, before)
+
+
 def test_the_rate_rises_again_after_growth():
     config = TrainConfig(
         lr=1.0, warmup=0, schedule="constant", growth=(GrowthStep(4, head_size=6, warmup=4),)

@@ -21,6 +21,7 @@ from metastate.growth import grow
 from metastate.mapping import to_dict
 from metastate.model import io
 from metastate.model.decode import store_bfloat16
+from metastate.model.io import pinned
 from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
 from metastate.model.weights import _mark, weights_hash
@@ -106,6 +107,18 @@ def test_a_run_folder_stands_for_its_last_checkpoint(tmp_path):
     model = made("metastate")
     metastate.save(model, tmp_path / "run" / "last")
     assert torch.equal(metastate.load(tmp_path / "run").head.weight, model.head.weight)
+
+
+def test_a_link_that_moves_is_followed_once(tmp_path):
+    """As RUN/last while a run goes on."""
+    for name in ("one", "two"):
+        metastate.save(made("metastate"), tmp_path / name)
+    (tmp_path / "last").symlink_to("one")
+    for path in (tmp_path, tmp_path / "last"):
+        assert pinned(path) == tmp_path / "one"
+    (tmp_path / "last").unlink()
+    (tmp_path / "last").symlink_to("two")
+    assert pinned(tmp_path) == tmp_path / "two" == pinned(tmp_path / "two")
 
 
 def refused(path, message):

@@ -147,7 +147,9 @@ class PreparedData:
             for name in ("tokenizer", "domains", "splits"):
                 record[name]
             return cls(folder, record)
-        except (OSError, ValueError, KeyError, TypeError) as cause:
+        except OSError as cause:
+            raise DataError(f"{folder / RECORD} cannot be read ({cause})") from None
+        except (ValueError, KeyError, TypeError) as cause:
             raise DataError(f"{folder / RECORD} is broken ({cause!r}); prepare again") from cause
 
     @property

@@ -49,6 +49,11 @@ class Continuation:
     seed: int | None = None
     generator: Tensor | None = None
 
+    def begun(self, eod_id: int) -> Continuation:
+        """Return it as a text begins: a state that has read nothing reads an end of document."""
+        is_start = not self.state.tokens_seen and not self.pending
+        return replace(self, pending=(eod_id,)) if is_start else self
+
     def save(self, path: str | os.PathLike[str], model: LanguageModel | ModelConfig) -> None:
         """Write the state of `model` and, in the same file, the rest.
 
@@ -175,8 +180,7 @@ class Draft:
         self.finish_reason: str | None = None
         self.statistics = Statistics()
         before = Continuation(state) if isinstance(state, ModelState) else state
-        if before is not None and not before.state.tokens_seen and not before.pending:
-            before = replace(before, pending=(tokenizer.eod_id,))  # as every document begins
+        before = None if before is None else before.begun(tokenizer.eod_id)
         encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self.num_prompt = len(encoded)
         self._sampler = Sampler(sampling, min(num_real_tokens(tokenizer), size))

@@ -7,9 +7,10 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter, methodcaller
 from typing import Any
 from weakref import WeakSet
 
@@ -130,17 +131,20 @@ class OpenAI:
     async def keep(self, owner: str, continuation: Continuation) -> StoredState:
         """Store a state unless nobody is left to be told its id; errors as `StateStore.add`."""
         adding = asyncio.ensure_future(asyncio.to_thread(self.store.add, owner, continuation))
-
-        def forget(added: asyncio.Future[StoredState]) -> None:
-            if not added.cancelled() and added.exception() is None:
-                delete = partial(self.store.delete, owner, added.result().id)
-                added.get_loop().run_in_executor(None, delete)
-
         try:
             return await asyncio.shield(adding)
         except asyncio.CancelledError:
-            adding.add_done_callback(forget)
+            adding.add_done_callback(partial(self._forget, owner, attrgetter("id")))
             raise
+
+    def _forget(
+        self, owner: str, id_of: Callable[[Any], str | None], storing: asyncio.Future[Any]
+    ) -> None:
+        """Delete the state that `storing` ended with, if it did."""
+        if not storing.cancelled() and storing.exception() is None:
+            id = id_of(storing.result())
+            if id is not None:
+                storing.get_loop().run_in_executor(None, self.store.delete, owner, id)
 
     async def _read_again(self, feed: Feed, index: int, text: str) -> Continuation:
         """Return what is remembered of a prompt and `text`; drawing goes on as behind its job.
@@ -220,12 +224,6 @@ class OpenAI:
 
     async def _whole(self, feed: Feed, owner: str) -> dict[str, Any]:
         choices, stored = [], {}
-
-        def forget(work: asyncio.Task[dict[str, Any]]) -> None:
-            if not work.cancelled() and work.exception() is None and work.result().get("state"):
-                delete = partial(self.store.delete, owner, work.result()["state"])
-                work.get_loop().run_in_executor(None, delete)
-
         try:
             async for index, _, _ in feed:
                 work = self._stored(feed, index, feed.jobs[index].result(), owner)
@@ -235,7 +233,9 @@ class OpenAI:
                 choices.append(choice | await stored[index])
         except BaseException:  # also where the client went: nobody will be told the ids
             for storing in stored.values():
-                storing.add_done_callback(forget)
+                storing.add_done_callback(
+                    partial(self._forget, owner, methodcaller("get", "state"))
+                )
             raise
         return self._head(feed.task) | {"choices": choices, "usage": self._usage(feed)}
 

@@ -190,9 +190,7 @@ def add_inspector_routes(app: FastAPI, openai: OpenAI) -> None:
         before = await asyncio.to_thread(openai.before, request.state.owner, body.state)
         ids = await asyncio.to_thread(openai.encode, body.prompt, before)
         state = None if before is None else before.state
-        if before is not None:  # a state that has read nothing is a tuned start
-            first = () if before.state.tokens_seen or before.pending else (tokenizer.eod_id,)
-            ids = [*before.pending, *first, *ids]
+        ids = ids if before is None else [*before.begun(tokenizer.eod_id).pending, *ids]
         gone = threading.Event()
         async with one_at_a_time:
             work = asyncio.to_thread(inspect_prompt, model, tokenizer, ids, state, stop=gone)
