@@ -12,6 +12,7 @@ from metastate.config import ModelConfig
 from metastate.data.tokenizer import load_tokenizer
 from metastate.model.lm import LanguageModel
 from rwkv_files import official
+from tokenizer_files import tiny_json
 
 
 @pytest.fixture
@@ -92,6 +93,31 @@ def test_a_world_model_brings_its_vocabulary(tmp_path, run):
     run("convert", tmp_path / "a.pth", "--out", ours, "--tokenizer", "world")
     assert (ours / "rwkv_vocab.txt").exists()
     assert run("generate", ours, "--prompt", "the", "--max-tokens", 2)
+
+
+@pytest.mark.parametrize("size", [282, 284, 384])
+def test_a_model_that_pads_its_vocabulary_otherwise(size, corpus, tmp_path, run, refused):
+    """GPT-2's 50,257 ids are 50,257 or 50,304 of a model, Qwen's 151,665 are 151,936."""
+    vocabulary, data, ours = (tmp_path / name for name in ("tokenizer.json", "data", "ours"))
+    vocabulary.write_bytes(tiny_json())
+    run("prepare", corpus, "--tokenizer", vocabulary, "--valid-fraction", 0.1, "--out", data)
+    for V in (size, 281, 400):
+        torch.save(official(V=V), tmp_path / f"{V}.pth")
+    argv = ("convert", tmp_path / f"{size}.pth", "--tokenizer", vocabulary, "--out", ours)
+    assert f"vocabulary {size}" in run(*argv)
+    assert run("generate", ours, "--prompt", "the", "--max-tokens", 2, "--seed", 1)
+    argv = ("eval", ours, "--data", data, "--split", "valid", "--limit-tokens", 200, "--json")
+    before = json.loads(run(*argv))["nats_per_token"]
+    run(
+        *("train", "--from", ours, "--data", data, "--out", tmp_path / "run", "--steps", 2),
+        *("--batch-size", 2, "--context", 16, "--warmup", 0, "--valid-tokens", 512),
+    )
+    argv = ("eval", tmp_path / "run", *argv[2:])
+    assert json.loads(run(*argv))["nats_per_token"] < before
+    assert metastate.load(tmp_path / "run").config.vocab_size == size
+    for V in (281, 400):
+        argv = ("convert", tmp_path / f"{V}.pth", "--tokenizer", vocabulary)
+        assert "vocabulary of 282" in refused(*argv, "--out", tmp_path / "no")
 
 
 def test_to_hugging_face_and_back(checkpoint, pth, tmp_path, run, refused):

@@ -233,7 +233,7 @@ def test_damaged_files_of_a_folder(tmp_path):
 
 def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
     split, _ = make_split(tmp_path, [9, 9])
-    split.vocab_size = 12
+    split.num_ids = 12
     source = BatchSource(split, 4, 4)
     with pytest.raises(DataError, match="token outside the vocabulary of 12"):
         source.batch(0)

@@ -12,29 +12,14 @@ from metastate.data.tokenizer import (
     JsonTokenizer,
     StreamDecoder,
     WorldTokenizer,
+    is_vocabulary,
     load_tokenizer,
 )
 from metastate.errors import ConfigError, DataError
-from tokenizer_files import unigram
+from tokenizer_files import tiny_json, unigram
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-
-
-def tiny_json() -> bytes:
-    """A byte-level BPE trained on one sentence, with <|endoftext|>."""
-    tokenizers = pytest.importorskip("tokenizers")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["the state is the weight matrix, the state is read"], trainer)
-    return bpe.to_str().encode()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +129,22 @@ def test_joins_at_spaces_is_what_it_says(world, json_tokenizer):
 def test_vocabulary_sizes(world, json_tokenizer):
     assert (ByteTokenizer().vocab_size, ByteTokenizer().eod_id) == (256, 0)
     assert (world.vocab_size, world.eod_id) == (65_536, 0)
-    assert json_tokenizer.vocab_size == 384  # 300 padded to a multiple of 128
+    assert (json_tokenizer.num_ids, json_tokenizer.vocab_size) == (282, 384)
+
+
+@pytest.mark.parametrize(
+    ("num_ids", "fits", "does_not"),
+    [
+        (256, [256, 258], [255, 300, 384]),
+        (300, [300, 303, 384], [299, 385]),
+        (50_257, [50_257, 50_304], [50_256, 65_536]),
+        (65_536, [65_536], [65_529, 50_304, 131_072]),
+        (151_665, [151_936, 152_064], [151_643, 200_064]),
+    ],
+)
+def test_how_far_a_model_may_pad(num_ids, fits, does_not):
+    assert all(is_vocabulary(V, num_ids) for V in fits)
+    assert not any(is_vocabulary(V, num_ids) for V in does_not)
 
 
 def test_batches_equal_single_texts(world, json_tokenizer):

@@ -239,6 +239,6 @@ def test_losses_of_a_bfloat16_model_are_not_rounded(model):
 
 
 def test_another_vocabulary_is_refused(model, split):
-    split.vocab_size = 51
+    split.num_ids = 51
     with pytest.raises(DataError, match="51"):
         evaluate(model, split)

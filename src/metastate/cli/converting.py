@@ -18,7 +18,7 @@ from metastate.cli.progress import log, print_json
 from metastate.convert import blinkdl
 from metastate.convert.hf_folder import from_hf, to_hf
 from metastate.data.files import atomic_write, check_free, whole_folder
-from metastate.data.tokenizer import Tokenizer, load_tokenizer
+from metastate.data.tokenizer import Tokenizer, is_vocabulary, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model.io import (
     check_finite,
@@ -124,9 +124,9 @@ def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Token
     if spec is None:
         return tokenizer_of(model, source) if model.tokenizer_info is not None else None
     tokenizer = load_tokenizer(spec)
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if not is_vocabulary(model.config.vocab_size, tokenizer.num_ids):
         raise ConfigError(
-            f"tokenizer {tokenizer.name!r} has a vocabulary of {tokenizer.vocab_size:,}, the model "
+            f"tokenizer {tokenizer.name!r} has a vocabulary of {tokenizer.num_ids:,}, the model "
             f"one of {model.config.vocab_size:,}; give the one that the model was trained with"
         )
     model.tokenizer_info = tokenizer.info()

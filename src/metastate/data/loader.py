@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metastate.data.indexed import IndexedDataset
-from metastate.data.tokenizer import Tokenizer, identity, load_tokenizer
+from metastate.data.tokenizer import Tokenizer, identity, is_vocabulary, load_tokenizer
 from metastate.errors import ConfigError, DataError
 
 FORMAT = 1  # of data.json and the files beside it
@@ -63,7 +63,7 @@ class Split:
         domain_names: names that `dataset.domains` points to.
         text_bytes: bytes of UTF-8 text of every document, [documents] int64.
         eod_id: the token that ends every document.
-        vocab_size: every token is below it.
+        num_ids: every token is below it.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Split:
         domain_names: list[str],
         text_bytes: np.ndarray,
         eod_id: int,
-        vocab_size: int,
+        num_ids: int,
     ) -> None:
         self.name, self.dataset, self.domain_names = name, dataset, domain_names
-        self.text_bytes, self.eod_id, self.vocab_size = text_bytes, eod_id, vocab_size
+        self.text_bytes, self.eod_id, self.num_ids = text_bytes, eod_id, num_ids
 
     @property
     def num_tokens(self) -> int:
@@ -90,10 +90,10 @@ class Split:
             DataError: a token is outside the vocabulary, so the file is damaged.
         """
         tokens = tokens.astype(np.int64)
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_ids:
             raise DataError(
                 f"{self.dataset.bin_path} is damaged: it holds a token outside the vocabulary of "
-                f"{self.vocab_size:,}; prepare the data again"
+                f"{self.num_ids:,}; prepare the data again"
             )
         return tokens
 
@@ -110,13 +110,15 @@ class PreparedData:
     Attributes:
         path: the folder.
         record: what data.json says (tokenizer, domains, and per split documents, tokens, bytes).
-        vocab_size: the model's vocabulary V.
+        vocab_size: V of a new model.
+        num_ids: every token is below it.
         eod_id: the token that ends a document.
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path, self.record = path, record
         self.vocab_size = int(record["tokenizer"]["vocab_size"])
+        self.num_ids = int(record["tokenizer"].get("num_ids", self.vocab_size))
         self.eod_id = int(record["tokenizer"]["eod_id"])
 
     @classmethod
@@ -204,7 +206,7 @@ class PreparedData:
                 f"{dataset.bin_path} has {dataset.num_tokens:,} tokens, data.json says {told:,}; "
                 "prepare again"
             )
-        return Split(name, dataset, self.domain_names, table[:, 1], self.eod_id, self.vocab_size)
+        return Split(name, dataset, self.domain_names, table[:, 1], self.eod_id, self.num_ids)
 
     def check_vocab(self, vocab_size: int, tokenizer: dict[str, Any] | None = None) -> None:
         """Check that a model with this vocabulary can read the data.
@@ -214,7 +216,7 @@ class PreparedData:
             tokenizer: `info()` of the tokenizer that the model was trained with, if known.
 
         Raises:
-            DataError: the sizes differ, or the tokenizers do.
+            DataError: the size is another tokenizer's, or the model knows of another one.
         """
         mine = self.record["tokenizer"]
         if tokenizer and any(tokenizer.get(key) != mine.get(key) for key in ("kind", "sha256")):
@@ -222,7 +224,7 @@ class PreparedData:
                 f"{self.path} was prepared with tokenizer {mine['name']!r}, but the model was "
                 f"trained with {tokenizer.get('name')!r}; prepare the data with that one"
             )
-        if vocab_size != self.vocab_size:
+        if not is_vocabulary(vocab_size, self.num_ids):
             raise DataError(
                 f"{self.path} was prepared with tokenizer {mine['name']!r} (vocabulary "
                 f"{self.vocab_size:,}), but the model has a vocabulary of {vocab_size:,}; take "

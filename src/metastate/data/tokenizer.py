@@ -33,6 +33,7 @@ EOD_NAMES = (
     "<|im_end|>",
     "[SEP]",
 )
+PAD = 128
 UNKNOWN = "\U0010fffd"  # for private use: no vocabulary has it
 
 
@@ -42,7 +43,7 @@ class Tokenizer(ABC):
     Attributes:
         kind: `bytes`, `world` or `json`.
         name: what a person calls it.
-        vocab_size: the model's vocabulary V, padded; every id is below it.
+        num_ids: every id is below it.
         eod_id: the token that ends a document; `encode` never gives it, `decode` drops it.
         joins_at_spaces: encode("a b") is encode("a") + encode("b"), as where a text gets a space
             before it: such texts are cut at spaces, which the next piece gets anyway.
@@ -51,12 +52,17 @@ class Tokenizer(ABC):
 
     kind: str
     name: str
-    vocab_size: int
+    num_ids: int
     eod_id: int
     joins_at_spaces: bool = False
     file_name: str | None = None
     path: str | None = None
     _content: bytes = b""
+
+    @property
+    def vocab_size(self) -> int:
+        """V of a new model: `num_ids`, padded to a multiple of 128 (GPT-NeoX: 50,304)."""
+        return -(-self.num_ids // PAD) * PAD
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -80,6 +86,7 @@ class Tokenizer(ABC):
             "kind": self.kind,
             "name": self.name,
             "vocab_size": self.vocab_size,
+            "num_ids": self.num_ids,
             "eod_id": self.eod_id,
             "sha256": hashlib.sha256(self._content).hexdigest() if self._content else None,
             "path": self.path,
@@ -111,7 +118,7 @@ class ByteTokenizer(_ByteLevel):
     """UTF-8 bytes are the tokens; byte 0 ends a document, so NUL characters in text are dropped."""
 
     kind = name = "bytes"
-    vocab_size = 256
+    num_ids = 256
     eod_id = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -137,7 +144,7 @@ class WorldTokenizer(_ByteLevel):
     """
 
     kind = "world"
-    vocab_size = 65_536
+    num_ids = 65_536
     eod_id = 0
     file_name = "rwkv_vocab.txt"
 
@@ -178,8 +185,8 @@ class WorldTokenizer(_ByteLevel):
                 table[int(index)] = token
             if {bytes([i]) for i in range(256)} - set(table.values()):
                 raise ValueError("not every single byte is a token")
-            if not 0 < min(table) <= max(table) < self.vocab_size:
-                raise ValueError(f"ids must be 1..{self.vocab_size - 1}")
+            if not 0 < min(table) <= max(table) < self.num_ids:
+                raise ValueError(f"ids must be 1..{self.num_ids - 1}")
         except (ValueError, SyntaxError) as cause:
             raise DataError(
                 f"{self.path} is not an RWKV World vocabulary after {len(table):,} tokens "
@@ -212,7 +219,7 @@ class WorldTokenizer(_ByteLevel):
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json; V is padded to a multiple of 128 (GPT-NeoX: 50,304)."""
+    """A Hugging Face tokenizer.json."""
 
     kind = "json"
     file_name = "tokenizer.json"
@@ -239,7 +246,7 @@ class JsonTokenizer(Tokenizer):
                 "needed"
             )
         self.eod_id = vocabulary[found[0]]
-        self.vocab_size = -(-(max(vocabulary.values()) + 1) // 128) * 128
+        self.num_ids = max(vocabulary.values()) + 1
         # Text that spells a special token is text, or a document could fake its own end; the end is
         # one even where the file has it as an ordinary token.
         self._tokenizer.add_special_tokens([found[0]])
@@ -272,7 +279,7 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids; special and padded ids give none."""
-        known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eod_id]
+        known = [int(i) for i in ids if 0 <= i < self.num_ids and i != self.eod_id]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def id_to_token(self, token: int) -> str | None:
@@ -326,7 +333,16 @@ class StreamDecoder:
 
 def identity(info: dict[str, Any]) -> dict[str, Any]:
     """Return what of `Tokenizer.info()` tells one tokenizer from another: not its name or place."""
-    return {key: value for key, value in info.items() if key not in ("name", "path")}
+    return {key: value for key, value in info.items() if key not in ("name", "num_ids", "path")}
+
+
+def is_vocabulary(vocab_size: int, num_ids: int) -> bool:
+    """Return whether a model of `vocab_size` ids can be one of a tokenizer of `num_ids`.
+
+    Others pad as well: GPT-2's 50,257 ids are 50,257 or 50,304, Qwen's 151,665 are 151,936 or
+    152,064; a model with a hundredth of ids to spare is another tokenizer's.
+    """
+    return num_ids <= vocab_size <= max(-(-num_ids // PAD) * PAD, num_ids * 101 // 100)
 
 
 def load_tokenizer(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData, Split, permute
+from metastate.data.tokenizer import is_vocabulary
 from metastate.errors import ConfigError, DataError
 from metastate.model.lm import LanguageModel, evaluating
 from metastate.model.loss import LOGITS
@@ -149,9 +150,9 @@ def evaluate(
             f"context is {context} with mode {mode!r}; a windowed evaluation needs the length of "
             "its windows, a stateful one has none"
         )
-    if split.vocab_size != model.config.vocab_size:
+    if not is_vocabulary(model.config.vocab_size, split.num_ids):
         raise DataError(
-            f"the data has a vocabulary of {split.vocab_size}, the model one of "
+            f"the data has a vocabulary of {split.num_ids}, the model one of "
             f"{model.config.vocab_size}; prepare the text with the model's own tokenizer"
         )
     if not split.num_tokens:

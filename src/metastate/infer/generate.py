@@ -454,7 +454,7 @@ def text_before(prompt: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def num_real_tokens(tokenizer: Tokenizer) -> int:
     """Return 1 + the largest id that means something: padding ids above it decode to nothing."""
-    last = tokenizer.vocab_size - 1
+    last = tokenizer.num_ids - 1
     while last > tokenizer.eod_id and not tokenizer.decode([last]):
         last -= 1
     return last + 1

@@ -94,7 +94,7 @@ class OpenAI:
                 ids = list(prompt)
         except UnicodeEncodeError as cause:
             raise ApiError(400, f"the prompt is no Unicode text: {cause}", param="prompt") from None
-        size = self.tokenizer.vocab_size
+        size = self.tokenizer.num_ids
         for token in ids:
             if not 0 <= token < size:
                 raise ApiError(

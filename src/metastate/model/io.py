@@ -166,9 +166,9 @@ def tokenizer_of(model: LanguageModel, path: str | os.PathLike[str]) -> Tokenize
 
 def check_tokenizer(model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Raise ConfigError where the tokenizer has ids that the model lacks."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.num_ids > model.config.vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
+            f"the tokenizer {tokenizer.name} has {tokenizer.num_ids} ids, the model only "
             f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
         )
 
