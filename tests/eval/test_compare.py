@@ -349,16 +349,6 @@ def test_a_cell_that_was_begun_under_other_settings_does_not_go_on(copied, chang
         compare(dataclasses.replace(suite, **change), out)
 
 
-def test_cells_that_recorded_the_former_fingerprint_still_count(copied):
-    suite, out = copied
-    now, former = PreparedData.open(suite.data).fingerprints
-    for file in (*out.glob("*/*/score.json"), *out.glob("*/*/last/trainer.json")):
-        text = file.read_text()
-        assert text.count(now) == 1
-        file.write_text(text.replace(now, former))
-    assert {r["data"] for r in compare(suite, out)["rows"]} == {now}
-
-
 def test_a_cell_of_another_rate_than_the_sweep_s_choice_is_refused(copied):
     """A rate is added to the sweep and wins: what was run with the old choice is not its result."""
     suite, out = copied

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from metastate.config import ModelConfig
-from metastate.errors import ShapeError, StateError
-from metastate.layers.attention import Attention, AttentionState, Mlp, rotary_table, rotate
+from metastate.layers.attention import Attention, Mlp, rotary_table, rotate
 
 T = 23
 
@@ -203,16 +202,6 @@ def test_rotary_depends_on_distance_alone():
 
     torch.testing.assert_close(score(7, 3), score(100_007, 100_003), rtol=0, atol=1e-9)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
-
-
-def test_wrong_state_and_resets_are_refused(layer, x):
-    _, state = layer(x[:1])
-    with pytest.raises(StateError, match="batch"):
-        layer(x, state)
-    with pytest.raises(StateError):
-        layer(x, AttentionState.empty(2, 2, 8))
-    with pytest.raises(ShapeError, match="resets"):
-        layer(x, None, torch.zeros(2, T - 1, dtype=torch.bool))
 
 
 def test_float32_and_autocast(layer, x):

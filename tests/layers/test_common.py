@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from metastate.errors import ShapeError
 from metastate.layers.common import (
     GroupNorm,
     LowRank,
@@ -42,12 +41,6 @@ def test_gradients_reach_the_carried_and_the_fresh_state():
     packing().initial(state, fresh).sum().backward()
     assert state.grad.flatten().tolist() == [0, 1, 1]  # row 0 starts a document
     assert fresh.grad.item() == 3
-
-
-@pytest.mark.parametrize("resets", [torch.zeros(2, 3), torch.zeros(3, dtype=torch.bool)])
-def test_wrong_resets(resets):
-    with pytest.raises(ShapeError, match="resets must be bool"):
-        Packing.from_resets(resets)
 
 
 def test_token_shift_mixes_with_the_token_before():

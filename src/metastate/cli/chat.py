@@ -153,9 +153,9 @@ class Chat:
         try:
             for piece in run:
                 blank = not shown.strip()
-                at, tail, shown = run.continuation, run.draft.unseen, shown + piece
+                at, tail, shown = run.continuation, run.unseen, shown + piece
                 print(piece.lstrip(" ") if blank else piece, end="", flush=True)
-            at, tail = run.continuation, run.draft.unseen
+            at, tail = run.continuation, run.unseen
         except KeyboardInterrupt:
             if at is None:
                 log("\nstopped before the reply began; the message is forgotten")

@@ -189,18 +189,7 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         ranks["v"] = shape(UNUSED[1], 2)[1]
     if H * N != D:
         raise CheckpointError(f"{path}: emb.weight is {D} wide, but blocks.0.att.r_k is {[H, N]}")
-    needed = _shapes(num_layers, V, D, H, N, F, ranks)
-    for key, expected in needed.items():
-        if key not in tensors:
-            if key not in UNUSED:
-                raise CheckpointError(_missing(key, tensors, path))
-        elif list(tensors[key].shape) != expected:
-            raise CheckpointError(
-                f"{path}: {key} is {list(tensors[key].shape)}, the other tensors need {expected}"
-            )
-    if unknown := sorted(tensors.keys() - needed.keys()):
-        raise CheckpointError(unknown_key_message(unknown[0], list(needed), str(path)))
-    return ModelConfig(
+    config = ModelConfig(
         architecture="rwkv7",
         vocab_size=V,
         hidden_size=D,
@@ -212,6 +201,20 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         value_rank=ranks.get("v"),
         gate_rank=ranks["g"],
     )
+    unused = [1, 1, D], [D, ranks.get("v", 0)], [ranks.get("v", 0), D]
+    needed = {key: list(x.shape) for key, x in to_rwkv(sketch(config)).items()}
+    needed |= dict(zip(UNUSED, unused, strict=True))
+    for key, expected in needed.items():
+        if key not in tensors:
+            if key not in UNUSED:
+                raise CheckpointError(_missing(key, tensors, path))
+        elif list(tensors[key].shape) != expected:
+            raise CheckpointError(
+                f"{path}: {key} is {list(tensors[key].shape)}, the other tensors need {expected}"
+            )
+    if unknown := sorted(tensors.keys() - needed.keys()):
+        raise CheckpointError(unknown_key_message(unknown[0], list(needed), str(path)))
+    return config
 
 
 def _outer() -> dict[str, str]:
@@ -227,22 +230,6 @@ def _outer() -> dict[str, str]:
 def _inner(layer: int) -> Iterable[tuple[str, str]]:
     """Return their and our names in a block, its mixes left out; block 0 has no value residual."""
     return [(a, b) for a, b in BLOCK.items() if layer > 0 or a not in VALUE_MIX]
-
-
-def _shapes(
-    num_layers: int, V: int, D: int, H: int, N: int, F: int, ranks: dict[str, int]
-) -> dict[str, list[int]]:
-    """Return the shape of every key of a file, `UNUSED` included."""
-    inner: dict[str, list[int]] = dict.fromkeys(BLOCK, [D])
-    inner |= dict.fromkeys((*VECTORS, *(f"att.{name}" for name in MIXES)), [1, 1, D])
-    for letter in LOW_RANK:
-        rank = ranks.get(letter, 0)
-        inner |= {f"att.{letter}1": [D, rank], f"att.{letter}2": [rank, D]}
-    square = ("receptance", "key", "value", "output")
-    inner |= {"att.r_k": [H, N], **{f"att.{name}.weight": [D, D] for name in square}}
-    inner |= {"ffn.key.weight": [F, D], "ffn.value.weight": [D, F]}
-    out = {key: [D] for key in _outer()} | {"emb.weight": [V, D], "head.weight": [V, D]}
-    return out | {f"blocks.{i}.{k}": shape for i in range(num_layers) for k, shape in inner.items()}
 
 
 def _missing(key: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:

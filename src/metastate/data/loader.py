@@ -157,15 +157,8 @@ class PreparedData:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what tells this data from any other: tokenizer and contents."""
-        return self.fingerprints[0]
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """The fingerprint, and the former one, with the tokenizer's name and place, of old runs."""
-        tokenizer, splits = self.record["tokenizer"], self.record["splits"]
-        records = [{"tokenizer": t, "splits": splits} for t in (identity(tokenizer), tokenizer)]
-        texts = [json.dumps(record, sort_keys=True).encode() for record in records]
-        return sha256(texts[0]).hexdigest(), sha256(texts[1]).hexdigest()
+        record = {"tokenizer": identity(self.record["tokenizer"]), "splits": self.record["splits"]}
+        return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

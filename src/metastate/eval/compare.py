@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from metastate.data.files import alone_in, in_turn, write_json
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
+from metastate.eval.doctor import environment
 from metastate.eval.loss import evaluate, held_out
 from metastate.eval.plots import read_log
 from metastate.eval.runs import check_settings, settings, source
@@ -141,7 +140,7 @@ def _finished(cell: Cell) -> bool:
     check_settings(score["run"], cell.train, "choose another --out, or remove that folder")
     # What an older score does not say counts as equal.
     data = score.get("data", cell.data)
-    if data != cell.data and data not in PreparedData.open(cell.train.data).fingerprints:
+    if data != cell.data:
         raise ConfigError(
             f"{cell.folder} was run on other data than {cell.train.data} holds now; choose another "
             "--out, or remove that folder"
@@ -345,7 +344,7 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
         )
     results = {
         "suite": to_dict(suite),
-        "environment": environment(),
+        "environment": source() | environment(),
         "data": cells[0].data,
         "split": _scored_split(PreparedData.open(suite.data)),
         "cells": sum(c.rate is None for c in cells),
@@ -361,18 +360,6 @@ def collect(suite: Suite, cells: list[Cell], out: Path) -> dict[str, Any]:
 def _scored_split(data: PreparedData) -> str:
     """Return the split that finished models are scored on: held-out text is better than none."""
     return "test" if data.has("test") else "valid"
-
-
-def environment() -> dict[str, Any]:
-    """Return what a reader needs to judge speeds by, and the sources that report."""
-    return {
-        **source(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()} {platform.system()}",
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def estimate(cells: list[Cell]) -> dict[str, tuple[float, float]]:

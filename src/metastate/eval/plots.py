@@ -8,9 +8,10 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from metastate.data.files import atomic_write
 from metastate.errors import ConfigError, DataError
@@ -300,25 +301,10 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Return the mean of each value and its neighbours, `share` of all values wide."""
-    n = len(values)
+    n, given = len(values), np.asarray(values, float)
     half = max(1, int(n * share / 2))
-    width = 2 * half + 1
-    # Sums from the start of each block of this width and to its end. No difference of two long
-    # sums, in which a loss after a huge one would be lost.
-    blocks = [values[i : i + width] for i in range(0, n, width)]
-    until = [total for block in blocks for total in accumulate(block)]
-    since = [total for block in blocks for total in [*accumulate(block[::-1])][::-1]]
-    last = list(accumulate(values[: -width - 1 : -1]))
-    out = []
-    for i in range(n):
-        reach = min(half, i, n - 1 - i)  # symmetric, so that the ends are not bent
-        first, end = i - reach, i + reach
-        if first == 0 or (end < n - 1 and first % width == 0):
-            total = until[end]
-        else:
-            total = last[2 * reach] if end == n - 1 else since[first] + until[end]
-        out.append(total / (2 * reach + 1))
-    return out
+    reach = [min(half, i, n - 1 - i) for i in range(n)]  # symmetric: the ends are not bent
+    return [float(given[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
 
 
 def _as_text(name: str) -> str:

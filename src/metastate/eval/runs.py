@@ -56,7 +56,7 @@ def is_finished(config: TrainConfig) -> bool:
     if found is None:
         return False
     at = read_trainer(found)
-    if at.data not in PreparedData.open(config.data).fingerprints:
+    if at.data != PreparedData.open(config.data).fingerprint:
         raise ConfigError(f"{config.out} was run on other data than {config.data} holds; {todo}")
     return at.step == config.steps
 

@@ -292,17 +292,14 @@ class Draft:
         return piece
 
 
-class Generation(Iterator[str]):
-    """The pieces of text as they come; `draft` holds everything else about the run."""
+class Generation(Draft, Iterator[str]):
+    """A draft that runs the model itself: the pieces of text as they come."""
 
-    def __init__(self, draft: Draft, prefill_chunk: int) -> None:
+    def __init__(self, *args: Any, prefill_chunk: int) -> None:
         if prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
-        self.draft, self.prefill_chunk = draft, prefill_chunk
-        self._pieces = self._run()
-
-    def __iter__(self) -> Generation:
-        return self
+        super().__init__(*args)
+        self._pieces = self._run(prefill_chunk)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -313,51 +310,20 @@ class Generation(Iterator[str]):
             pass
         return self
 
-    @property
-    def tokens(self) -> list[int]:
-        """Sampled so far."""
-        return self.draft.tokens
-
-    @property
-    def finish_reason(self) -> str | None:
-        """One of "length", "eod" and "stop"; None while it runs."""
-        return self.draft.finish_reason
-
-    @property
-    def statistics(self) -> Statistics:
-        """Tokens and seconds."""
-        return self.draft.statistics
-
-    @property
-    def seed(self) -> int:
-        """Seed of the generator, also when it was drawn."""
-        return self.draft.seed
-
-    @property
-    def state(self) -> ModelState | None:
-        """The state after all consumed tokens; None before the first."""
-        return self.draft.state
-
-    @property
-    def continuation(self) -> Continuation:
-        """What to save so that a later run goes on exactly; valid after every piece."""
-        return self.draft.continuation
-
-    def _run(self) -> Iterator[str]:
-        draft = self.draft
-        while prefill(draft, self.prefill_chunk):
+    def _run(self, prefill_chunk: int) -> Iterator[str]:
+        while prefill(self, prefill_chunk):
             pass
-        piece = draft.end_if_full()
-        if draft.finish_reason is None:
-            decoder = make_decoder(draft.model, 1)
-            draft.enter(decoder, 0)
-        while draft.finish_reason is None:
+        piece = self.end_if_full()
+        if self.finish_reason is None:
+            decoder = make_decoder(self.model, 1)
+            self.enter(decoder, 0)
+        while self.finish_reason is None:
             started = time.perf_counter()
-            with inference(draft.model):
-                logits = decoder.step(draft.pending)
-            piece = draft.write(logits[0])
-            draft.statistics.decode_s += time.perf_counter() - started
-            if piece and draft.finish_reason is None:
+            with inference(self.model):
+                logits = decoder.step(self.pending)
+            piece = self.write(logits[0])
+            self.statistics.decode_s += time.perf_counter() - started
+            if piece and self.finish_reason is None:
                 yield piece
         if piece:
             yield piece
@@ -439,8 +405,8 @@ def generate(
         is nothing to go on from. ShapeError: a token of the prompt is none of the model's.
         StateError: the state is another model's; or, later, the logits are not finite.
     """
-    draft = Draft(model, tokenizer, prompt, state, sampling or SamplingConfig(), max_tokens, stop)
-    return Generation(draft, prefill_chunk)
+    given = (model, tokenizer, prompt, state, sampling or SamplingConfig(), max_tokens, stop)
+    return Generation(*given, prefill_chunk=prefill_chunk)
 
 
 def text_before(prompt: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate.config import ModelConfig
-from metastate.errors import ShapeError, StateError
 from metastate.layers.common import OUTPUT, RANDOM, Growth, normal_
 
 MIN_CAPACITY = 64  # tokens; below it a buffer is not worth growing in small steps
@@ -216,21 +215,9 @@ class Attention(nn.Module):
 
         Returns:
             o [B, T, D] in x's dtype (under autocast in its own), and the state after the end.
-
-        Raises:
-            ShapeError: `resets` does not fit x. StateError: `state` does not fit x or the heads.
         """
         batch, length, _ = x.shape
-        if resets is not None and (resets.shape != x.shape[:2] or resets.dtype != torch.bool):
-            raise ShapeError(
-                f"resets must be bool {[batch, length]}; got {resets.dtype} {list(resets.shape)}"
-            )
         heads = (batch, self.num_heads, self.head_size)
-        if state is not None and (*state.keys.shape[:2], state.keys.shape[3]) != heads:
-            raise StateError(
-                f"the attention state is for batch, heads, head size "
-                f"{[*state.keys.shape[:2], state.keys.shape[3]]}, this call needs {list(heads)}"
-            )
         past = 0 if state is None else state.length
         q, k, v = self.project(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

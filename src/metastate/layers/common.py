@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metastate.errors import ShapeError
 from metastate.ops import context, fused
 
 # Optimizer groups. A layer's GROUPS names one for each parameter that it owns.
@@ -64,8 +63,6 @@ class Packing:
     @classmethod
     def from_resets(cls, resets: Tensor, group: dist.ProcessGroup | None = None) -> Packing:
         """Compute the offsets once for all layers from `resets` [B, T] bool."""
-        if resets.dtype != torch.bool or resets.dim() != 2:
-            raise ShapeError(f"resets must be bool [B, T]; got {resets.dtype} {list(resets.shape)}")
         batch, length = resets.shape
         starts = resets.clone()
         starts[:, 0] = True

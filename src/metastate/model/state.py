@@ -229,8 +229,9 @@ class ModelState:
             except (TypeError, IndexError):
                 raise StateError(f"{path} holds no whole state of layer {i}") from None
             layers.append(layer)
-        if len(file.layers) > len(layers):
-            raise StateError(f"{path} holds {len(file.layers)} layers, the model {len(layers)}")
+        depth = len({x.split(".")[1] for x in file.tensors if x.startswith("layers.")})
+        if depth > len(layers):
+            raise StateError(f"{path} holds {depth} layers, the model {len(layers)}")
         own = fields(MEMORY)
         if file.is_start and own:
             raise StateError(f"{path} holds a tuned start and the state of a memory; of no model")

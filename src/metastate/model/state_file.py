@@ -60,16 +60,6 @@ class StateFile:
     version: int = VERSION
 
     @property
-    def layers(self) -> list[dict[str, Tensor]]:
-        """The fields of each layer, as many layers as the names tell of."""
-        out: dict[int, dict[str, Tensor]] = {}
-        for name, x in self.tensors.items():
-            if name.startswith("layers."):
-                _, i, key = name.split(".")
-                out.setdefault(int(i), {})[key] = x
-        return [out[i] for i in sorted(out)]
-
-    @property
     def is_start(self) -> bool:
         """Whether it holds the factors of a tuned start in place of states."""
         return any(name.endswith(".token_keys") for name in self.tensors)

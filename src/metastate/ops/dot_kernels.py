@@ -19,8 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from metastate.ops.fused_kernels import _as_float
-from metastate.ops.jit import INNER, pointer
+from metastate.ops.jit import INNER
+from metastate.ops.row_kernels import widened
 
 LANES = 16
 ROWS, OUTPUTS = 4, 4  # a block: 16 sums stay in registers
@@ -146,14 +146,6 @@ _column_bfloat16, _single_bfloat16 = (_block(*shape, "bfloat16") for shape in ((
 
 
 @_inner
-def _widen(source, n, to):  # type: ignore[no-untyped-def]
-    """Write the n bfloat16 values at `source` as float32 to `to`."""
-    values = pointer(source, np.uint16(0))
-    for i in range(n):
-        to[i] = _as_float(np.int32(values[i]) << np.int32(16))  # type: ignore[call-arg, arg-type]
-
-
-@_inner
 def _stream(x, w, size, K, y, y_step, rows, add):  # type: ignore[no-untyped-def]
     """One output of up to ROWS rows."""
     if rows == ROWS:
@@ -188,7 +180,7 @@ def multiply(x, w, size, K, first, last, y, y_step, rows, add):  # type: ignore[
         ws, ys = w + o * K * size, y + o * 4
         r = 0
         if wide.size:
-            _widen(ws, n * K, wide)
+            widened(ws, 2, n * K, wide)
             ws = wide.ctypes.data
         else:
             r = min(rows, ROWS)

@@ -419,15 +419,13 @@ def _load_moments(optimizer: GroupedAdamW, file: Path) -> None:
         raise CheckpointError(f"{file} holds {min(tensors)!r}, which this model does not have")
 
 
-def check_same_run(
-    trainer: TrainerState, config: TrainConfig, data: tuple[str, ...], out: str
-) -> None:
+def check_same_run(trainer: TrainerState, config: TrainConfig, data: str, out: str) -> None:
     """Check that `config` continues the run that `trainer` is of.
 
     Args:
         trainer: of the run's checkpoint.
         config: what the command asks for.
-        data: `fingerprints` of the prepared data that `config` names.
+        data: `fingerprint` of the prepared data that `config` names.
         out: the run's folder, for messages.
 
     Raises:
@@ -449,7 +447,7 @@ def check_same_run(
             f"{config.steps:,}; give --steps {trainer.step} or more, or start another with another "
             "--out"
         )
-    if trainer.data not in data:
+    if trainer.data != data:
         raise ConfigError(
             f"{config.data} is not the data that the run in {out} was trained on; give that with "
             "--data, or start another run with another --out"

@@ -213,7 +213,7 @@ class _Run:
         config, data, found = self.config, self.data, self.found
         if found is not None:  # its weights come later; its shape may have grown since the start
             info, at = io.read_config(found), read_trainer(found)
-            check_same_run(at, config, data.fingerprints, config.out)
+            check_same_run(at, config, data.fingerprint, config.out)
             # A checkpoint is written before the growth that is due at its step.
             self.growths = sum(g.step < at.step for g in config.growth)
             if model is None or model.config != info["model"]:

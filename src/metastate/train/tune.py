@@ -342,7 +342,7 @@ class _Tuning:
         except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as cause:
             raise CheckpointError(f"{self.kept} is broken ({cause}); delete it") from None
         data = PreparedData.open(self.config.data)
-        check_same_run(at, self.config, data.fingerprints, str(self.out))
+        check_same_run(at, self.config, data.fingerprint, str(self.out))
         if at.best_step is not None and not self.out.exists():
             raise ConfigError(
                 f"{self.out} is gone, which held the state of the best validation (step "
