@@ -8,5 +8,6 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 def relative_error(x, expected) -> float:
     """Return max |x - expected| / max |expected|, in float64."""
+    assert x.shape == expected.shape, f"{list(x.shape)} in place of {list(expected.shape)}"
     x, expected = x.detach().double(), expected.detach().double()
     return float((x - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -8,16 +8,15 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from metastate.cli.progress import log, print_json
 from metastate.convert import blinkdl
 from metastate.convert.hf_folder import from_hf, to_hf
-from metastate.data.files import atomic_write, check_free, whole_folder
+from metastate.data.files import check_free, whole_folder, write_tensors
 from metastate.data.tokenizer import Tokenizer, is_vocabulary, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model.io import (
@@ -140,8 +139,7 @@ def write_ours(
     with whole_folder(out, error=CheckpointError) as temporary:
         save(model, temporary)
         if unused:
-            content: Any = safetensors.torch.save(unused)
-            atomic_write(temporary / UNUSED, content, error=CheckpointError)
+            write_tensors(temporary / UNUSED, unused, error=CheckpointError)
         if tokenizer is not None:
             tokenizer.save(temporary)
 

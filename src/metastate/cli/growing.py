@@ -8,12 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from metastate.cli.progress import log, print_json
-from metastate.data.files import atomic_write, check_free, whole_folder
+from metastate.data.files import check_free, whole_folder, write_tensors
 from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report
@@ -97,8 +96,8 @@ def write(out: Path, folder: Path, model: LanguageModel, grown: LanguageModel) -
         save(grown, temporary)
         if (folder / MOMENTS).exists():
             known = whole_moments(read_tensors(folder / MOMENTS), model)
-            moments = safetensors.torch.save(grow_moments(known, grown, model.config))
-            atomic_write(temporary / MOMENTS, moments, error=CheckpointError)
+            moments = grow_moments(known, grown, model.config)
+            write_tensors(temporary / MOMENTS, moments, error=CheckpointError)
         if (folder / CARRIED).exists():
             state = grow_state(ModelState.load(folder / CARRIED, model), grown)
             state.save(temporary / CARRIED, grown.config)

@@ -22,7 +22,7 @@ from metastate.convert.hf_world import MetaStateWorldTokenizer
 from metastate.errors import CheckpointError, ConfigError, ShapeError, StateError
 from metastate.model.io import adopt_record, check_finite
 from metastate.model.lm import LanguageModel
-from metastate.model.loss import IGNORE, linear_cross_entropy
+from metastate.model.loss import IGNORE, head_loss
 from metastate.model.state import ModelState
 
 try:
@@ -357,11 +357,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
         chosen = targets[scored]
         if not bool(((chosen >= 0) & (chosen < size)).all()):
             raise ShapeError(f"labels must be {IGNORE} or in 0..{size - 1}, the model's vocabulary")
-        if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
-            loss, _ = linear_cross_entropy(x[scored], head.weight, chosen)
-        else:  # an adapter, a quantised head or one on another device: only its forward is right
-            loss = F.cross_entropy(head(x[scored]).float(), chosen, reduction="sum")
-            loss = loss / max(1, len(chosen))
+        loss, _ = head_loss(head, x[scored], chosen)
         loss = loss if kl is None else loss + kl
         return loss if num_items is None else loss * (len(chosen) / num_items)
 

@@ -14,12 +14,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 
 from metastate.config import ModelConfig
 from metastate.convert import fla
-from metastate.data.files import atomic_write, write_json
+from metastate.data.files import atomic_write, write_json, write_tensors
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.mapping import from_dict, to_dict
@@ -28,7 +27,6 @@ from metastate.model.io import (
     check_finite,
     check_tensors,
     check_tokenizer,
-    dense,
     one_dtype,
     read_tensors,
 )
@@ -97,8 +95,7 @@ def to_hf(
             "model_type": MODEL_TYPE,
             **config_fields(model, info),
         }
-    content = safetensors.torch.save(dense(tensors), {"format": "pt"})
-    atomic_write(folder / WEIGHTS, content, error=CheckpointError)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, error=CheckpointError)
     _drop_shards(folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)

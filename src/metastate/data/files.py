@@ -9,13 +9,29 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from metastate.errors import BusyError, ConfigError, MetaStateError, TrainingError, is_full
 
 LOCK = ".lock"
+# What safetensors calls the dtypes, in its order.
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 
 
 def atomic_write(
@@ -58,6 +74,52 @@ def atomic_write(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str] | None = None,
+    *,
+    error: type[MetaStateError] = TrainingError,
+) -> None:
+    """Write tensors as a safetensors file with `atomic_write`, one after the other.
+
+    The library's `save` makes the file twice in memory first; its `save_file` renames a file of its
+    own name, which a killed process would leave, and which others may not read. The bytes are
+    theirs.
+
+    Args:
+        path: where to write.
+        tensors: by name, on any device, of a dtype in `DTYPES`.
+        header: texts that the file carries besides.
+        error: as in `atomic_write`.
+
+    Raises:
+        error: as `atomic_write`.
+    """
+    order = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    entries: dict[str, Any] = {"__metadata__": dict(header)} if header else {}
+    end = 0
+    for name in names:
+        x, first = tensors[name], end
+        end += x.nbytes
+        entries[name] = {
+            "dtype": DTYPES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [first, end],
+        }
+    head = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+
+    def content(file: BinaryIO) -> None:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            x = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(x.numpy().data)
+
+    atomic_write(path, content, error=error)
 
 
 @contextlib.contextmanager

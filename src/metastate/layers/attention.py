@@ -125,15 +125,24 @@ class AttentionState:
         return AttentionState(keys, values, start, length, watermark)
 
 
-@lru_cache(maxsize=8)
 def rotary_table(
     length: int, first: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the angles p theta^(-2 i / N), [length, N/2], p = first, first + 1, ...
 
     Angles are float64: at p = 100,000 a float32 angle is already wrong in the third decimal. The
-    cache lets all layers of a forward pass share one table.
+    cache lets all layers of a forward pass share one table; tensors of `torch.export`, which have
+    no values, are not kept.
     """
+    is_real = type(torch.empty(0, device="meta")) is Tensor
+    make = _rotary_table if is_real else _rotary_table.__wrapped__
+    return make(length, first, head_size, theta, dtype, device)
+
+
+@lru_cache(maxsize=8)
+def _rotary_table(
+    length: int, first: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # the table outlives the caller's mode
         position = torch.arange(first, first + length, device=device, dtype=torch.float64)
         index = torch.arange(0, head_size, 2, device=device, dtype=torch.float64)

@@ -193,7 +193,7 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, [B, T, H * N]."""
         batch, length, heads, size = x.shape
-        if len(self.segments) == 1:
+        if len(self.segments) == 1 and batch * length * size > 1:  # torch refuses a single value
             flat = x.reshape(batch * length, heads * size)
             y = F.group_norm(flat, heads, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
             return y.view(batch, length, heads * size)
@@ -237,12 +237,26 @@ def normal_(x: Tensor, std: float) -> Tensor:
 def orthogonal_(x: Tensor, gain: float) -> None:
     """Fill x with an orthogonal matrix times `gain`; nothing is drawn on the meta device."""
     if not x.is_meta:
-        nn.init.orthogonal_(x, gain)
+        exact = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        nn.init.orthogonal_(exact, gain)
+        with torch.no_grad():
+            x.copy_(exact)  # QR knows no half precision
 
 
 def low_rank_size(given: int | None, factor: float, size: int, head_size: int = 64) -> int:
     """Return `given`, or RWKV-7's rank: factor sqrt(D) N/64, rounded to 32, at least 32."""
     return given or max(32, round(factor * size**0.5 * head_size / 64 / 32) * 32)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Say whether a module does what its class's `forward` says and nothing else.
+
+    No hook, no `forward` of its own, not moved about by accelerate; a Linear also without a bias.
+    An adapter, a quantised or parametrized layer is of another class, which is the caller's to see.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    biased = type(module) is nn.Linear and module.bias is not None
+    return not (hooks or biased or "forward" in vars(module))
 
 
 def linear(size_in: int, size_out: int, gain: float) -> nn.Linear:

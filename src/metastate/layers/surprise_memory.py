@@ -147,10 +147,11 @@ class SurpriseMemory(nn.Module):
             )
         batch, length, D = h.shape
         heads = (batch, length, self.num_heads, self.head_size)
-        state = self.init_state(batch) if state is None else state
-        first = (self.init_state(1) if start is None else start).M[0]
+        dtype = ops.state_dtype(h.dtype)
+        state = (self.init_state(batch) if state is None else state).map(lambda x: x.to(dtype))
+        first = (self.init_state(1) if start is None else start).M[0].to(dtype)
         with torch.autocast(h.device.type, enabled=False):  # a state is never rounded
-            exact = h.to(state.M.dtype)
+            exact = h.to(dtype)
             z = ((exact + self.center) * self.scale).view(heads)
             key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
         before = _before(key, state.key, packing).view(heads)

@@ -39,12 +39,12 @@ class RecurrentBlock(nn.Module):
         """Return the state before the first token: S_0, everything else zero."""
         config, weight = self.config, self.ln1.weight
         S = self.time_mix.initial_state()
-        S = S.expand(batch_size, *S.shape)
-        zeros = weight.new_zeros(batch_size, config.hidden_size)
+        S = S.expand(batch_size, *S.shape).clone()  # rows of their own: a caller may write to one
         has_M = self.meta_state is not None and self.meta_state.has_meta
         has_shift = self.channel_mix is not None or config.meta_state.token_shift
+        last, shift = (weight.new_zeros(batch_size, config.hidden_size) for _ in range(2))
         M = torch.zeros_like(S, requires_grad=False) if has_M else None
-        return RecurrentState(S, zeros, M, zeros if has_shift else None)
+        return RecurrentState(S, last, M, shift if has_shift else None)
 
     def forward(
         self,

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from metastate import ops
+from metastate.errors import ShapeError
 from metastate.layers.channel_mix import ChannelMix
-from metastate.layers.common import MATRIX, GroupNorm, LowRank
+from metastate.layers.common import MATRIX, GroupNorm, LowRank, is_plain
 from metastate.layers.meta_state import MetaState
 from metastate.layers.surprise_memory import SurpriseMemory
 from metastate.layers.time_mix import TimeMix
@@ -28,11 +29,12 @@ from metastate.ops.threads import run_pieces
 
 MATRICES = (torch.float32, torch.bfloat16)
 GRAIN = 2**21  # bytes of weights a thread
-# What the native kernels compute: these modules as they are written, and no others.
-KNOWN = {
-    *(LanguageModel, RecurrentBlock, TimeMix, MetaState, ChannelMix, GroupNorm, LowRank),
-    SurpriseMemory,
-    *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList),
+# What the native kernels compute: these modules as they are written, with the eps that a norm has
+# there, and no others.
+KNOWN: dict[type[nn.Module], float | None] = {
+    **dict.fromkeys((LanguageModel, RecurrentBlock, TimeMix, MetaState, ChannelMix, LowRank)),
+    **dict.fromkeys((SurpriseMemory, nn.Embedding, nn.Linear, nn.ModuleList)),
+    **{nn.LayerNorm: 1e-5, GroupNorm: 64e-5},
 }
 UNCAPTURED = 2  # steps that run kernel by kernel; they compile, and few tokens need no graph
 _CAPTURING = threading.Lock()  # a process captures one graph at a time
@@ -40,10 +42,14 @@ _CAPTURING = threading.Lock()  # a process captures one graph at a time
 
 def make_decoder(model: LanguageModel, rows: int) -> Decoder:
     """Return the fastest decoder of `model` here for up to `rows` texts at once."""
+    kind = BatchDecoder if model.recurrent and model.embedding.weight.is_cuda else Decoder
     if runs_natively(model):
-        return NativeDecoder(model, rows)
-    on_gpu = model.embedding.weight.device.type == "cuda"
-    return (BatchDecoder if on_gpu and model.recurrent else Decoder)(model, rows)
+        kind = NativeDecoder
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # whatever mode the caller is in
+        return kind(model, rows)
 
 
 class Decoder:
@@ -73,13 +79,25 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Consume tokens[i] in row i; return logits [len(tokens), V], valid until the next step."""
+        """Consume tokens[i] in row i; return logits [len(tokens), V], valid until the next step.
+
+        Raises:
+            ShapeError: there are none, more than rows, or ids that the model lacks.
+        """
         logits, device = [], self.model.embedding.weight.device
-        for row, token in enumerate(tokens):
-            x = torch.tensor([[token]], device=device)
-            y, self.states[row] = self.model(x, self.states[row])
+        for row, x in enumerate(self._checked(tokens, len(self.states)).to(device)):
+            y, self.states[row] = self.model(x.view(1, 1), self.states[row])
             logits.append(y[0, -1])
         return torch.stack(logits)
+
+    def _checked(self, tokens: Sequence[int], rows: int) -> Tensor:
+        """Return the tokens of a step, [n] int64 on the CPU; ShapeError as `step` says."""
+        last = self.model.config.vocab_size - 1
+        if not 1 <= len(tokens) <= rows or not 0 <= min(tokens) <= max(tokens) <= last:
+            raise ShapeError(
+                f"a step takes 1 to {rows} tokens, ids from 0 to {last}; got {list(tokens)!r:.80}"
+            )
+        return torch.tensor(tokens, dtype=torch.int64, device="cpu")
 
 
 class BatchDecoder(Decoder):
@@ -121,7 +139,7 @@ class BatchDecoder(Decoder):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows = len(tokens)
-        self._tokens[:rows, 0] = torch.tensor(tokens)
+        self._tokens[:rows, 0] = self._checked(tokens, len(self.tokens_seen))
         self._in_use[:rows], self._in_use[rows:] = True, False
         if self._steps == UNCAPTURED and self._tokens.device.type == "cuda":
             self._run_pass = self._captured()
@@ -200,11 +218,12 @@ class NativeDecoder(BatchDecoder):
         ]
         names = kernels.LAYER_FIELDS
         table = [[self._address(layer.get(name)) for name in names] for layer in fields]
-        self._tokens = torch.zeros(rows, dtype=torch.int64)
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device="cpu")
         own = self._ends()
         ends = [own.get(name) for name in kernels.ENDS]
         sizes = kernels.buffer_sizes(D, H * N, F, config.vocab_size, ranks)
-        buffers = [torch.zeros(rows * size) for size in sizes]
+        kind: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults are
+        buffers = [torch.zeros(rows * size, **kind) for size in sizes]
         self.x, self.logits = buffers[kernels.X].view(rows, D), buffers[kernels.LOGITS]
         options, is_meta = config.meta_state, config.architecture == "metastate"
         flags = (
@@ -304,7 +323,7 @@ class NativeDecoder(BatchDecoder):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See Decoder.step."""
         rows, model = len(tokens), self.model
-        self._tokens[:rows] = torch.tensor(tokens)
+        self._tokens[:rows] = self._checked(tokens, len(self.tokens_seen))
         self.x[:rows] = self.ln0(model.embedding(self._tokens[:rows]).float())
         self._run(rows)
         for row in range(rows):
@@ -331,8 +350,10 @@ def store_bfloat16(model: LanguageModel) -> None:
 
 
 def _is_as_written(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) in KNOWN and not hooks and "forward" not in vars(module)
+    eps = KNOWN.get(type(module))
+    affine = not isinstance(module, nn.LayerNorm) or isinstance(module.bias, Tensor)
+    known = type(module) in KNOWN and eps == getattr(module, "eps", None)
+    return known and affine and is_plain(module)
 
 
 def runs_natively(model: LanguageModel) -> bool:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from metastate.config import ATTENTION, ModelConfig
-from metastate.data.files import atomic_write, write_json
+from metastate.data.files import write_json, write_tensors
 from metastate.data.tokenizer import Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.mapping import from_dict, to_dict
@@ -46,19 +46,13 @@ def save(model: LanguageModel, path: str | os.PathLike[str]) -> None:
             system refuses, and the previous file is untouched.
     """
     one_dtype(model.state_dict(), None, "the model")
-    write_tensors(model.state_dict(), Path(path) / "model.safetensors")
+    write_weights(model.state_dict(), Path(path) / "model.safetensors")
     write_record(record(model), Path(path))
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def write_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write a model's tensors to `file`; the errors of `save`."""
-    content = safetensors.torch.save(dense(tensors), {"format": FORMAT})
-    atomic_write(file, content, error=CheckpointError)
-
-
-def dense(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors as safetensors takes them: on the CPU, contiguous."""
-    return {k: x.detach().contiguous().cpu() for k, x in tensors.items()}
+    write_tensors(file, tensors, {"format": FORMAT}, error=CheckpointError)
 
 
 def record(model: LanguageModel) -> dict[str, Any]:
@@ -95,9 +89,14 @@ def load(
 
     Raises:
         CheckpointError: nothing is there, or it is truncated, corrupt, foreign or newer than this
-            program, or a weight is beyond the range of `dtype`.
+            program, or a weight is beyond the range of `dtype`. ConfigError: the dtype is none of
+            DTYPES, or there is no such device.
     """
     path = Path(path_or_preset)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(map(str, DTYPES))}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device}, but there is no GPU that PyTorch can use here")
     if not os.path.exists(path) and str(path_or_preset) in presets.NAMES:
         return LanguageModel(presets.preset(str(path_or_preset))).to(device, dtype)
     path = pinned(path)

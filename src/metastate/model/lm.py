@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
-from metastate.layers.common import Growth, Packing, declared_groups, linear, normal_
+from metastate.layers.common import Growth, Packing, declared_groups, is_plain, linear, normal_
 from metastate.layers.surprise_memory import SurpriseMemory
 from metastate.model.block import RecurrentBlock, TransformerBlock
 from metastate.model.state import ModelState
@@ -172,7 +172,7 @@ class LanguageModel(nn.Module):
         h, after = self.ln_out(x), None
         if memory is not None:
             own, fresh = (None if s is None else s.memory for s in (state, start))
-            if type(self.head) is not nn.Linear or hasattr(self.head, "_hf_hook"):
+            if type(self.head) is not nn.Linear or not is_plain(self.head):
                 raise ConfigError(
                     "a surprise memory reads the weights of the head, and this head is not a plain "
                     "one (an adapter, quantised, elsewhere); leave the head as it is, or merge it"

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from metastate.errors import ShapeError, TrainingError
+from metastate.layers.common import is_plain
 from metastate.ops.links import differentiable_once
 
 if TYPE_CHECKING:
@@ -83,10 +85,25 @@ def lm_loss(
     # Selecting all rows would copy them, so do that only where some are ignored.
     everything = num_tokens == targets.numel()
     x = x.flatten(0, 1) if everything else x[scored]
-    loss, nll = linear_cross_entropy(
-        x, model.head.weight, targets.flatten() if everything else targets[scored], z_loss
-    )
+    targets = targets.flatten() if everything else targets[scored]
+    loss, nll = head_loss(model.head, x, targets, z_loss)
     return LossOutput(loss if kl is None else loss + kl, nll, num_tokens, state)
+
+
+def head_loss(
+    head: nn.Module, x: Tensor, targets: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return what `linear_cross_entropy` does of the logits that `head` gives for x [n, D].
+
+    Of an adapter, a quantised head, one with a bias or a hook only its own forward is right, which
+    holds all the logits.
+    """
+    if type(head) is nn.Linear and is_plain(head):
+        return linear_cross_entropy(x, head.weight, targets, z_loss)
+    logits = head(x)
+    logits, n = logits.to(torch.promote_types(logits.dtype, torch.float32)), max(1, len(targets))
+    nll = F.cross_entropy(logits, targets, reduction="sum") / n
+    return nll + z_loss * logits.logsumexp(-1).square().sum() / n, nll.detach()
 
 
 def linear_cross_entropy(

@@ -165,14 +165,21 @@ class ModelState:
         the file then fits any weights.
 
         Raises:
-            StateError: the file cannot be written.
+            StateError: the file cannot be written, or could not be read: the state is another
+                model's, a value is not finite, or `extra` is not texts by name.
         """
         if isinstance(model, ModelConfig):
             config, weights = model, ""
         else:
+            self.check(model)
             config, weights = model.config, weights_hash(model)
+        if not all(isinstance(x, str) for note in self.extra.items() for x in note):
+            raise StateError(f"the notes of a state are texts by name; got {self.extra!r:.80}")
+        tensors = self.tensors()
+        if bad := [name for name, x in tensors.items() if not bool(x.isfinite().all())]:
+            raise StateError(f"{bad[0]} of the state is not finite; it cannot be gone on from")
         StateFile(
-            self.tensors(),
+            tensors,
             self.tokens_seen,
             config.architecture,
             config_hash(config),

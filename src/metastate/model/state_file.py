@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metastate.config import ModelConfig
-from metastate.data.files import atomic_write
+from metastate.data.files import write_tensors
 from metastate.errors import StateError
 from metastate.mapping import to_dict
 from metastate.model.weights import digest_of
@@ -77,11 +77,7 @@ class StateFile:
         Raises:
             StateError: the disk is full or the system refuses; the previous file is untouched.
         """
-        # Copies, since tensors of a state may share memory, which safetensors refuses.
-        tensors = {
-            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in self.tensors.items()
-        }
+        tensors = {name: x.detach().cpu() for name, x in self.tensors.items()}
         header = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -93,7 +89,7 @@ class StateFile:
             "extra": json.dumps(self.extra),
         }
         header["digest"] = _digest(header, tensors)
-        atomic_write(path, safetensors.torch.save(tensors, header), error=StateError)
+        write_tensors(path, tensors, header, error=StateError)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> StateFile:

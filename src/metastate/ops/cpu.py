@@ -315,7 +315,9 @@ class CpuTrajectory(Trajectory):
             return self._read_last(x, by)
         _, _, k, v, kappa, a, _, cu_seqlens = self.inputs
         kept = self.kept
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and differentiable(
+            *kept[-3:]
+        ):  # what was run without gradients has none to give
             if self.readers:
                 kept = wkv7_forward(*self.inputs)[2:]
             self.readers.append(by)
@@ -356,7 +358,7 @@ def wkv7(
         return y, CpuTrajectory(final, log_w, kappa, a, None, (), None)
     offsets = cu_seqlens
     if offsets is None:
-        offsets = torch.arange(0, batch * length + 1, length)
+        offsets = torch.arange(0, batch * length + 1, length, device=r.device)
     inputs = (r, log_w, k, v, kappa, a, state, offsets)
     kept: tuple[Tensor, ...] | None = None
     if needs_gradients:

@@ -212,12 +212,17 @@ def _vector(x: Tensor) -> Any:
 def _like(x: Tensor, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Return empty tensors of x's shape, float32 or bfloat16: the kernels write no other dtype."""
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    return [torch.empty(x.shape, dtype=dtype) for _ in range(count)]
+    return [torch.empty(x.shape, dtype=dtype, device="cpu") for _ in range(count)]
 
 
 def _sums(*shape: int) -> Tensor:
     """Return zeroed accumulators of per-channel gradients, one a thread."""
-    return torch.zeros(torch.get_num_threads(), *shape)
+    return _zeros(torch.get_num_threads(), *shape)
+
+
+def _zeros(*shape: int) -> Tensor:
+    # What the kernels write to, whatever PyTorch's default dtype and device are.
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 def _spread(kernel: str, num_rows: int, *args: Any, numbered: bool = False) -> None:
@@ -249,7 +254,7 @@ class _TokenMix(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, last, mu, keep = ctx.saved_tensors
-        dx, dlast, sums = _like(x, 1)[0], torch.zeros(last.shape), _sums(*mu.shape)
+        dx, dlast, sums = _like(x, 1)[0], _zeros(*last.shape), _sums(*mu.shape)
         args = (_rows(x), _vector(last), keep.flatten().numpy(), _vector(mu))
         out = (tuple(map(_rows, grads)), _rows(dx), dlast.numpy(), sums.numpy())
         _spread("token_mix_backward", keep.numel(), *args, *out, numbered=True)
@@ -273,7 +278,7 @@ class _WkvInputs(torch.autograd.Function):
     ) -> Any:
         m, v_first, v0 = mixed or (k.new_empty(0, 1, 1), k.new_empty(0, 1, 1), w0)
         out = _like(k, 5 if mixed else 4)
-        value = out[4] if mixed else torch.empty(0, 1, 1)
+        value = out[4] if mixed else _zeros(0, 1, 1)
         args = [_values(t) for t in (k, v, d, c, m, v_first)]
         args += [_vector(t) for t in (w0, a0, v0, k_k, k_a)]
         results = [_rows(t) for t in (*out[:4], value)]
@@ -288,10 +293,10 @@ class _WkvInputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors
         k, mixed = saved[0], ctx.mixed
-        dvalue = grads[4] if mixed else torch.empty(0, 1, 1)
+        dvalue = grads[4] if mixed else _zeros(0, 1, 1)
         out = _like(k, 6 if mixed else 3)
         dk, dd, dc = out[:3]
-        dv, dm, dv_first = out[3:] if mixed else [torch.empty(0, 1, 1)] * 3
+        dv, dm, dv_first = out[3:] if mixed else [_zeros(0, 1, 1)] * 3
         sums = _sums(5, k.shape[-1])
         args = [_rows(t) if t.dim() == 3 else _vector(t) for t in saved]
         args += [_rows(t) for t in (*grads[:4], dvalue)]

@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch.distributed as dist
 from torch import Tensor
 
 from metastate.config import ModelConfig, TrainConfig
-from metastate.data.files import atomic_write, sync_folder, write_json
+from metastate.data.files import atomic_write, sync_folder, write_json, write_tensors
 from metastate.errors import (
     CheckpointError,
     ConfigError,
@@ -169,8 +168,8 @@ def write_checkpoint(
             for leftover in folder.glob(".step-*.tmp"):
                 shutil.rmtree(leftover)
         if group is None:
-            io.write_tensors(snapshot.weights, temporary / MODEL)
-            atomic_write(temporary / MOMENTS, safetensors.torch.save(io.dense(snapshot.moments)))
+            io.write_weights(snapshot.weights, temporary / MODEL)
+            write_tensors(temporary / MOMENTS, snapshot.moments)
         else:
             dist.barrier(group)  # nobody writes into what is being cleared away
             save_sharded(temporary, {MODEL: snapshot.weights, MOMENTS: snapshot.moments}, group)

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from metastate.config import TrainConfig
-from metastate.data.files import alone_in, atomic_write
+from metastate.data.files import alone_in, write_tensors
 from metastate.data.loader import BatchSource, PreparedData
 from metastate.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from metastate.layers.common import VECTOR, RecurrentState
 from metastate.mapping import from_dict, to_dict
-from metastate.model.io import dense
 from metastate.model.lm import LanguageModel, arithmetic, evaluating
 from metastate.model.loss import IGNORE, lm_loss
 from metastate.model.state import ModelState
@@ -324,7 +323,7 @@ class _Tuning:
             "weights": weights_hash(self.model),
             "before": json.dumps(self.before),
         }
-        atomic_write(self.kept, safetensors.torch.save(dense(tensors), header), error=TrainingError)
+        write_tensors(self.kept, tensors, header)
 
     def restore(self) -> None:
         """Go back to where the file that `save` wrote says.
