@@ -3,6 +3,8 @@ import os
 import threading
 
 import pytest
+import safetensors.torch
+import torch
 
 from metastate.data.files import (
     LOCK,
@@ -10,6 +12,7 @@ from metastate.data.files import (
     atomic_write,
     in_turn,
     write_json,
+    write_tensors,
 )
 from metastate.errors import BusyError, DataError, TrainingError
 
@@ -165,3 +168,24 @@ def test_who_waits_his_turn_gets_it_when_the_other_is_done(tmp_path):
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
+
+
+def test_tensors_are_written_as_the_library_would(tmp_path):
+    """Strided, shared and empty ones too, which the library refuses or copies."""
+    x = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "b": x.T,
+        "a": x,
+        "half": x.bfloat16(),
+        "number": torch.tensor(7),
+        "none": x[:0],
+        "is": x > 3,
+    }
+    write_tensors(tmp_path / "t", tensors, {"format": "é"})
+    dense = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
+    assert (tmp_path / "t").read_bytes() == safetensors.torch.save(dense, {"format": "é"})
+    found = safetensors.torch.load_file(tmp_path / "t")
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert os.listdir(tmp_path) == ["t"]

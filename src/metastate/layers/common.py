@@ -66,8 +66,8 @@ class Packing:
         batch, length = resets.shape
         starts = resets.clone()
         starts[:, 0] = True
-        end = torch.tensor([batch * length], device=resets.device)
-        cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), end])
+        places = starts.flatten().nonzero().flatten()  # the one value a forward pass waits for
+        cu_seqlens = torch.cat([places, places.new_full((1,), batch * length)])
         last = starts.sum(1).cumsum(0) - 1
         first = torch.cat([last.new_zeros(1), last[:-1] + 1])
         return cls(resets, cu_seqlens, first, last, group=group)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -162,13 +162,12 @@ class SurpriseMemory(nn.Module):
         v = row.view(heads) * s[..., None]
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
         log_w = self.log_w().view(heads[2:]).expand(heads)
-        cu_seqlens = None if packing is None else packing.cu_seqlens
+        options: Any = {"backend": backend}
+        if packing is not None:
+            options |= {"cu_seqlens": packing.cu_seqlens, "offsets_checked": True}
 
         def run(v: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-            q = key.view(heads)
-            return ops.wkv7(
-                q, log_w, before, v, before, a, M, cu_seqlens=cu_seqlens, backend=backend
-            )
+            return ops.wkv7(key.view(heads), log_w, before, v, before, a, M, **options)
 
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -170,18 +170,16 @@ class TimeMix(nn.Module):
         r, log_w, k, v, kappa, a = (t.view(heads) for t in (r, log_w, k, v, kappa, a))
         start = None if packing is None else packing.start
         fresh = self.initial_state() if start is None else start.S[0]
-        cu_seqlens = None if packing is None else packing.cu_seqlens
+        options: Any = {"backend": backend}
+        if packing is not None:
+            options |= {"cu_seqlens": packing.cu_seqlens, "offsets_checked": True}
 
         def write(v: Tensor, before: Tensor) -> Tensor:
-            return ops.wkv7(
-                r, log_w, k, v, kappa, a, before, cu_seqlens=cu_seqlens, backend=backend
-            )[1]
+            return ops.wkv7(r, log_w, k, v, kappa, a, before, **options)[1]
 
         S = handed_on(write, v, S, fresh, packing)
         initial = S if packing is None else packing.initial(S, fresh)
-        y, trajectory = ops.wkv7_trajectory(
-            r, log_w, k, v, kappa, a, initial, cu_seqlens=cu_seqlens, backend=backend
-        )
+        y, trajectory = ops.wkv7_trajectory(r, log_w, k, v, kappa, a, initial, **options)
         fuse = fuse and len(self.norm.segments) == 1
         g = self.gate(x_g, torch.sigmoid)
         out = self.output(

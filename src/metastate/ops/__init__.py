@@ -87,11 +87,15 @@ def _module(backend: str, device: torch.device) -> Any:
 
 
 def _check(
-    tensors: dict[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None
+    tensors: dict[str, Tensor],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    offsets_checked: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Check shapes, dtypes and devices; return the initial state and the offsets, contiguous.
 
-    The state is zeros where `state` is None.
+    The state is zeros where `state` is None. The offsets' values are looked at, for which a GPU
+    must finish all its work, only where they come from outside (`offsets_checked` is False).
     """
     check_tensors(tensors)
     first = next(iter(tensors.values()))
@@ -103,7 +107,8 @@ def _check(
         if cu_seqlens.device != first.device:
             raise ShapeError(f"cu_seqlens is on {cu_seqlens.device}, the inputs on {first.device}")
         cu_seqlens = cu_seqlens.contiguous()
-        if not torch.compiler.is_compiling():  # reading values would break the graph
+        # Reading values would also break a graph that is being compiled.
+        if not offsets_checked and not torch.compiler.is_compiling():
             ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
             if ends != (0, batch * length) or bool((cu_seqlens.diff() < 1).any()):
                 raise ShapeError(
@@ -130,6 +135,7 @@ def wkv7_trajectory(
     state: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    offsets_checked: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Trajectory]:
     """Run the RWKV-7 recurrence as `wkv7` does and keep what later readers of its states need.
@@ -140,7 +146,7 @@ def wkv7_trajectory(
         transitions.
     """
     tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
-    state, cu_seqlens = _check(tensors, state, cu_seqlens)
+    state, cu_seqlens = _check(tensors, state, cu_seqlens, offsets_checked)
     return _module(backend, r.device).wkv7(r, log_w, k, v, kappa, a, state, cu_seqlens)
 
 
@@ -154,6 +160,7 @@ def wkv7(
     state: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    offsets_checked: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the RWKV-7 recurrence over a sequence and read it with r.
@@ -171,6 +178,8 @@ def wkv7(
             means zeros. With cu_seqlens one a sequence, [n, H, N_v, N_k].
         cu_seqlens: [n + 1] int64, offsets of n documents in the flattened B * T tokens, from 0 to
             B * T; every document starts from its own row of `state`.
+        offsets_checked: the offsets are known to rise from 0 to B * T, as a Packing's are: looking
+            again would make the host wait for a GPU at every call.
         backend: `auto`, `reference`, `chunked`, `cpu`, `triton` or `fla`.
 
     Returns:
@@ -184,7 +193,7 @@ def wkv7(
     Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
     """
     tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
-    state, cu_seqlens = _check(tensors, state, cu_seqlens)
+    state, cu_seqlens = _check(tensors, state, cu_seqlens, offsets_checked)
     module = _module(backend, r.device)
     # Nobody will read these states again: the native kernels then need not keep them.
     run = getattr(module, "wkv7_without_trajectory", module.wkv7)
@@ -229,7 +238,7 @@ def meta_state(
     Source: Meta-State, arXiv:2504.08247, eqs 2, 3, 9 (our reconstruction); `delta` is ours.
     """
     given = {"the trajectory": trajectory.log_w, "x": x, "e": e, "q": x if q is None else q}
-    state, cu_seqlens = _check(given, state, trajectory.cu_seqlens)
+    state, cu_seqlens = _check(given, state, trajectory.cu_seqlens, True)
     if update == "delta":
         x = fused.unit(x.to(state.dtype), fused=fused.can_fuse(x, backend))
         a = trajectory.a.to(state.dtype)
@@ -242,6 +251,7 @@ def meta_state(
             a,
             state,
             cu_seqlens=cu_seqlens,
+            offsets_checked=True,
             backend=backend,
         )
         return y.to(e.dtype), state
