@@ -1,6 +1,6 @@
 """What a model computes whatever surrounds it: PyTorch's defaults, modes, other heads and norms."""
 
-import copy
+import dataclasses
 
 import pytest
 import torch
@@ -198,8 +198,7 @@ def test_one_head_of_one_channel_and_one_token():
 def test_a_state_that_could_not_be_read_is_not_written(tmp_path):
     model, other = made(), made(num_heads=1)
     file, state = tmp_path / "s.state", made().init_state(1)
-    noted = copy.copy(state.clone())
-    noted.extra["position"] = 7
+    noted = dataclasses.replace(state, extra={"position": 7})
     lost = state.map(lambda x: x + torch.nan)
     for bad, owner, message in (
         (noted, model, "notes of a state are texts"),
