@@ -276,6 +276,8 @@ def test_upgrade_refuses_other_architectures_and_an_upgrade_that_moved(
         report = {"logits": {"relative": moved}}
         monkeypatch.setattr("metastate.cli.upgrading.growth_report", lambda *_, r=report: r)
         monkeypatch.setattr("metastate.cli.growing.growth_report", lambda *_, r=report: r)
+        logits = report["logits"]  # in float64
+        monkeypatch.setattr("metastate.cli.growing.logits_change", lambda *_, x=logits: x)
         assert "does not compute" in refused("upgrade", trained, *out)
         assert "does not compute" in refused("grow", trained, "--layers", 4, *out)
     assert not (tmp_path / "big").exists()

@@ -8,8 +8,11 @@ import safetensors.torch
 import torch
 
 import metastate
-from metastate.cli import main
+from metastate.cli import growing, main
+from metastate.config import ModelConfig
+from metastate.data.tokenizer import load_tokenizer
 from metastate.model.io import read_tensors
+from metastate.model.lm import LanguageModel
 
 SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
 
@@ -64,6 +67,30 @@ def test_grow_takes_what_sharded_processes_wrote(trained, tmp_path, run):
     )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(x, parts[key]) for key, x in whole.items())
+
+
+def test_rounding_is_told_from_another_function(tmp_path, run, refused, monkeypatch):
+    """A deep model of unruly weights rounds by more than a small one; float64 says what it is."""
+    monkeypatch.setattr(growing, "EXACT", 0.0)  # as if all of it were too much
+    torch.manual_seed(0)
+    fields = {"vocab_size": 256, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    model = LanguageModel(ModelConfig(**fields))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.tokenizer_info = load_tokenizer("bytes").info()
+    metastate.save(model, tmp_path / "a")
+    argv = ("grow", tmp_path / "a", "--head-size", 12)
+    assert "logits moved" in run(*argv, "--out", tmp_path / "b")
+    grow = growing.grow
+
+    def wrong(*args, **settings):
+        out = grow(*args, **settings)
+        out.head.weight.data[0, 0] += 1e-3
+        return out
+
+    monkeypatch.setattr(growing, "grow", wrong)
+    assert "fault of this program" in refused(*argv, "--out", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_table_for_people_and_the_paper_s_random_choice(

@@ -24,6 +24,7 @@ from metastate.infer.sampling import SamplingConfig
 from metastate.model.io import load, save, tokenizer_of
 from metastate.model.lm import LanguageModel
 from metastate.model.weights import weights_hash
+from tokenizer_files import unigram
 
 ALL = pytest.mark.parametrize("name", CONFIGS)
 
@@ -204,6 +205,12 @@ def json_tokenizer(folder):
     tokenizer.train_from_iterator(["the state reads the state"] * 4, trainer)
     tokenizer.save(str(folder / "mine.json"))
     return JsonTokenizer((folder / "mine.json").read_bytes(), "mine", str(folder / "mine.json"))
+
+
+def test_a_vocabulary_that_is_a_list_goes_along(tmp_path):
+    tokenizer = JsonTokenizer(unigram(), "words")
+    to_hf(LanguageModel(CONFIGS["rwkv7"].replace(vocab_size=128)), tmp_path / "hf", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.eod_id
 
 
 def test_a_tokenizer_json_goes_along(tmp_path):

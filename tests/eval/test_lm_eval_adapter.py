@@ -93,6 +93,27 @@ def test_generation_stops_where_it_should(lm, model):
     assert whole.startswith(done[2]) and len(done[2]) < len(whole)
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_limit_may_have_any_of_its_names(lm, name):
+    settings = [{"until": [], key: 3, "top_k": None} for key in ("max_gen_toks", name)]
+    one, other = lm.generate_until(requests("generate_until", [("The", s) for s in settings]))
+    assert one == other and 0 < len(one.encode()) <= 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({}, 0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 0.7, "do_sample": False}, 0),
+        ({"temperature": 0.0, "do_sample": True}, 0),
+        ({"do_sample": True}, 1),
+    ],
+)
+def test_a_temperature_asks_for_sampling(adapter, settings, temperature):
+    assert adapter._sampling(settings).temperature == temperature
+
+
 def test_sampling_follows_torch_s_seed(lm):
     settings = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
     texts = []

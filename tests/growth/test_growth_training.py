@@ -118,6 +118,22 @@ def test_frozen_entries_have_no_moments_and_whole_parameters_no_gradient(config,
     )
 
 
+def test_regions_learn_in_a_loop_that_knows_of_none():
+    """As in transformers' Trainer: backward, step, zero_grad."""
+    grown = grow(fresh(), head_size=7)
+    before = {n: p.detach().clone() for n, p in grown.named_parameters()}
+    optimizer = make_optimizer(grown, TrainConfig(lr=1e-3), old_lr_scale=0.1)
+    tokens = torch.arange(40).view(2, 20)
+    for _ in range(3):
+        lm_loss(grown, tokens, tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = regions(grown, fresh().config)["blocks.0.time_mix.receptance.weight"]
+    p = grown.get_parameter("blocks.0.time_mix.receptance.weight")
+    for part in (found.old, *found.new.values()):
+        assert not torch.equal(part.of(p), part.of(before["blocks.0.time_mix.receptance.weight"]))
+
+
 def test_slowed_entries_move_less():
     grown = grow(fresh(), head_size=7)
     start = {n: p.detach().clone() for n, p in grown.named_parameters()}

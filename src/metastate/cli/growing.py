@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from metastate.cli.progress import log, print_json
 from metastate.data.files import check_free, whole_folder, write_tensors
 from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, DataError
-from metastate.growth import grow, grow_moments, grow_state, growth_report
+from metastate.growth import grow, grow_moments, grow_state, growth_report, logits_change
 from metastate.model.io import (
     check_finite,
     load,
@@ -30,7 +31,8 @@ from metastate.model.state import ModelState
 from metastate.train.checkpoint import CARRIED, MOMENTS
 from metastate.train.optim import whole_moments
 
-EXACT = 1e-5  # largest relative change of the logits in float32 that still counts as rounding
+# Largest relative changes of the logits that still count as rounding, in float32 and in float64.
+EXACT, EXACT_DOUBLE = 1e-5, 1e-10
 SAMPLE_TOKENS = 512
 
 
@@ -54,7 +56,7 @@ def run_grow(args: argparse.Namespace) -> None:
     tokens, of_what = sample_tokens(model, folder, args.data)
     report = growth_report(model, grown, tokens)
     if args.init == "zero":
-        check_exact(report, folder)
+        check_exact(model, grown, tokens, report, folder)
     write(out, folder, model, grown)
     if args.json:
         print_json({"out": str(out), "checkpoint": str(folder), "init": args.init, **report})
@@ -72,10 +74,22 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[LanguageModel, Path]:
     return model, folder
 
 
-def check_exact(report: dict[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if a `growth_report` shows another function than the parent's."""
+def check_exact(
+    model: LanguageModel,
+    grown: LanguageModel,
+    tokens: torch.Tensor,
+    report: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Raise CheckpointError if `grown` computes another function than `model`.
+
+    Deep models may round by more than EXACT in float32, grown or not; float64 tells that apart.
+    """
     change = report["logits"]["relative"]
-    if not change <= EXACT:
+    if change <= EXACT:
+        return
+    before, after = (copy.deepcopy(x).double() for x in (model, grown))
+    if not logits_change(before, after, tokens)["relative"] <= EXACT_DOUBLE:
         raise CheckpointError(
             f"the new model's logits differ by {change:.1e} of the largest (rounding is below "
             f"{EXACT:.0e}), so it does not compute what {folder} does; nothing was written. This "

@@ -45,7 +45,7 @@ def run_upgrade(args: argparse.Namespace) -> None:
     if args.replace and args.data:
         report["nats_per_token"] = [held_out_loss(m, args.data) for m in (model, upgraded)]
     if not args.replace:
-        check_exact(report, folder)
+        check_exact(model, upgraded, tokens, report, folder)
     write(out, folder, model, upgraded)
     changed = {name: upgraded.lineage[-1][name] for name in ("meta_layers", "ffn_layers")}
     if args.json:

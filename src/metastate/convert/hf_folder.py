@@ -19,8 +19,8 @@ import torch
 from metastate.config import ModelConfig
 from metastate.convert import fla
 from metastate.data.files import atomic_write, write_json, write_tensors
-from metastate.data.tokenizer import Tokenizer, load_tokenizer
-from metastate.errors import CheckpointError, ConfigError, DataError
+from metastate.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from metastate.errors import CheckpointError, ConfigError
 from metastate.mapping import from_dict, to_dict
 from metastate.model.io import (
     adopt_record,
@@ -86,7 +86,8 @@ def to_hf(
     info = model.tokenizer_info if tokenizer is None else tokenizer.info()
     if layout == "fla":
         config, tensors = fla.to_fla(model)
-        config |= token_ids(info)
+        # fla's embedding never learns the row of `pad_token_id`, which here begins every document.
+        config |= token_ids(info) | {"pad_token_id": None}
     else:
         tensors = {PREFIX + name: x for name, x in model.state_dict().items()}
         config = {
@@ -259,7 +260,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         settings = {"tokenizer_class": WORLD, "auto_map": AUTO_TOKENIZER}
         write_modeling(folder)
     else:
-        end = _token_of(folder / "tokenizer.json", tokenizer.eod_id)
+        found = JsonTokenizer((folder / "tokenizer.json").read_bytes(), tokenizer.name)
+        end = str(found.id_to_token(found.eod_id))
     settings |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), end) | {
         "padding_side": "left",
         "split_special_tokens": True,
@@ -267,18 +269,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", settings, error=CheckpointError)
-
-
-def _token_of(file: Path, index: int) -> str:
-    """Return the text of a token in a tokenizer.json."""
-    content = json.loads(file.read_bytes())
-    for token in content.get("added_tokens", []):
-        if token["id"] == index:
-            return token["content"]
-    for token, found in content["model"]["vocab"].items():
-        if found == index:
-            return token
-    raise DataError(f"{file} has no token with id {index}")
 
 
 def byte_tokenizer_json() -> dict[str, Any]:

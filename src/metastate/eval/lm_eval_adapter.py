@@ -35,6 +35,7 @@ except ImportError as cause:
         "this needs lm-evaluation-harness: pip install 'metastate[lm-eval]'"
     ) from cause
 
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 MAX_TOKENS = 256  # tokens to write where a task does not say
 Watch = Callable[[str, str], contextlib.AbstractContextManager[Callable[..., None]]]
 
@@ -133,7 +134,7 @@ class MetaStateLM(TemplateLM):
                     self._tokenizer,
                     context,
                     sampling=_sampling(settings),
-                    max_tokens=int(settings.get("max_gen_toks", MAX_TOKENS)),
+                    max_tokens=_max_tokens(settings),
                     stop=[stop] if isinstance(stop, str) else stop,
                 )
                 out.append("".join(text))
@@ -149,15 +150,26 @@ class MetaStateLM(TemplateLM):
 
 
 def _sampling(settings: dict[str, Any]) -> SamplingConfig:
-    """Return our settings for lm-eval's; a seed of torch's, which lm-eval fixes, makes them one."""
-    if not settings.get("do_sample", False):
+    """Return our settings for lm-eval's; a seed of torch's, which lm-eval fixes, makes them one.
+
+    As in lm-eval's own models a temperature asks for sampling, unless `do_sample` says no.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    temperature = float(given.get("temperature", 1.0 if given.get("do_sample") else 0.0))
+    if not given.get("do_sample", temperature > 0) or temperature == 0:
         return SamplingConfig(temperature=0.0, seed=0)
     return SamplingConfig(
-        temperature=float(settings.get("temperature", 1.0)),
-        top_k=int(settings.get("top_k", 0)),
-        top_p=float(settings.get("top_p", 1.0)),
+        temperature=temperature,
+        top_k=int(given.get("top_k", 0)),
+        top_p=float(given.get("top_p", 1.0)),
         seed=int(torch.randint(2**31, ())),
     )
+
+
+def _max_tokens(settings: dict[str, Any]) -> int:
+    """Return how many tokens may be generated, by whichever of lm-eval's names says so."""
+    found = (settings.get(name) for name in LIMITS)
+    return int(next((n for n in found if n is not None), MAX_TOKENS))
 
 
 def evaluate_tasks(

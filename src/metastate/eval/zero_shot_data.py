@@ -7,7 +7,9 @@ connective.
 The files, below one folder (in braces the fields of a line; `gold` counts from 0):
 
     lambada/lambada_test.jsonl              {"text"}: its last word is to be guessed
-    hellaswag/hellaswag_val_full.txt.bz2    six lines an item: context, label 0-3, four endings
+    hellaswag/hellaswag_val_full.txt.bz2    six lines an item: context, label 0-3, four endings;
+                                                lm-eval begins the last words of a third of the
+                                                contexts with a capital, here they are as released
     mc_eval/piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl, openbook_qa.jsonl, copa.jsonl,
             boolq.jsonl                     {"query", "choices", "gold"}
     mc_eval/winogrande.jsonl                {"context_options", "continuation", "gold"}

@@ -75,6 +75,12 @@ class GroupedAdamW(torch.optim.AdamW):
 
     def gather(self) -> tuple[list[Tensor], Tensor]:
         """Give regions their parts of the gradient; return all that has one, and the whole norm."""
+        self._hand_out()
+        found = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return found, whole(nn.utils.get_total_norm([p.grad for p in found]))
+
+    def _hand_out(self) -> None:
+        """Give regions their parts, views, of the gradient that their parameters have."""
         for group in self.param_groups:
             for p, name, region in zip(
                 group["params"], group["names"], group["regions"], strict=True
@@ -82,8 +88,6 @@ class GroupedAdamW(torch.optim.AdamW):
                 if region is not None:
                     grad = self.sources[name.partition("[")[0]].grad
                     p.grad = None if grad is None else region.of(grad)
-        found = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return found, whole(nn.utils.get_total_norm([p.grad for p in found]))
 
     def advance(self, parameters: list[Tensor], norm: Tensor, clip: float, lr: float) -> None:
         """Make a step with what `gather` found, cut to the norm `clip`; drop the gradients."""
@@ -91,6 +95,12 @@ class GroupedAdamW(torch.optim.AdamW):
         set_learning_rate(self, lr)
         self.step()
         self.zero_grad()
+
+    def step(self, closure: Any = None) -> Any:
+        """Make a step as AdamW does, also in a loop that knows of no regions."""
+        if closure is None:
+            self._hand_out()
+        return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the regions and of the parameters they belong to."""
