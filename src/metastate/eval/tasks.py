@@ -186,7 +186,8 @@ class Recall:
         pairs: P.
         vocab_size: V.
 
-    Source: Arora et al., "Zoology", arXiv:2312.04927.
+    Source: Arora et al., "Zoology", arXiv:2312.04927; its code now fills the places between with
+    random tokens, which is harder.
     """
 
     length: int
