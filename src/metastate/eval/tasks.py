@@ -186,8 +186,8 @@ class Recall:
         pairs: P.
         vocab_size: V.
 
-    Source: Arora et al., "Zoology", arXiv:2312.04927; its code now fills the places between with
-    random tokens, which is harder.
+    Source: Arora et al., "Zoology", arXiv:2312.04927, in the form of its published experiments:
+    `random_non_queries=False`. Random tokens in place of the 0, its code's default, are harder.
     """
 
     length: int
