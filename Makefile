@@ -26,8 +26,8 @@ explore: $(DEV)
 	$(BIN)/python -m pytest -m 'hypothesis and not slow and not gpu' --hypothesis-profile=explore
 
 gpu: $(DEV)
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python bench/gpu.py
+	@status=0; $(BIN)/python -m pytest -m gpu || status=$$?; \
+	$(BIN)/python bench/gpu.py || status=$$?; exit $$status
 
 bench: $(DEV)
 	@set -e; for script in $(filter-out bench/gpu.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -39,6 +39,7 @@ def chunk_rwkv7(
     assert not kwargs, f"would be swallowed: {kwargs}"
     assert all(x.dtype == torch.bfloat16 for x in (r, k, v, a, b)) and w.dtype == torch.float32
     assert initial_state.dtype == torch.float32 and initial_state.is_contiguous()
+    assert (safe_gate, chunk_size) == (True, 64) and lower_bound <= w.min() and w.max() < 0
     offsets = [0, r.shape[1]]
     if cu_seqlens is not None:
         assert r.shape[0] == 1 and len(initial_state) == len(cu_seqlens) - 1
@@ -98,6 +99,17 @@ def test_an_argument_that_would_be_swallowed_is_an_error(stand_in):
     inputs = make(1, 3, 1, 16, torch.bfloat16)
     with pytest.raises(ConfigError, match="no argument cu_seqlens"):
         ops.wkv7(*(inputs[n] for n in NAMES), backend="fla")
+
+
+def test_a_version_without_the_hints_goes_without(stand_in):
+    def older(
+        r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None
+    ):
+        return torch.zeros_like(v), initial_state
+
+    stand_in.chunk_rwkv7 = older
+    inputs = make(1, 3, 1, 16, torch.bfloat16)
+    assert ops.wkv7(*(inputs[n] for n in NAMES), backend="fla")[0].shape == (1, 3, 1, 16)
 
 
 def test_reading_by_value_is_refused(stand_in):

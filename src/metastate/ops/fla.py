@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ MODULE = "fla.ops.rwkv7"
 # Every argument that is passed. fla takes **kwargs, so a name that it no longer knows would vanish
 # in there; each must therefore stand in its signature.
 ARGUMENTS = (*"rwkvab", "scale", "initial_state", "output_final_state", "cu_seqlens")
+# What its own RWKV-7 layer says of the decay, and without which its kernels take a slower way;
+# versions that do not know one of them go without.
+HINTS = {"safe_gate": True, "lower_bound": -math.exp(-0.5), "chunk_size": 64}
 
 
 def require(device: torch.device) -> None:
@@ -37,7 +42,7 @@ def require(device: torch.device) -> None:
 
 
 def chunk_function() -> Any:
-    """Return fla's chunk_rwkv7 after checking that it takes every argument by name."""
+    """Return fla's chunk_rwkv7 with `HINTS`, once it is known to take every argument by name."""
     function = importlib.import_module(MODULE).chunk_rwkv7
     known = inspect.signature(function).parameters
     missing = [name for name in ARGUMENTS if name not in known]
@@ -46,7 +51,7 @@ def chunk_function() -> Any:
             f"the installed flash-linear-attention has no argument {', '.join(missing)} in "
             "chunk_rwkv7 (it would be ignored there); use backend 'triton'"
         )
-    return function
+    return partial(function, **{name: x for name, x in HINTS.items() if name in known})
 
 
 @dataclass(frozen=True)
