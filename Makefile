@@ -30,7 +30,7 @@ gpu: $(DEV)
 	$(BIN)/python bench/gpu.py || status=$$?; exit $$status
 
 bench: $(DEV)
-	@set -e; for script in $(filter-out bench/gpu.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out bench/gpu.py bench/load.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 lint: $(DEV)
 	$(BIN)/ruff check

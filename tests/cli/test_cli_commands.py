@@ -17,6 +17,7 @@ import metastate
 from metastate.cli import main
 from metastate.config import ModelConfig
 from metastate.model.lm import LanguageModel
+from metastate.model.state_file import StateFile
 
 # prepare
 
@@ -110,8 +111,10 @@ def test_info_says_where_numbers_are_not_finite(checkpoint, tmp_path, run):
     assert facts["not_finite"] == {"head.weight": 2, "ln_out.bias": 1}
     table = run("info", tmp_path / "bad")
     assert "NaN or infinite in " in table and " and in 1 other tensor" in table
-    state.layers[1].S[0, 0, 0, 0] = torch.nan
-    state.save(tmp_path / "state", model)
+    state.save(tmp_path / "state", model)  # which refuses such values: another program wrote them
+    file = StateFile.read(tmp_path / "state")
+    file.tensors["layers.1.S"][0, 0, 0, 0] = torch.nan
+    file.write(tmp_path / "state")
     assert json.loads(run("info", tmp_path / "state", "--json"))["not_finite"] == {"layers.1.S": 1}
     assert "warning: 1 values NaN or infinite in layers.1.S\n" in run("info", tmp_path / "state")
 
@@ -385,3 +388,12 @@ def test_ctrl_c_keeps_the_state_that_generate_was_to_write(checkpoint, tmp_path,
     assert whole.startswith(first)
     # Ctrl-C may strike between taking the state behind a piece of text and showing that piece.
     assert whole.index(second[:20], len(first)) - len(first) < 8
+
+
+@pytest.mark.parametrize("context", [0, -3])
+def test_a_context_that_is_no_length_is_refused_before_anything_is_read(
+    checkpoint, data, refused, monkeypatch, context
+):
+    monkeypatch.setattr("metastate.cli.commands.evaluate", None)
+    for argv in (("info", checkpoint), ("info", "150m"), ("eval", checkpoint, "--data", data)):
+        assert "it must be 1 or more" in refused(*argv, "--context", context)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import metastate
 from metastate.cli import demo, main, training
@@ -314,3 +315,12 @@ def test_demo_refuses_no_time(tmp_path, capsys, minutes):
     assert main(["demo", f"--minutes={minutes}", "--out", str(tmp_path / "demo")]) == 2
     assert "--minutes" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_checkpoint_with_a_nan_is_not_trained_from(checkpoint, data, tmp_path, refused):
+    model = metastate.load(checkpoint)
+    model.head.weight.data[3, 5] = torch.nan
+    metastate.save(model, tmp_path / "nan")
+    argv = ("train", "--from", tmp_path / "nan", "--data", data, "--out", tmp_path / "run")
+    said = refused(*argv, "--steps", 2, "--context", 16, "--warmup", 0)
+    assert "head.weight" in said and "--lr" not in said

@@ -116,7 +116,7 @@ def test_progress_counts_every_token_and_the_mode_stays(model):
 def test_what_cannot_be_scored_is_refused(model):
     with pytest.raises(ConfigError, match="batch_size is 0"):
         loglikelihoods(model, BYTES, PAIRS, batch_size=0)
-    large = SimpleNamespace(vocab_size=300, name="large")
+    large = SimpleNamespace(num_ids=300, name="large")
     with pytest.raises(ConfigError, match="300 ids"):
         loglikelihoods(model, large, PAIRS)
     with torch.no_grad():

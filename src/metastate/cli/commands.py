@@ -66,8 +66,15 @@ def print_data(data: PreparedData, as_json: bool, name: str) -> None:
             print(f"{name:<20} {counts[0]:>12,} {counts[1]:>15,} {counts[2]:>15,}")
 
 
+def check_context(context: int) -> None:
+    """Raise ConfigError where `--context` is no length."""
+    if context < 1:
+        raise ConfigError(f"--context is {context}; it must be 1 or more")
+
+
 def run_info(args: argparse.Namespace) -> None:
     """`metastate info`: what a checkpoint, a preset, a state file or prepared data are."""
+    check_context(args.context)
     if (Path(args.model) / RECORD).is_file():
         print_data(PreparedData.open(args.model), args.json, "data")
         return
@@ -104,6 +111,7 @@ def print_state(args: argparse.Namespace) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     """`metastate eval`: stateful and windowed loss on a split."""
+    check_context(args.context)
     model = load_model(args.checkpoint, args)
     data = PreparedData.open(args.data)
     data.check_vocab(model.config.vocab_size, model.tokenizer_info)

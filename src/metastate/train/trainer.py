@@ -225,6 +225,7 @@ class _Run:
             io.read_config(config.from_checkpoint)  # a preset's name is no checkpoint
             folder = io.pinned(config.from_checkpoint)
             model = io.load(folder)
+            io.check_finite(model.state_dict(), folder)
             model.tokenizer_info = model.tokenizer_info or data.record["tokenizer"]
             if (folder / MOMENTS).exists():
                 return model, whole_moments(io.read_tensors(folder / MOMENTS), model)
