@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from metastate.config import ModelConfig
-from metastate.layers.attention import Attention, Mlp, rotary_table, rotate
+from metastate.layers.attention import Attention, Mlp, Sight, rotary_table, rotate
+from metastate.model.lm import LanguageModel
 
 T = 23
 
@@ -53,7 +54,8 @@ def run(layer, x, cuts, state=None, resets=None):
     out, position = [], 0
     for n in cuts:
         part = None if resets is None else resets[:, position : position + n]
-        y, state = layer(x[:, position : position + n], state, part)
+        sight = Sight.of(n, state, part, x.device)
+        y, state = layer(x[:, position : position + n], state, sight)
         out.append(y)
         position += n
     return torch.cat(out, 1), state
@@ -104,7 +106,7 @@ def test_reset_at_the_first_token_hides_the_past(layer, x):
         _, past = layer(x)
         resets = torch.zeros(2, T, dtype=torch.bool)
         resets[0, 0] = True
-        y, state = layer(x, past, resets)
+        y, state = layer(x, past, Sight.of(T, past, resets, x.device))
         torch.testing.assert_close(y[:1], oracle(layer, x[:1]), rtol=0, atol=1e-12)
         both = oracle(layer, torch.cat([x, x], 1))[1:, T:]
         torch.testing.assert_close(y[1:], both, rtol=0, atol=1e-12)
@@ -124,8 +126,25 @@ def test_plain_training_uses_is_causal_without_mask(layer, x, monkeypatch):
     row_starts = torch.zeros(2, T, dtype=torch.bool)
     row_starts[0, 0] = True
     layer(x)
-    layer(x, None, row_starts)
+    layer(x, None, Sight.of(T, None, row_starts, x.device))
     assert [c["attn_mask"] is None and c["is_causal"] for c in calls] == [True, True]
+
+
+def test_layers_share_one_mask_of_documents(monkeypatch):
+    masks, inner = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **kw: masks.append(kw["attn_mask"]) or inner(*args, **kw),
+    )
+    config = ModelConfig(
+        architecture="transformer", vocab_size=32, hidden_size=24, num_layers=3, num_heads=3
+    )
+    tokens, resets = torch.randint(32, (2, T)), torch.zeros(2, T, dtype=torch.bool)
+    resets[0, 9] = True
+    LanguageModel(config)(tokens, resets=resets)
+    assert [m.data_ptr() for m in masks] == [masks[0].data_ptr()] * 3
+    assert masks[0].shape == (2, 1, T, T) and masks[0].dtype == torch.float32
 
 
 def test_old_state_and_forks_stay_as_they_were(layer, x):

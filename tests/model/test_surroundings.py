@@ -237,7 +237,11 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fields", [{"memory_heads": 1}, {"architecture": "rwkv7"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"memory_heads": 1}, {"architecture": "rwkv7"}, {"architecture": "transformer"}],
+    ids=str,
+)
 def test_packed_documents_are_looked_at_once_not_in_every_layer(fields):
     fields = fields if "memory_heads" in fields else fields | {"ffn_order": None}
     resets = torch.zeros(2, 8, dtype=torch.bool)

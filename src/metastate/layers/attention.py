@@ -161,22 +161,60 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).to(x.dtype)
 
 
-def document_starts(
-    resets: Tensor | None, past: int, start: Tensor | None, length: int
-) -> Tensor | None:
-    """Return the first position that each query sees, [B, T] or [B, 1] int64; None means 0.
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """Which tokens every query of a pass sees: the same in all layers, so it is made once.
 
-    Args:
-        resets: [B, T] bool, True where a document starts; None means nowhere.
-        past: number of tokens before the first query.
-        start: [B] int64, the first visible position before the first query; None means 0.
-        length: T.
+    Attributes:
+        starts: the first position that each query sees, [B, T] or [B, 1] int64; None means 0.
+        mask: bool, True where a query sees a key, [T, past + T] or [B, 1, T, past + T]; None where
+            causal attention says it all.
     """
-    if resets is None:
-        return None if start is None else start[:, None]
-    position = torch.arange(past, past + length, device=resets.device)
-    starts = torch.where(resets, position, 0).cummax(1).values
-    return starts if start is None else torch.maximum(starts, start[:, None])
+
+    starts: Tensor | None = None
+    mask: Tensor | None = None
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls, length: int, state: AttentionState | None, resets: Tensor | None, device: torch.device
+    ) -> Sight:
+        """Compute it for T = `length` queries.
+
+        Args:
+            length: T.
+            state: of any layer before the first query; None means that nothing was read.
+            resets: [B, T] bool, True where a document starts: earlier tokens, also those of
+                `state`, are hidden from there on. None means nowhere.
+            device: where the masks are made.
+        """
+        past, start = (0, None) if state is None else (state.length, state.start)
+        if resets is not None and past == 0 and not resets[:, 1:].any():
+            resets = None  # only whole rows start a document: causal attention is the same
+        position = torch.arange(past + length, device=device)
+        starts = None if start is None else start[:, None]
+        if resets is not None:
+            own = torch.where(resets, position[past:], 0).cummax(1).values
+            starts = own if starts is None else torch.maximum(own, starts)
+        mask = None
+        if starts is not None or (past and length > 1):
+            mask = position <= position[past:, None]  # [T, past + T]
+            if starts is not None:
+                mask = mask & (position >= starts[:, None, :, None])  # [B, 1, T, past + T]
+        return cls(starts, mask)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return 0 where a query sees a key and -inf elsewhere, None where `mask` is.
+
+        Attention makes this of a mask in any case, once a layer, and keeps it for its backward
+        pass: [B, 1, T, T] numbers a layer, where one for all will do.
+        """
+        if self.mask is None:
+            return None
+        if dtype not in self._biases:
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._biases[dtype] = bias.masked_fill_(~self.mask, -torch.inf)
+        return self._biases[dtype]
 
 
 class Attention(nn.Module):
@@ -212,15 +250,14 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, resets: Tensor | None = None
+        self, x: Tensor, state: AttentionState | None = None, sight: Sight | None = None
     ) -> tuple[Tensor, AttentionState]:
         """Attend from every token to the tokens of its document up to itself.
 
         Args:
             x: [B, T, D], T >= 1.
             state: what came before; None means nothing. It is not changed.
-            resets: [B, T] bool, True where a document starts: earlier tokens, also those of
-                `state`, are hidden from there on. None means nowhere.
+            sight: which tokens these see, of this state; None means that no document starts here.
 
         Returns:
             o [B, T, D] in x's dtype (under autocast in its own), and the state after the end.
@@ -233,23 +270,16 @@ class Attention(nn.Module):
         table = rotary_table(length, past, self.rotary_size, self.theta, dtype, x.device)
         q, k = rotate(q, *table), rotate(k, *table)
 
-        if resets is not None and not resets[:, 1:].any():
-            # Only whole rows start a document: without a past, plain causal attention is the same.
-            resets = None if past == 0 else resets
-        starts = document_starts(resets, past, None if state is None else state.start, length)
+        if sight is None:
+            sight = Sight.of(length, state, None, x.device)
         if state is None:
             state = AttentionState.empty(*heads, device=k.device, dtype=k.dtype)
-        state = state.append(k, v, None if starts is None else starts[:, -1])
+        state = state.append(k, v, None if sight.starts is None else sight.starts[:, -1])
         keys, values = state.visible()
-        mask = None
-        if starts is not None or (past and length > 1):
-            key = torch.arange(past + length, device=x.device)
-            mask = key <= key[past:, None]  # [T, past + T]
-            if starts is not None:
-                mask = mask & (key >= starts[:, None, :, None])  # [B, 1, T, past + T]
+        bias = sight.bias(q.dtype)
         # T = 1 without a mask sees everything, and CPU and GPU take their flash kernels.
         y = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=mask is None and length > 1
+            q, keys, values, attn_mask=bias, is_causal=bias is None and length > 1
         )
         return self.output(y.transpose(1, 2).reshape(batch, length, -1)), state
 

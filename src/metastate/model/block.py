@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metastate.config import ModelConfig
-from metastate.layers.attention import Attention, AttentionState, Mlp
+from metastate.layers.attention import Attention, AttentionState, Mlp, Sight
 from metastate.layers.channel_mix import ChannelMix
 from metastate.layers.common import Packing, RecurrentState
 from metastate.layers.meta_state import MetaState
@@ -108,13 +108,15 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         state: AttentionState | None,
-        resets: Tensor | None,
+        sight: Sight,
         state_only: bool = False,
     ) -> tuple[Tensor, AttentionState]:
         """Return x [B, T, D] and the new cache; None before the first token means an empty one.
 
+        `sight` says which tokens these see, for all blocks.
+
         With `state_only` x is not what the block computes: the feed-forward layer is left out.
         """
-        y, state = self.attention(self.ln1(x), state, resets)
+        y, state = self.attention(self.ln1(x), state, sight)
         x = x + y
         return x if state_only else x + self.mlp(self.ln2(x)), state

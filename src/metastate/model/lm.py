@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from metastate import ops
 from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
+from metastate.layers.attention import Sight
 from metastate.layers.common import Growth, Packing, declared_groups, is_plain, linear, normal_
 from metastate.layers.surprise_memory import SurpriseMemory
 from metastate.model.block import RecurrentBlock, TransformerBlock
@@ -163,8 +164,9 @@ class LanguageModel(nn.Module):
                 if term is not None:
                     kl = term if kl is None else kl + term
         else:
+            sight = Sight.of(length, before[0], resets, tokens.device)  # type: ignore[arg-type]
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
-                x, new = self._run(block, x, old, resets, state_only and i == last)
+                x, new = self._run(block, x, old, sight, state_only and i == last)
                 layers.append(new)
         seen = 0 if state is None else state.tokens_seen
         if kl is not None:
