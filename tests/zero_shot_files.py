@@ -12,6 +12,13 @@ LAMBADA = [
 HELLASWAG = [
     ("Cooking: A man cuts bread. he", 1, ["eats a house.", "eats the bread.", "is.", "swims off."]),
     ("Running: Two women run. they", 3, ["fly.", "sink slowly.", "read.", "reach the end of it."]),
+    ("Art: How to draw [title] Take a [soft | hard] pen.", 0, ["Draw [it].", "Eat.", "Go.", "Be."]),
+]
+# What lm-evaluation-harness 0.4.13 asks of these: `process_docs` of its task hellaswag.
+HELLASWAG_ASKED = [
+    ("Cooking: A man cuts bread. He", HELLASWAG[0][2]),
+    ("Running: Two women run. They", HELLASWAG[1][2]),
+    ("Art: How to draw. Take a pen.", ["Draw .", "Eat.", "Go.", "Be."]),
 ]
 # (query, choices, gold) of each file in mc_eval, and the context that the query becomes
 CHOICES = {

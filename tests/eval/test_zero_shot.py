@@ -133,8 +133,8 @@ def test_every_task_is_read_as_it_should(data):
         (files.LAMBADA[1][:-7], " “word”"),
         (files.LAMBADA[2][:-5], " häve"),
     ]
-    for item, (context, label, ends) in zip(
-        load_items("hellaswag", data), files.HELLASWAG, strict=True
+    for item, (_, label, _), (context, ends) in zip(
+        load_items("hellaswag", data), files.HELLASWAG, files.HELLASWAG_ASKED, strict=True
     ):
         assert item == Item(tuple((context, " " + end) for end in ends), label)
     for name, (rows, contexts) in files.CHOICES.items():
@@ -148,6 +148,26 @@ def test_every_task_is_read_as_it_should(data):
     pairs = [(name, pair) for name, own in files.BLIMP.items() for pair in own]
     for item, (name, (good, bad)) in zip(load_items("blimp", data), pairs, strict=True):
         assert item == Item((("", " " + good), ("", " " + bad)), 0, name)
+
+
+@pytest.mark.parametrize(
+    ("ctx_a", "ctx_b"),
+    [
+        ("A man sits. He stands up.", "the man"),
+        ("A woman shouts!", "a dog in a 4 x 4, then she"),
+        ("A logo appears.", '" knife sharpening'),
+        ("1 a guy plays. 2 a guy talks.", "3 the guy"),
+        (".", "an intro"),
+        ("Choose soft pencils. They last longer.", ""),
+        ("A single sentence without an end", ""),
+    ],
+)
+def test_hellaswag_s_sentence_begins_as_in_lm_eval(ctx_a, ctx_b, data):
+    """The file holds ctx, which is `f"{ctx_a} {ctx_b}"`; lm-eval capitalises ctx_b."""
+    lines = [f"Activity: {ctx_a} {ctx_b}".rstrip(), "0", "a", "b", "c", "d"]
+    (data / TASKS["hellaswag"].file).write_bytes(bz2.compress("\n".join(lines).encode()))
+    (item,) = load_items("hellaswag", data)
+    assert item.pairs[0][0] == ("Activity: " + ctx_a + " " + ctx_b.capitalize()).strip()
 
 
 class Oracle(nn.Module):

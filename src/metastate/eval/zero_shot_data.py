@@ -7,9 +7,8 @@ connective.
 The files, below one folder (in braces the fields of a line; `gold` counts from 0):
 
     lambada/lambada_test.jsonl              {"text"}: its last word is to be guessed
-    hellaswag/hellaswag_val_full.txt.bz2    six lines an item: context, label 0-3, four endings;
-                                                lm-eval begins the last words of a third of the
-                                                contexts with a capital, here they are as released
+    hellaswag/hellaswag_val_full.txt.bz2    six lines an item: `activity_label: ctx` as released,
+                                            label 0-3, four endings
     mc_eval/piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl, openbook_qa.jsonl, copa.jsonl,
             boolq.jsonl                     {"query", "choices", "gold"}
     mc_eval/winogrande.jsonl                {"context_options", "continuation", "gold"}
@@ -72,7 +71,24 @@ def _read_hellaswag(content: bytes, where: str) -> Iterator[Item]:
         at = f"{where}, item {i // 6}"
         if label not in ("0", "1", "2", "3"):
             raise DataError(f"{at}: the label is {label!r}; it must be 0, 1, 2 or 3")
-        yield _choice_item(context, endings, int(label), at)
+        endings = [_without_marks(ending) for ending in endings]
+        yield _choice_item(_without_marks(_begun(context)), endings, int(label), at)
+
+
+def _begun(context: str) -> str:
+    """Return HellaSwag's ctx as lm-eval joins it: `ctx_a + " " + ctx_b.capitalize()`.
+
+    The released ctx has ctx_b, the beginning of the sentence to be ended, in lower case; it is what
+    follows the last full stop, and nothing where the text ends with one.
+    """
+    *before, last = re.split(r"(?<=[.!?])\s+(?=[^.!?]+$)", context.rstrip())
+    return " ".join([*before, last.capitalize()]) if before else last
+
+
+def _without_marks(text: str) -> str:
+    """Return a text of HellaSwag without WikiHow's marks, as lm-eval's `preprocess` does."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
 
 
 def _read_choices(prompt: Callable[[str], str]) -> Callable[[bytes, str], Iterator[Item]]:
