@@ -57,6 +57,15 @@ def test_recall_end_to_end(tmp_path, run, trained):
     assert f"none up to 1 ({best:.1%})" in rows[0]
 
 
+def test_recall_with_another_filler_is_another_problem(tmp_path, run, trained):
+    argv = ["tasks", "recall", "--level", "16x2", "--vocab-size", "20", "--layers", "1"]
+    argv += ["--architectures", "rwkv7", *SMALL, tmp_path]
+    run(*argv)
+    assert "| 16x2 random |" in run(*argv, "--filler", "random")
+    assert [name for name, *_ in trained] == ["16x2", "16x2 random"]
+    assert "random" not in run(*argv) and len(trained) == 2
+
+
 def test_a_rate_is_chosen_by_other_sequences_than_it_is_scored_on():
     def cell(rate, accuracy, **more):
         names = {"problem": "S3", "architecture": "rwkv7", "model": {"num_layers": 1}}
@@ -209,6 +218,8 @@ def test_fewest_layers_by_length():
         (["tasks", "recall", "--level", "64x17"], ["64", "17"]),
         (["tasks", "recall", "--level", "easy"], ["easy", "64x4"]),
         (["tasks", "recall", "--vocab-size", "8"], ["vocabulary"]),
+        (["tasks", "recall", "--filler", "noise"], ["noise", "random"]),
+        (["tasks", "state-tracking", "--filler", "zero"], ["--filler", "recall"]),
         (["tasks", "recall", "--levels", "64x4"], ["--level"]),
     ],
 )

@@ -106,11 +106,17 @@ def test_the_reach_grows_to_the_first_length_that_is_not_mastered():
     assert problem.next_reach(3, [1.0] * 6) == problem.next_reach(6, [0.0] * 6) == 6
 
 
+@pytest.mark.parametrize("filler", ["random", "zero"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_query_can_be_answered(level):
-    problem = Recall.parse(level)
+def test_every_query_can_be_answered(level, filler):
+    problem = Recall.parse(level, filler=filler)
     tokens, labels = problem.batch(2, 7)
-    assert problem.name == level and tokens.shape == labels.shape == (2, problem.length)
+    assert problem.name == level + {"zero": "", "random": " random"}[
+        filler
+    ] and tokens.shape == labels.shape == (
+        2,
+        problem.length,
+    )
     half, P = problem.vocab_size // 2, problem.pairs
     for row, answer in zip(tokens.numpy(), labels.numpy(), strict=True):
         keys, values = row[0 : 2 * P : 2], row[1 : 2 * P : 2]
@@ -122,7 +128,21 @@ def test_every_query_can_be_answered(level):
         assert len(asked) == P and asked.min() >= 2 * P
         assert set(row[asked]) == set(keys)  # each key once more
         assert [shown[key] for key in row[asked]] == answer[asked].tolist()
-        assert (np.delete(row[2 * P :], asked - 2 * P) == 0).all()
+        rest = np.delete(row[2 * P :], asked - 2 * P)
+        assert (rest == 0).all() == (filler == "zero")
+
+
+def test_the_filler_is_any_token_and_changes_nothing_else():
+    """As Zoology's `random_non_queries` has it."""
+    (tokens, labels), (bare, same) = (
+        Recall(64, 4, 32, filler).batch(400, 0) for filler in ("random", "zero")
+    )
+    rest = labels == IGNORE
+    rest[:, :8] = False
+    assert torch.equal(labels, same) and torch.equal(tokens[~rest], bare[~rest])
+    assert (bare[rest] == 0).all()
+    count = torch.bincount(tokens[rest], minlength=32)
+    assert count.sum() == 400 * 52 and count.min() > 0.8 * 400 * 52 / 32
 
 
 def test_queries_come_anywhere_but_sooner_rather_than_later():
@@ -155,6 +175,7 @@ def test_a_seed_makes_the_same_sequences(problem):
         (lambda: Recall(64, 0), "at least 1"),
         (lambda: Recall(64, 16, 32), "34 or more"),
         (lambda: Recall.parse("64"), "LENGTHxPAIRS"),
+        (lambda: Recall(64, 4, filler="noise"), "allowed: zero, random"),
         (lambda: WordProblem("S5", 0), "length"),
         (lambda: task_model("mamba", 1, 16, 1, 8), "tokenformer"),
         (lambda: task_model("mamba+memory", 1, 16, 1, 8), "tokenformer"),

@@ -350,6 +350,12 @@ def add_tasks(parser: Parser) -> None:
     for flag, number, what in numbers:
         parser.add_argument(flag, type=int, default=number, metavar="N", help=what)
     parser.add_argument(
+        "--filler",
+        choices=("zero", "random"),
+        help="recall: what stands between pairs and queries, always 0, or any tokens of the "
+        "vocabulary, which is harder (default: zero)",
+    )
+    parser.add_argument(
         "--match-params",
         action="store_true",
         help="fit the hidden widths to the first architecture's parameters within 1%% (default: "

@@ -26,11 +26,17 @@ from metastate.train.memory import keep_freed_memory
 Cell = dict[str, Any]
 
 # What belongs to one task alone, and the defaults of what does not.
-OWN = {"state-tracking": ("groups", "length"), "recall": ("levels", "vocab_size")}
+OWN = {"state-tracking": ("groups", "length"), "recall": ("levels", "vocab_size", "filler")}
 FLAGS = {"groups": "--group", "levels": "--level"}  # where the name is not the flag's
 DEFAULTS: dict[str, dict[str, Any]] = {
     "state-tracking": {"groups": ["S3"], "length": 20, "layers": [1, 2], "batch_size": 64},
-    "recall": {"levels": ["64x4"], "vocab_size": 8192, "layers": [2], "batch_size": 32},
+    "recall": {
+        "levels": ["64x4"],
+        "vocab_size": 8192,
+        "filler": "zero",
+        "layers": [2],
+        "batch_size": 32,
+    },
 }
 RESULTS, TABLE, FIGURE = "results.json", "results.md", "accuracy.png"
 
@@ -106,7 +112,7 @@ def cells(args: argparse.Namespace) -> list[tuple[Problem, Cell]]:
     """
     problems: list[Problem] = []
     if args.task == "recall":
-        problems += [Recall.parse(level, args.vocab_size) for level in args.levels]
+        problems += [Recall.parse(level, args.vocab_size, args.filler) for level in args.levels]
     else:
         problems += [WordProblem(group, args.length) for group in args.groups]
     planned = []

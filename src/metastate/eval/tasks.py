@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -179,20 +179,23 @@ class Recall:
 
     The label stands at the repeated key, IGNORE everywhere else; 0 fills the rest. Queries stand at
     every second place at most, near ones likelier: a gap of g places has probability ~ g^-0.99.
-    Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, each drawn without repetition.
+    Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, each drawn without repetition. A 0 tells that
+    nothing is asked; with `random` any of the V tokens, keys and values too, stands in its place.
 
     Attributes:
         length: tokens of a sequence.
         pairs: P.
         vocab_size: V.
+        filler: `zero` or `random`.
 
-    Source: Arora et al., "Zoology", arXiv:2312.04927, in the form of its published experiments:
-    `random_non_queries=False`. Random tokens in place of the 0, its code's default, are harder.
+    Source: Arora et al., "Zoology", arXiv:2312.04927; `zero` is the form of its figure 2
+    (`random_non_queries=False`), `random` its code's default, which is harder.
     """
 
     length: int
     pairs: int
     vocab_size: int = 8192
+    filler: Literal["zero", "random"] = "zero"
     threshold: ClassVar[float] = 0.99
     task: ClassVar[str] = "recall"
 
@@ -207,19 +210,23 @@ class Recall:
                 f"recall of {self.pairs} pairs needs a vocabulary of {2 * self.pairs + 2} or more "
                 f"(half of it keys, half values); vocab_size is {self.vocab_size}"
             )
+        if self.filler not in ("zero", "random"):
+            raise ConfigError(f"filler is {self.filler!r}; allowed: zero, random")
 
     @classmethod
-    def parse(cls, text: str, vocab_size: int = 8192) -> Recall:
-        """Return the problem named LENGTHxPAIRS, as in 64x4; else ConfigError."""
+    def parse(
+        cls, text: str, vocab_size: int = 8192, filler: Literal["zero", "random"] = "zero"
+    ) -> Recall:
+        """Return the problem of LENGTHxPAIRS, as in 64x4; else ConfigError."""
         match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", text)
         if not match:
             raise ConfigError(f"{text!r} is not LENGTHxPAIRS, as in {', '.join(LEVELS)}")
-        return cls(int(match[1]), int(match[2]), vocab_size)
+        return cls(int(match[1]), int(match[2]), vocab_size, filler)
 
     @property
     def name(self) -> str:
-        """LENGTHxPAIRS."""
-        return f"{self.length}x{self.pairs}"
+        """LENGTHxPAIRS, and `random` where the filler is."""
+        return f"{self.length}x{self.pairs}" + " random" * (self.filler == "random")
 
     def batch(
         self, batch_size: int, seed: Seed, length: int | None = None
@@ -233,6 +240,8 @@ class Recall:
         gaps = np.arange(1, (self.length - 2 * P) // 2 + 1)
         places = 2 * P + 2 * _draw(rng, batch_size, (GAP_POWER - 1) * np.log(gaps), P)
         tokens = np.zeros((batch_size, self.length), np.int64)
+        if self.filler == "random":
+            tokens = rng.integers(self.vocab_size, size=tokens.shape)
         tokens[:, 0 : 2 * P : 2], tokens[:, 1 : 2 * P : 2] = keys, values
         np.put_along_axis(tokens, places, keys, 1)
         labels = np.full_like(tokens, IGNORE)
