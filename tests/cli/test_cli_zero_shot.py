@@ -115,6 +115,8 @@ def test_lm_eval_that_is_not_installed_is_named(checkpoint, refused, monkeypatch
     assert "pip install 'metastate[lm-eval]'" in message
     assert "--tasks is missing" in refused("lm-eval", checkpoint)
     assert "limit is 0" in refused("lm-eval", checkpoint, "--tasks", "piqa", "--limit", 0)
+    argv = ("lm-eval", checkpoint, "--tasks", "piqa", "--num-fewshot", -1)
+    assert "num_fewshot is -1" in refused(*argv)
 
 
 def test_lm_eval_gets_the_options_and_its_talk_stays_out_of_the_result(
@@ -125,7 +127,14 @@ def test_lm_eval_gets_the_options_and_its_talk_stays_out_of_the_result(
     def evaluate_tasks(lm, tasks, **options):
         print("lm-eval talks")
         assert (lm.batch_size, tasks) == (3, ["a", "b"])
-        assert options == {"limit": 4, "include_path": "x"} and torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+        assert options == {
+            "limit": 4,
+            "include_path": "x",
+            "num_fewshot": 5,
+            "gen_kwargs": "top_p=0.5",
+            "confirm_run_unsafe_code": True,
+        }
         return {"a": {"items": 2, "metrics": {"acc": {"value": 0.5, "stderr": None}}}}
 
     def adapter(model, tokenizer, batch_size):
@@ -136,8 +145,10 @@ def test_lm_eval_gets_the_options_and_its_talk_stays_out_of_the_result(
     monkeypatch.setattr("metastate.cli.zero_shot.metadata.version", lambda name: "1")
     argv = ("lm-eval", checkpoint, "--tasks", "a,b", "--limit", 4, "--include-path", "x")
     argv += ("--batch-size", 3, "--dtype", "bfloat16", "--out", tmp_path / "scores.json")
+    argv += ("--num-fewshot", 5, "--gen-kwargs", "top_p=0.5", "--confirm-run-unsafe-code")
     result = json.loads(run(*argv, "--json"))
     assert result["tasks"]["a"]["items"] == 2 and result["limit"] == 4
+    assert (result["num_fewshot"], result["gen_kwargs"]) == (5, "top_p=0.5")
     assert result == json.loads((tmp_path / "scores.json").read_text())
     assert run(*argv).splitlines()[1].split()[:3] == ["a", "acc", "0.5000"]
 

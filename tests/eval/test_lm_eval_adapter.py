@@ -1,16 +1,18 @@
-"""The adapter against lm-evaluation-harness itself; skipped where that is not installed."""
+"""The adapter against lm-evaluation-harness itself, and above a stand-in where it is missing."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import zero_shot_files as files
+from lm_eval_stand_in import ADAPTER, load_adapter
 from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
-from metastate.errors import ConfigError, DataError
+from metastate.errors import ConfigError, DataError, ShapeError
 from metastate.eval.zero_shot import evaluate_items, loglikelihoods
 from metastate.eval.zero_shot_data import TASKS, load_items
 from metastate.infer.generate import generate
@@ -18,7 +20,6 @@ from metastate.infer.sampling import SamplingConfig
 from metastate.model.lm import LanguageModel
 
 BYTES = ByteTokenizer()
-ADAPTER = "metastate.eval.lm_eval_adapter"
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
@@ -29,11 +30,19 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
 
 
 @pytest.fixture
-def adapter():
+def harness():
+    """The adapter above lm-evaluation-harness itself."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     from metastate.eval import lm_eval_adapter
 
     return lm_eval_adapter
+
+
+@pytest.fixture(params=["harness", "stand-in"])
+def adapter(request, monkeypatch):
+    if request.param == "harness":
+        return request.getfixturevalue("harness")
+    return load_adapter(monkeypatch)
 
 
 @pytest.fixture
@@ -55,8 +64,10 @@ def lm(adapter, model):
 
 
 def requests(kind, arguments):
-    from lm_eval.api.instance import Instance
-
+    try:
+        from lm_eval.api.instance import Instance
+    except ImportError:  # the stand-in
+        return [SimpleNamespace(args=args) for args in arguments]
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
@@ -145,7 +156,7 @@ metric_list:
 
 
 @pytest.mark.parametrize("task", YAML)
-def test_whole_tasks_give_the_same_figures(task, adapter, lm, model, tmp_path):
+def test_whole_tasks_give_the_same_figures(task, harness, model, tmp_path):
     """The harness's own prompts, metrics and standard errors, on the same file."""
     data, tasks = files.write(tmp_path / "data"), tmp_path / "tasks"
     tasks.mkdir()
@@ -160,7 +171,8 @@ def test_whole_tasks_give_the_same_figures(task, adapter, lm, model, tmp_path):
     source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
     head = f"task: local_{task}\ntest_split: test\nnum_fewshot: 0\n{source}"
     (tasks / f"{task}.yaml").write_text(head + YAML[task])
-    theirs = adapter.evaluate_tasks(lm, [f"local_{task}"], include_path=str(tasks))
+    lm = harness.MetaStateLM(model, BYTES, batch_size=3)
+    theirs = harness.evaluate_tasks(lm, [f"local_{task}"], include_path=str(tasks))
     items = load_items(task, data)
     ours = evaluate_items(model, BYTES, task, items)
     found = theirs[f"local_{task}"]
@@ -175,7 +187,7 @@ def test_whole_tasks_give_the_same_figures(task, adapter, lm, model, tmp_path):
     assert json.dumps(theirs)
 
 
-def test_lm_eval_finds_the_model_by_its_name(adapter, model, tmp_path):
+def test_lm_eval_finds_the_model_by_its_name(harness, model, tmp_path):
     import metastate
 
     model.tokenizer_info = BYTES.info()
@@ -185,7 +197,7 @@ def test_lm_eval_finds_the_model_by_its_name(adapter, model, tmp_path):
     made = get_model("metastate").create_from_arg_string(
         f"checkpoint={tmp_path / 'model'}", {"batch_size": "auto", "device": "cpu"}
     )
-    assert isinstance(made, adapter.MetaStateLM) and made.batch_size == 16
+    assert isinstance(made, harness.MetaStateLM) and made.batch_size == 16
     assert made.eot_token_id == 0 and made.tok_encode("ab") == [97, 98]
 
 
@@ -200,9 +212,57 @@ def test_mistakes_are_said(adapter, lm, model):
         adapter.MetaStateLM(model, BYTES, batch_size="many")
 
 
-def test_data_that_cannot_be_had(adapter, lm, tmp_path):
+def test_data_that_cannot_be_had(harness, model, tmp_path):
+    lm = harness.MetaStateLM(model, BYTES)
     source = "dataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere/x.jsonl}}\n"
     head = f"task: local_gone\ntest_split: test\n{source}"
     (tmp_path / "gone.yaml").write_text(head + YAML["piqa"])
     with pytest.raises(DataError, match="local_gone"):
-        adapter.evaluate_tasks(lm, ["local_gone"], include_path=str(tmp_path))
+        harness.evaluate_tasks(lm, ["local_gone"], include_path=str(tmp_path))
+
+
+def test_unsafe_tasks_want_a_word_and_wrong_settings_are_said(harness, model, tmp_path):
+    """What lm-eval refuses, as it does it: no traceback, and what to do."""
+    file = files.write(tmp_path / "data") / TASKS["piqa"].file
+    source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+    head = f"task: local_code\ntest_split: test\nunsafe_code: true\n{source}"
+    (tmp_path / "code.yaml").write_text(head + YAML["piqa"])
+    lm, where = harness.MetaStateLM(model, BYTES), {"include_path": str(tmp_path)}
+    with pytest.raises(ConfigError, match="--confirm-run-unsafe-code allows that"):
+        harness.evaluate_tasks(lm, ["local_code"], **where)
+    found = harness.evaluate_tasks(lm, ["local_code"], **where, confirm_run_unsafe_code=True)
+    assert found["local_code"]["items"] == 2
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "words"),
+    [
+        (ImportError("no module sympy"), ConfigError, r"not installed \(no module sympy\)"),
+        (ValueError("marked as unsafe"), ConfigError, "--confirm-run-unsafe-code"),
+        (ValueError("no split"), ConfigError, r"cannot run piqa \(no split\); mend"),
+        (RuntimeError("scripts are gone"), ConfigError, "scripts are gone"),
+        (OSError("no network"), DataError, "no network"),
+        (ShapeError("of ours"), ShapeError, "^of ours$"),
+    ],
+)
+def test_what_lm_eval_raises_is_said(monkeypatch, model, cause, error, words):
+    def evaluate(*_, **__):
+        raise cause
+
+    adapter = load_adapter(monkeypatch, evaluate)
+    with pytest.raises(error, match=words):
+        adapter.evaluate_tasks(adapter.MetaStateLM(model, BYTES), ["piqa"])
+
+
+def test_the_options_reach_lm_eval(monkeypatch, model):
+    seen = {}
+
+    def evaluate(lm, **options):
+        seen.update(options)
+        return {"results": {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1}}}
+
+    adapter = load_adapter(monkeypatch, evaluate)
+    options = {"num_fewshot": 5, "gen_kwargs": "top_k=1", "confirm_run_unsafe_code": True}
+    found = adapter.evaluate_tasks(adapter.MetaStateLM(model, BYTES), ["piqa"], **options)
+    assert seen.items() >= (options | {"limit": None}).items()
+    assert found["piqa"]["metrics"] == {"acc": {"value": 0.5, "stderr": 0.1}}

@@ -235,6 +235,22 @@ def add_lm_eval(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--tasks", metavar="A,B", help="names of lm-evaluation-harness")
     parser.add_argument("--include-path", metavar="DIR", help="folder with further tasks in YAML")
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved items in front of each (default: what a task says, else 0)",
+    )
+    parser.add_argument(
+        "--gen-kwargs",
+        metavar="KEY=VALUE,...",
+        help="settings of tasks that generate text, as in temperature=0.7,max_gen_toks=64",
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="allow tasks that run the code which the model writes",
+    )
     add_scoring(parser, "score the first N items of each task")
 
 

@@ -61,6 +61,8 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     names, keep = _names(args.tasks), _keeper(args.out)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"limit is {args.limit}; it must be 1 or more")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ConfigError(f"num_fewshot is {args.num_fewshot}; it must be 0 or more")
     from metastate.eval.lm_eval_adapter import MetaStateLM, evaluate_tasks
 
     model = load_model(args.checkpoint, args)
@@ -68,11 +70,21 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     lm.watch = bar
     # lm-eval prints as it goes; standard output is for the result.
     with arithmetic(args.device, args.dtype), contextlib.redirect_stdout(sys.stderr):
-        tasks = evaluate_tasks(lm, names, limit=args.limit, include_path=args.include_path)
+        tasks = evaluate_tasks(
+            lm,
+            names,
+            limit=args.limit,
+            include_path=args.include_path,
+            num_fewshot=args.num_fewshot,
+            gen_kwargs=args.gen_kwargs,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
     values = {
         "checkpoint": args.checkpoint,
         "lm_eval": metadata.version("lm-eval"),
         "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "gen_kwargs": args.gen_kwargs,
         "tasks": tasks,
     }
     keep(values)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from metastate.data.tokenizer import Tokenizer
-from metastate.errors import ConfigError, DataError
+from metastate.errors import ConfigError, DataError, MetaStateError
 from metastate.eval.zero_shot import Score, score_tokens
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
@@ -178,6 +178,9 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     include_path: str | None = None,
+    num_fewshot: int | None = None,
+    gen_kwargs: str | None = None,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness, which fetches their data as it always does.
 
@@ -186,12 +189,17 @@ def evaluate_tasks(
         tasks: names of its tasks, tags or groups.
         limit: the first so many items of each task; None is all.
         include_path: a folder with further tasks in YAML.
+        num_fewshot: solved items in front of each; None is what a task says itself.
+        gen_kwargs: settings of generation, as in "temperature=0.7,max_gen_toks=64"; they come
+            before a task's own.
+        confirm_run_unsafe_code: allow tasks that run what the model writes.
 
     Returns:
         By task: `items` (None for a group) and `metrics`, by name `value` and `stderr` (or None).
 
     Raises:
-        ConfigError: there is no such task. DataError: its data cannot be had.
+        ConfigError: there is no such task, or lm-eval cannot run it with these settings or with
+            what is installed. DataError: its data cannot be had.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -206,13 +214,31 @@ def evaluate_tasks(
             raise ConfigError(f"lm-eval has no task {name!r}; {hint}")
     try:
         found = lm_eval.simple_evaluate(
-            lm, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+            lm,
+            tasks=list(tasks),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            gen_kwargs=gen_kwargs,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            task_manager=manager,
+            log_samples=False,
         )
+    except MetaStateError:
+        raise
     except OSError as cause:  # no network, no such data set, no such file
         raise DataError(
             f"lm-eval cannot get the data of {', '.join(tasks)} ({cause}); `metastate eval-tasks` "
             "needs no network"
         ) from cause
+    except ImportError as cause:
+        raise ConfigError(
+            f"lm-eval needs a package for {', '.join(tasks)} that is not installed ({cause}); "
+            "install it, or leave that task out"
+        ) from cause
+    except (ValueError, RuntimeError) as cause:
+        unsafe = "unsafe" in str(cause)
+        todo = "--confirm-run-unsafe-code allows that" if unsafe else "mend that, or leave it out"
+        raise ConfigError(f"lm-eval cannot run {', '.join(tasks)} ({cause}); {todo}") from cause
     samples, out = found.get("n-samples", {}), {}
     for name, own in found["results"].items():
         metrics = {}
