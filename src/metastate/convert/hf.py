@@ -196,7 +196,8 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
                 columns; 0 marks padding, which may stand anywhere. With a non-empty cache, rows of
                 new tokens that are padded run one after the other.
             past_key_values: a MetaStateCache to go on from. It then holds the state after input_ids
-                (unless use_cache is False). Gradients flow through it.
+                (unless use_cache is False). One of one row is gone on from in every row. Gradients
+                flow through it.
             inputs_embeds: refused.
             labels: [B, T] int64, the input_ids or -100; shifted here.
             use_cache: whether to return a cache; None: if one was given, and outside training.
@@ -235,6 +236,8 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
             raise ConfigError(f"{unknown[0]!r} is no input of this model")
 
         state = None if cache is None else cache.state
+        if state is not None and state.batch_size == 1:
+            state = state.expand(len(input_ids))
         hidden, state, kl = self._features(
             input_ids, state, mask, resets, bool(output_hidden_states)
         )
@@ -376,6 +379,7 @@ def _mask(given: Tensor | None, tokens: Tensor, cache: MetaStateCache | None) ->
     mask = given.bool()
     if cache is not None and mask.shape[1] > length:
         seen = torch.ones_like(mask[:, :past]) if cache.mask is None else cache.mask
+        seen = seen.expand(batch, -1) if len(seen) == 1 else seen
         if not torch.equal(mask[:, :past], seen):
             raise StateError(
                 "attention_mask hides other columns than it did when the cache read them; a state "

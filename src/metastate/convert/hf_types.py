@@ -155,12 +155,14 @@ class MetaStateCache(Cache):
     def advance(self, state: ModelState, shape: tuple[int, ...], mask: Tensor | None) -> None:
         """Take the state after columns of `shape` [B, T]; `mask` is False where they were padding.
 
-        A mask of None means that none was.
+        A mask of None means that none was. Where one row was read so far, all go on from it.
         """
         if mask is not None or self.mask is not None:
             device = mask.device if self.mask is None else self.mask.device  # type: ignore[union-attr]
             old, new = (
-                torch.ones(shape[0], columns, dtype=torch.bool, device=device) if m is None else m
+                torch.ones(shape[0], columns, dtype=torch.bool, device=device)
+                if m is None
+                else m.expand(shape[0], -1)
                 for m, columns in ((self.mask, self.length), (mask, shape[1]))
             )
             self.mask = torch.cat([old, new], 1)
