@@ -80,11 +80,16 @@ def test_log_likelihoods_are_ours(task, lm, model, tmp_path):
         assert a == pytest.approx(b, abs=1e-4) and greedy == also
 
 
+def test_a_continuation_without_a_token_is_named(lm):
+    with pytest.raises(DataError, match="'' of 'They' has no token"):
+        lm.loglikelihood(requests("loglikelihood", [("They", "")]), disable_tqdm=True)
+
+
 def test_rolling_is_the_whole_text_behind_an_end_of_document(lm, model):
     texts = ["A text. " * 90, "x", ""]
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in texts]))
     for text, log_p in zip(texts, found, strict=True):
-        expected = loglikelihoods(model, BYTES, [("", text)])[0][0]
+        expected = loglikelihoods(model, BYTES, [("", text)])[0][0] if text else 0.0
         assert log_p == pytest.approx(expected, abs=1e-3)
     ids = torch.tensor([[0, *texts[0].encode()]])
     with torch.no_grad():

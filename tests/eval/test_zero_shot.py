@@ -100,8 +100,26 @@ def test_space_at_the_end_of_a_context_belongs_to_the_continuation(model):
     assert c[0] == pytest.approx(loglikelihoods(model, BYTES, [("", " x")])[0][0], abs=1e-4)
 
 
-def test_a_continuation_without_tokens_is_certain(model):
+def test_a_text_without_tokens_is_certain(model):
+    """So rolling over an empty text gives 0."""
     assert score_tokens(model, [([5], []), ([], [])], 0) == [(0.0, True), (0.0, True)]
+
+
+class Joining(ByteTokenizer):
+    """Makes one token of a y and the exclamation mark behind it."""
+
+    def encode_batch(self, texts):
+        return super().encode_batch([text.replace("y!", "\x01") for text in texts])
+
+
+@pytest.mark.parametrize("pair", [("They say", "!"), ("They", ""), ("", "")])
+def test_a_continuation_without_a_token_of_its_own_is_named(model, pair):
+    pairs = [("They say", " no"), pair]
+    with pytest.raises(DataError, match=f"{pair[1]!r} of {pair[0]!r} has no token of its own"):
+        loglikelihoods(model, Joining(), pairs)
+    item = Item((("They say", " no"), pair), 0)
+    with pytest.raises(DataError, match="no token"):
+        evaluate_items(model, Joining(), "piqa", [item])
 
 
 def test_progress_counts_every_token_and_the_mode_stays(model):

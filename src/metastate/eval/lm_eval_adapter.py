@@ -21,7 +21,7 @@ import torch
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import ConfigError, DataError, MetaStateError
-from metastate.eval.zero_shot import Score, score_tokens
+from metastate.eval.zero_shot import Score, check_continuations, score_tokens
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.io import check_finite, check_tokenizer, load, tokenizer_of
@@ -109,7 +109,12 @@ class MetaStateLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[Score]:
-        """Score ((texts), context ids, continuation ids); every context begins a document."""
+        """Score ((texts), context ids, continuation ids); every context begins a document.
+
+        Raises:
+            DataError: a continuation has no token of its own.
+        """
+        check_continuations([texts for texts, *_ in requests], [target for *_, target in requests])
         eod = self.eot_token_id
         # Text never gives an end of document: one in front is lm-eval's, for an empty context.
         pairs = [(context[context[:1] == [eod] :], target) for _, context, target in requests]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metastate.data.tokenizer import Tokenizer
-from metastate.errors import CheckpointError, ConfigError
+from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.eval.loss import read_in_chunks
 from metastate.eval.zero_shot_data import TASKS, Item, check_tasks
 from metastate.model.io import check_tokenizer
@@ -74,6 +74,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
 
     Both are encoded as one text and cut behind the tokens of the context, so that a word keeps the
     token that it has in running text; white space at a context's end counts to the continuation.
+
+    Raises:
+        DataError: as `check_continuations`.
     """
     texts = [
         text
@@ -81,7 +84,26 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
         for text in (context.rstrip(), context + continuation)
     ]
     ids = [found.tolist() for found in tokenizer.encode_batch(texts)]
-    return [(ids[i], ids[i + 1][len(ids[i]) :]) for i in range(0, len(ids), 2)]
+    encoded = [(ids[i], ids[i + 1][len(ids[i]) :]) for i in range(0, len(ids), 2)]
+    check_continuations(pairs, [continuation for _, continuation in encoded])
+    return encoded
+
+
+def check_continuations(
+    pairs: Sequence[tuple[str, str]], continuations: Sequence[Sequence[int]]
+) -> None:
+    """Raise DataError, naming the first, where a continuation has no token of its own.
+
+    Its log p would be 0, so it would win against any other: a tokenizer that makes one token of the
+    context's end and the continuation cannot score the item.
+    """
+    for (context, text), tokens in zip(pairs, continuations, strict=True):
+        if not tokens:
+            raise DataError(
+                f"the continuation {text!r} of {context[-60:]!r} has no token of its own: it is "
+                "empty, or the tokenizer joins it to the context's last token, so this model "
+                "cannot score the item; take it out"
+            )
 
 
 def loglikelihoods(
@@ -107,6 +129,7 @@ def loglikelihoods(
 
     Raises:
         ConfigError: batch_size is below 1, or the tokenizer has more ids than the model.
+        DataError: a continuation has no token of its own.
         CheckpointError: the model gives values that are not finite.
     """
     check_tokenizer(model, tokenizer)
@@ -124,6 +147,9 @@ def score_tokens(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Do the work of `loglikelihoods` on token ids; contexts come without the end of document.
+
+    A continuation without tokens is the empty product, log p = 0; `check_continuations` says where
+    that means nothing.
 
     Texts of like length go together, padded on the right, and are read in chunks with the state
     carried, so memory does not grow with their length; a row that ended leaves the batch.
