@@ -149,6 +149,16 @@ def test_what_has_no_place_in_a_folder_is_said(pth, tmp_path, capsys):
         assert out.count("\n") == 1
 
 
+def test_unused_tensors_of_any_layout_go_along(tmp_path, run):
+    tensors = official()
+    for name in ("v1", "v2"):  # as a file may hold them that was made by transposing
+        tensors[f"blocks.0.att.{name}"] = tensors[f"blocks.0.att.{name}"].t().contiguous().t()
+    torch.save(tensors, tmp_path / "a.pth")
+    run("convert", tmp_path / "a.pth", "--out", tmp_path / "ours")
+    run("convert", tmp_path / "ours", "--to", "rwkv", "--out", tmp_path / "b.pth")
+    assert same(tmp_path / "a.pth", tmp_path / "b.pth")
+
+
 def test_convert_refuses_and_writes_nothing(pth, checkpoint, tmp_path, refused):
     out = tmp_path / "out"
     (tmp_path / "cut.pth").write_bytes(pth.read_bytes()[:5000])

@@ -14,6 +14,7 @@ from hf_models import CONFIGS, language_model
 
 from metastate.config import ModelConfig
 from metastate.convert.hf_folder import from_hf, to_hf
+from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.model.lm import LanguageModel
 from metastate.model.weights import weights_hash
@@ -177,6 +178,20 @@ def test_one_layer(tmp_path):
     )
     to_hf(model, tmp_path, layout="fla")
     assert weights_hash(from_hf(tmp_path)) == weights_hash(model)
+
+
+def test_the_end_of_document_pads_texts_but_no_embedding(tmp_path):
+    """fla builds Embedding(padding_idx=config.pad_token_id), whose row gets no gradient."""
+    config = ModelConfig(
+        architecture="rwkv7", vocab_size=256, hidden_size=64, num_layers=1, num_heads=1
+    )
+    to_hf(LanguageModel(config), tmp_path, ByteTokenizer(), layout="fla")
+    info, theirs = (
+        json.loads((tmp_path / file).read_text())
+        for file in ("config.json", "tokenizer_config.json")
+    )
+    assert info["pad_token_id"] is None and info["bos_token_id"] == info["eos_token_id"] == 0
+    assert theirs["pad_token"] == theirs["eos_token"] == "<|endoftext|>"
 
 
 @pytest.mark.parametrize(
