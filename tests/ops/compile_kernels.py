@@ -3,7 +3,11 @@
 python tests/ops/compile_kernels.py 90 64      capability 9.0, head size 64
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import triton
 import triton.language as tl
@@ -14,12 +18,13 @@ from metastate.ops import triton as backend
 from metastate.ops import triton_backward, triton_kernels
 
 SHARED_BYTES = 99 * 1024  # what a program may have on the smallest GPUs of capability 8.6 and 8.9
+STACK_BYTES = 2048  # of a thread: what did not fit its registers
 HALF = ("x_", "r_", "k_", "v_", "kappa_", "a_", "g_", "h_", "dv_", "dk_", "dkappa_", "da_", "y_")
 
 
 def compile_kernel(kernel, capability, size, dtype):
-    """Return the bytes of shared memory that `kernel` takes."""
-    tile, whole, rows = backend.tile_sizes(size)
+    """Return the bytes of shared memory that `kernel` takes, and of a thread's stack."""
+    tile, whole, rows = backend.tile_sizes(size, dtype == "bf16")
     a_state = "BV" in kernel.arg_names
     double = dtype == "fp64"
     exact = "ieee" if double else "tf32x3"
@@ -41,9 +46,20 @@ def compile_kernel(kernel, capability, size, dtype):
             inputs = "fp64" if double else "fp32"
             signature[name] = "*i64" if name == "offsets_" else "*bf16" if coarse else f"*{inputs}"
     source = ASTSource(kernel, signature, constexprs=given, attrs=aligned)
-    options = {"num_warps": backend.num_warps(constants["BK"]), "num_stages": 1}
+    options = {
+        "num_warps": backend.num_warps(constants["BK"]),
+        "num_stages": 1,
+        "maxnreg": backend.MAX_REGISTERS,
+    }
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=options).metadata.shared
+    compiled = triton.compile(source, target=target, options=options)
+    tool = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return compiled.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def main():
@@ -54,11 +70,11 @@ def main():
             if not name.endswith("_kernel"):
                 continue
             for dtype in ("bf16", "fp32"):
-                shared = compile_kernel(kernel, capability, size, dtype)
-                print(f"{name:24s} {dtype} {shared / 1024:.0f} KiB", flush=True)
-                if shared > SHARED_BYTES:
+                shared, stack = compile_kernel(kernel, capability, size, dtype)
+                print(f"{name:24s} {dtype} {shared / 1024:.0f} KiB, stack {stack} B", flush=True)
+                if shared > SHARED_BYTES or stack > STACK_BYTES:
                     too_large.append((name, dtype))
-    sys.exit(f"too much shared memory: {too_large}" if too_large else 0)
+    sys.exit(f"too much shared memory or stack: {too_large}" if too_large else 0)
 
 
 if __name__ == "__main__":

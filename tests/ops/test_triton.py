@@ -113,6 +113,37 @@ def test_coarse_dtypes(dtype, tensor_cores):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("dtypes", "half"),
+    [
+        ({"r": torch.bfloat16}, True),  # what autocast makes of a block's inputs
+        ({}, False),
+        ({"r": torch.float16, "v": F64}, False),
+    ],
+)
+def test_every_pass_has_one_precision(dtypes, half, monkeypatch):
+    """Forward, backward and readers, whichever input is of half precision."""
+    seen, of = [], triton.Launch.of
+    monkeypatch.setattr(triton.Launch, "of", lambda *args: seen.append(of(*args)) or seen[-1])
+    inputs = make(1, 20, 1, 16, torch.float32)
+    given = {n: x.to(dtypes.get(n, x.dtype)) for n, x in inputs.items()}
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = {
+            n: (x if backend == "triton" else x.double()).detach().clone().requires_grad_()
+            for n, x in given.items()
+        }
+        args = [leaves[n] for n in NAMES]
+        y, trajectory = ops.wkv7_trajectory(*args, leaves["state"], backend=backend)
+        out = [y, trajectory.read(leaves["x"]), trajectory.state]
+        sum(x.double().sin().sum() for x in out).backward()
+        found.append(out + [leaves[n].grad for n in (*NAMES, "state", "x")])
+    assert {run.half for run in seen} == {half} and len(seen) > 5
+    coarse = TOLERANCE[torch.bfloat16 if "r" in dtypes else torch.float32]
+    assert all(relative_error(x, y) < coarse for x, y in zip(*found, strict=True))
+
+
+@interpreted
 def test_float16():
     inputs = make(1, 20, 1, 16, torch.float16)
     y, state = ops.wkv7(*(inputs[n] for n in NAMES), inputs["state"], backend="triton")
@@ -221,10 +252,11 @@ def test_custom_ops_keep_their_promises():
     # Lengths at which every slot for a chunk is used: free ones hold whatever was there.
     state, offsets = inputs["state"].requires_grad_(), torch.tensor([0, 17, 34])
     transition = [x.detach() for x in (args[1], *args[4:], state)]
-    torch.library.opcheck(triton.geometry, (*transition, offsets, 16))
-    inverse = triton.geometry(*transition, offsets, 16)
+    torch.library.opcheck(triton.geometry, (*transition, offsets, 16, False))
+    inverse = triton.geometry(*transition, offsets, 16, False)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton.wkv7_forward, (*args, state, offsets, inverse), test_utils=tests)
+    given = (*args, state, offsets, inverse, False)
+    torch.library.opcheck(triton.wkv7_forward, given, test_utils=tests)
 
 
 @interpreted
@@ -297,7 +329,10 @@ COMPILE = Path(__file__).with_name("compile_kernels.py")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("size", [64, 256])
 def test_kernels_compile_for_gpus_that_are_not_here(capability, size):
-    """Triton's compiler needs no device; shared memory must fit the smallest GPUs' 99 KiB."""
+    """Triton's compiler needs no device; shared memory must fit the smallest GPUs' 99 KiB.
+
+    A thread's stack holds what its registers could not: it was 10 KB in a kernel of head size 64.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", COMPILE, str(capability), str(size)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
