@@ -148,7 +148,7 @@ def test_lm_eval_gets_the_options_and_its_talk_stays_out_of_the_result(
     argv += ("--num-fewshot", 5, "--gen-kwargs", "top_p=0.5", "--confirm-run-unsafe-code")
     result = json.loads(run(*argv, "--json"))
     assert result["tasks"]["a"]["items"] == 2 and result["limit"] == 4
-    assert (result["num_fewshot"], result["gen_kwargs"]) == (5, "top_p=0.5")
+    assert result["gen_kwargs"] == "top_p=0.5"
     assert result == json.loads((tmp_path / "scores.json").read_text())
     assert run(*argv).splitlines()[1].split()[:3] == ["a", "acc", "0.5000"]
 

@@ -41,6 +41,19 @@ def test_each_row_is_its_own_run(model):
     assert forgotten.batch_size == 1
 
 
+@torch.no_grad()
+def test_a_row_alone_goes_on_in_the_cache_s_own_memory():
+    """One that is copied whole for every token would cost more the longer it is."""
+    model = MetaStateForCausalLM.wrap(language_model("transformer"))
+    cache = model(tokens(1, 7)).past_key_values
+    model(tokens(1, 1), past_key_values=cache)  # which makes room
+    places = set()
+    for _ in range(2):
+        model(tokens(1, 1), past_key_values=cache)
+        places.add(cache.state.layers[0].keys.data_ptr())
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_padding_of_the_one_row_and_of_the_new_ones_is_skipped(name):
     model = MetaStateForCausalLM.wrap(language_model(name))

@@ -264,10 +264,42 @@ def test_the_options_reach_lm_eval(monkeypatch, model):
 
     def evaluate(lm, **options):
         seen.update(options)
-        return {"results": {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1}}}
+        results = {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1}}
+        return {"results": results, "n-shot": {"piqa": 0}}
 
     adapter = load_adapter(monkeypatch, evaluate)
     options = {"num_fewshot": 5, "gen_kwargs": "top_k=1", "confirm_run_unsafe_code": True}
     found = adapter.evaluate_tasks(adapter.MetaStateLM(model, BYTES), ["piqa"], **options)
     assert seen.items() >= (options | {"limit": None}).items()
     assert found["piqa"]["metrics"] == {"acc": {"value": 0.5, "stderr": 0.1}}
+    assert found["piqa"]["num_fewshot"] == 0  # what was run, not what was asked
+
+
+def test_a_fault_of_ours_is_not_the_task_s(monkeypatch, model):
+    adapter = load_adapter(monkeypatch, lambda lm, **_: lm.generate_until([None]))
+    with pytest.raises(AttributeError):
+        adapter.evaluate_tasks(adapter.MetaStateLM(model, BYTES), ["piqa"])
+
+    def no_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    adapter = load_adapter(
+        monkeypatch, lambda lm, **_: lm.loglikelihood(requests("loglikelihood", [("a", "b")]))
+    )
+    monkeypatch.setattr(adapter, "score_tokens", no_memory)
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        adapter.evaluate_tasks(adapter.MetaStateLM(model, BYTES), ["piqa"])
+
+
+@pytest.mark.parametrize("given", ["temprature=0.7", "temperature", "top_k=", "top_k=1,"])
+def test_settings_that_nothing_reads_are_refused(monkeypatch, model, given):
+    adapter = load_adapter(monkeypatch)
+    with pytest.raises(ConfigError, match="KEY one of until, do_sample, temperature"):
+        adapter.evaluate_tasks(adapter.MetaStateLM(model, BYTES), ["piqa"], gen_kwargs=given)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "max_gen_toks"])
+def test_settings_that_are_no_numbers_are_named(lm, name):
+    settings = {"do_sample": True, "until": [], name: "hot"}
+    with pytest.raises(ConfigError, match=f"{name} of a generation is 'hot'"):
+        lm.generate_until(requests("generate_until", [("The", settings)]))

@@ -111,12 +111,8 @@ def test_the_reach_grows_to_the_first_length_that_is_not_mastered():
 def test_every_query_can_be_answered(level, filler):
     problem = Recall.parse(level, filler=filler)
     tokens, labels = problem.batch(2, 7)
-    assert problem.name == level + {"zero": "", "random": " random"}[
-        filler
-    ] and tokens.shape == labels.shape == (
-        2,
-        problem.length,
-    )
+    assert problem.name == level + {"zero": "", "random": " random"}[filler]
+    assert tokens.shape == labels.shape == (2, problem.length)
     half, P = problem.vocab_size // 2, problem.pairs
     for row, answer in zip(tokens.numpy(), labels.numpy(), strict=True):
         keys, values = row[0 : 2 * P : 2], row[1 : 2 * P : 2]

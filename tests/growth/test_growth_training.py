@@ -118,16 +118,26 @@ def test_frozen_entries_have_no_moments_and_whole_parameters_no_gradient(config,
     )
 
 
-def test_regions_learn_in_a_loop_that_knows_of_none():
-    """As in transformers' Trainer: backward, step, zero_grad."""
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_regions_learn_in_a_loop_that_knows_of_none(with_closure):
+    """As in transformers' Trainer: backward, step, zero_grad; or as in Lightning, in a closure."""
     grown = grow(fresh(), head_size=7)
     before = {n: p.detach().clone() for n, p in grown.named_parameters()}
     optimizer = make_optimizer(grown, TrainConfig(lr=1e-3), old_lr_scale=0.1)
     tokens = torch.arange(40).view(2, 20)
-    for _ in range(3):
-        lm_loss(grown, tokens, tokens).loss.backward()
-        optimizer.step()
+
+    def closure():
         optimizer.zero_grad()
+        loss = lm_loss(grown, tokens, tokens).loss
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        if with_closure:
+            assert optimizer.step(closure) > 0
+        else:
+            closure()
+            optimizer.step()
     found = regions(grown, fresh().config)["blocks.0.time_mix.receptance.weight"]
     p = grown.get_parameter("blocks.0.time_mix.receptance.weight")
     for part in (found.old, *found.new.values()):

@@ -83,7 +83,6 @@ def run_lm_eval(args: argparse.Namespace) -> None:
         "checkpoint": args.checkpoint,
         "lm_eval": metadata.version("lm-eval"),
         "limit": args.limit,
-        "num_fewshot": args.num_fewshot,
         "gen_kwargs": args.gen_kwargs,
         "tasks": tasks,
     }

@@ -236,7 +236,7 @@ class MetaStateForCausalLM(PreTrainedModel, GenerationMixin):
             raise ConfigError(f"{unknown[0]!r} is no input of this model")
 
         state = None if cache is None else cache.state
-        if state is not None and state.batch_size == 1:
+        if state is not None and state.batch_size == 1 < len(input_ids):
             state = state.expand(len(input_ids))
         hidden, state, kl = self._features(
             input_ids, state, mask, resets, bool(output_hidden_states)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ except ImportError as cause:
     ) from cause
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", *LIMITS)  # of generation
 MAX_TOKENS = 256  # tokens to write where a task does not say
 Watch = Callable[[str, str], contextlib.AbstractContextManager[Callable[..., None]]]
 
@@ -160,21 +162,29 @@ def _sampling(settings: dict[str, Any]) -> SamplingConfig:
     As in lm-eval's own models a temperature asks for sampling, unless `do_sample` says no.
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    temperature = float(given.get("temperature", 1.0 if given.get("do_sample") else 0.0))
+    temperature = _number(given, "temperature", 1.0 if given.get("do_sample") else 0.0)
     if not given.get("do_sample", temperature > 0) or temperature == 0:
         return SamplingConfig(temperature=0.0, seed=0)
     return SamplingConfig(
         temperature=temperature,
-        top_k=int(given.get("top_k", 0)),
-        top_p=float(given.get("top_p", 1.0)),
+        top_k=int(_number(given, "top_k", 0)),
+        top_p=_number(given, "top_p", 1.0),
         seed=int(torch.randint(2**31, ())),
     )
 
 
 def _max_tokens(settings: dict[str, Any]) -> int:
     """Return how many tokens may be generated, by whichever of lm-eval's names says so."""
-    found = (settings.get(name) for name in LIMITS)
-    return int(next((n for n in found if n is not None), MAX_TOKENS))
+    name = next((name for name in LIMITS if settings.get(name) is not None), LIMITS[0])
+    return int(_number(settings, name, MAX_TOKENS))
+
+
+def _number(settings: dict[str, Any], name: str, default: float) -> float:
+    given = settings.get(name)
+    try:
+        return float(default if given is None else given)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} of a generation is {given!r}; it must be a number") from None
 
 
 def evaluate_tasks(
@@ -194,23 +204,31 @@ def evaluate_tasks(
         tasks: names of its tasks, tags or groups.
         limit: the first so many items of each task; None is all.
         include_path: a folder with further tasks in YAML.
-        num_fewshot: solved items in front of each; None is what a task says itself.
+        num_fewshot: solved items in front of each; None is what a task says itself, and a task
+            that says 0 has none.
         gen_kwargs: settings of generation, as in "temperature=0.7,max_gen_toks=64"; they come
             before a task's own.
         confirm_run_unsafe_code: allow tasks that run what the model writes.
 
     Returns:
-        By task: `items` (None for a group) and `metrics`, by name `value` and `stderr` (or None).
+        By task: `items` (None for a group), `num_fewshot` as lm-eval says it, and `metrics`, by
+        name `value` and `stderr` (or None).
 
     Raises:
-        ConfigError: there is no such task, or lm-eval cannot run it with these settings or with
-            what is installed. DataError: its data cannot be had.
+        ConfigError: there is no such task or setting, or lm-eval cannot run it with these settings
+            or with what is installed. DataError: its data cannot be had.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not os.path.isdir(include_path):
         raise ConfigError(f"the folder {include_path} for further tasks does not exist")
+    for part in gen_kwargs.split(",") if gen_kwargs else ():
+        name, _, value = part.partition("=")
+        if name not in SETTINGS or not value:
+            raise ConfigError(
+                f"gen_kwargs has {part!r}; KEY=VALUE is needed, KEY one of {', '.join(SETTINGS)}"
+            )
     manager = TaskManager(include_path=include_path)
     for name in tasks:
         if name not in manager.all_tasks:
@@ -241,6 +259,9 @@ def evaluate_tasks(
             "install it, or leave that task out"
         ) from cause
     except (ValueError, RuntimeError) as cause:
+        below = traceback.walk_tb(cause.__traceback__.tb_next if cause.__traceback__ else None)
+        if any(frame.f_globals["__name__"].startswith("metastate.") for frame, _ in below):
+            raise  # a fault of ours, or no memory, which no task can mend
         unsafe = "unsafe" in str(cause)
         todo = "--confirm-run-unsafe-code allows that" if unsafe else "mend that, or leave it out"
         raise ConfigError(f"lm-eval cannot run {', '.join(tasks)} ({cause}); {todo}") from cause
@@ -257,5 +278,9 @@ def evaluate_tasks(
                 "value": float(value),
                 "stderr": float(error) if isinstance(error, int | float) else None,
             }
-        out[name] = {"items": samples.get(name, {}).get("effective"), "metrics": metrics}
+        out[name] = {
+            "items": samples.get(name, {}).get("effective"),
+            "num_fewshot": found.get("n-shot", {}).get(name),
+            "metrics": metrics,
+        }
     return out

@@ -7,8 +7,8 @@ connective.
 The files, below one folder (in braces the fields of a line; `gold` counts from 0):
 
     lambada/lambada_test.jsonl              {"text"}: its last word is to be guessed
-    hellaswag/hellaswag_val_full.txt.bz2    six lines an item: `activity_label: ctx` as released,
-                                            label 0-3, four endings
+    hellaswag/hellaswag_val_full.txt.bz2    six lines an item: `activity_label: ctx` (no marks of
+                                            WikiHow's, ctx_b in lower case), label 0-3, four endings
     mc_eval/piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl, openbook_qa.jsonl, copa.jsonl,
             boolq.jsonl                     {"query", "choices", "gold"}
     mc_eval/winogrande.jsonl                {"context_options", "continuation", "gold"}

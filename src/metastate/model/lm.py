@@ -177,7 +177,7 @@ class LanguageModel(nn.Module):
             if type(self.head) is not nn.Linear or not is_plain(self.head):
                 raise ConfigError(
                     "a surprise memory reads the weights of the head, and this head is not a plain "
-                    "one (an adapter, quantised, elsewhere); leave the head as it is, or merge it"
+                    "one (an adapter, quantised, elsewhere, a bias, a hook); merge or remove that"
                 )
             weight = self.head.weight
             h, after = self._run(memory, h, tokens, weight, own, packing, fresh, backend)

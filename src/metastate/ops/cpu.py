@@ -315,9 +315,8 @@ class CpuTrajectory(Trajectory):
             return self._read_last(x, by)
         _, _, k, v, kappa, a, _, cu_seqlens = self.inputs
         kept = self.kept
-        if torch.is_grad_enabled() and differentiable(
-            *kept[-3:]
-        ):  # what was run without gradients has none to give
+        # What was run without gradients has none to give.
+        if torch.is_grad_enabled() and differentiable(*kept[-3:]):
             if self.readers:
                 kept = wkv7_forward(*self.inputs)[2:]
             self.readers.append(by)

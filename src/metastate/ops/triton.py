@@ -471,7 +471,7 @@ def wkv7(
     inputs = (r, log_w, k, v, kappa, a, state, offsets, inverse, half)
     y, final, *kept = (wkv7_forward if needs_gradients else _forward)(*inputs)
     if not needs_gradients:
-        kept += make_links(kept[0])
+        kept.extend(make_links(kept[0]))
     return y, TritonTrajectory(final, log_w, kappa, a, cu_seqlens, inputs, tuple(kept))
 
 

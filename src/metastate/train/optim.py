@@ -98,9 +98,13 @@ class GroupedAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         """Make a step as AdamW does, also in a loop that knows of no regions."""
-        if closure is None:
-            self._hand_out()
-        return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._hand_out()
+        super().step()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the regions and of the parameters they belong to."""
