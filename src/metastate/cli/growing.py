@@ -78,8 +78,8 @@ def too_wide(grown: LanguageModel) -> str:
         return ""
     return (
         f"warning: the heads are {size} channels wide; the GPU kernels (backend triton) are made "
-        f"for at most {LARGEST_HEAD} and untried beyond. On a CPU, and with the backend chunked, "
-        "any width runs"
+        f"for at most {LARGEST_HEAD} and may ask for more shared memory beyond than a GPU has. On "
+        "a CPU, and with the backend chunked, any width runs"
     )
 
 
