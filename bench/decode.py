@@ -25,6 +25,8 @@ from collections import deque
 
 import torch
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.model.decode import Decoder, make_decoder
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
@@ -117,11 +119,13 @@ def main() -> None:
     """Check, measure, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny", help="preset size of both models")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="vocabulary of both models")
-    parser.add_argument("--max-tokens", type=int, default=100_000, help="last mark of Meta-State")
+    parser.add_argument("--vocab-size", type=positive, default=1024, help="vocabulary of both")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=100_000, help="Meta-State's last mark"
+    )
     parser.add_argument(
         "--transformer-tokens",
-        type=int,
+        type=positive,
         help="last mark of the Transformer, whose prefill is quadratic (default: as --max-tokens)",
     )
     parser.add_argument(
@@ -175,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

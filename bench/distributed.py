@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 
@@ -21,6 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.config import ModelConfig, TrainConfig
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
@@ -155,7 +158,7 @@ def predict(ranks: int) -> dict[str, float]:
 def main() -> None:
     """Print a table for people, then one JSON line for scripts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--predict", type=int, nargs="+", metavar="GPUS")
+    parser.add_argument("--predict", type=positive, nargs="+", metavar="GPUS")
     args = parser.parse_args()
     if args.predict:
         rows = {str(n): predict(n) for n in args.predict}
@@ -184,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

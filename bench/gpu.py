@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from metastate import ops
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.config import TrainConfig
 from metastate.eval.doctor import NAMES, Case, diagnose
 from metastate.infer.generate import inference
@@ -35,6 +37,7 @@ from metastate.model.decode import BatchDecoder, store_bfloat16
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.presets import preset
+from metastate.train.distributed import device_of
 from metastate.train.optim import make_optimizer
 
 ARCHITECTURES = ("metastate", "transformer")
@@ -267,12 +270,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1; cpu only with --dry")
     parser.add_argument("--size", default="150m", help="preset size of both models")
-    parser.add_argument("--vocab-size", type=int, default=50304)
-    parser.add_argument("--tokens", type=int, default=65536, help="batch x T")
-    parser.add_argument("--head-size", type=int, default=64, help="N of the kernels' table")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--vocab-size", type=positive, default=50304)
+    parser.add_argument("--tokens", type=positive, default=65536, help="batch x T")
+    parser.add_argument("--head-size", type=positive, default=64, help="N of the kernels' table")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that it runs")
     args = parser.parse_args()
     if args.dry:
@@ -282,7 +285,7 @@ def main() -> int:
         print("no CUDA device here: nothing to measure (--device cpu --dry shows that it runs)")
         return 2
     torch.manual_seed(0)
-    report = diagnose([torch.device(args.device)])
+    report = diagnose([device_of(args.device)])
     print(report["verdict"])
     if not report["ok"]:
         print("a check failed: no figures", file=sys.stderr)
@@ -308,4 +311,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metastate import ops
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 TOLERANCE = 2e-5  # relative to the largest value, float32 against float64
@@ -143,12 +145,12 @@ def time_in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[st
 def main() -> int:
     """Check, time, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2, help="rows (default 2)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens a row (default 1024)")
-    parser.add_argument("--heads", type=int, default=12, help="heads (default 12)")
-    parser.add_argument("--size", type=int, default=64, help="head size N (default 64)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
-    parser.add_argument("--threads", type=int, help="threads (default: torch's own choice)")
+    parser.add_argument("--batch", type=positive, default=2, help="rows (default 2)")
+    parser.add_argument("--length", type=positive, default=1024, help="tokens a row (default 1024)")
+    parser.add_argument("--heads", type=positive, default=12, help="heads (default 12)")
+    parser.add_argument("--size", type=positive, default=64, help="head size N (default 64)")
+    parser.add_argument("--rounds", type=positive, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--threads", type=positive, help="threads (default: torch's own choice)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -201,4 +203,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

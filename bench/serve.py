@@ -33,6 +33,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.config import ModelConfig
 from metastate.convert import blinkdl
 from metastate.data.tokenizer import ByteTokenizer
@@ -329,13 +331,13 @@ def meta_state(args: argparse.Namespace) -> dict:
 def main() -> None:
     """Check, measure, print tables, ratios and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
+    numbers = lambda text: [positive(x) for x in text.split(",")]  # noqa: E731
     parser.add_argument("--size", default="150m", help="preset size of Meta-State and Transformer")
     parser.add_argument("--batches", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--contexts", type=numbers, default=[4096, 32768])
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps a figure")
-    parser.add_argument("--more", type=int, default=200, help="tokens between looks at memory")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of the rwkv prefill")
+    parser.add_argument("--rounds", type=positive, default=20, help="timed steps a figure")
+    parser.add_argument("--more", type=positive, default=200, help="tokens between looks at memory")
+    parser.add_argument("--prompt", type=positive, default=256, help="tokens of the rwkv prefill")
     parser.add_argument("--skip-rwkv", action="store_true")
     parser.add_argument("--only-rwkv", action="store_true")
     args = parser.parse_args()
@@ -373,4 +375,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -24,6 +24,8 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.config import ModelConfig, TrainConfig
 from metastate.model import loss as loss_module
 from metastate.model.lm import LanguageModel
@@ -230,15 +232,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", help="preset size of both models")
     parser.add_argument("--peer", choices=PEERS, default="transformer", help="the other model")
-    parser.add_argument("--vocab-size", type=int, default=50304, help="vocabulary of both models")
-    parser.add_argument("--tokens", type=int, default=16384, help="batch x T")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 4096, 16384])
+    parser.add_argument("--vocab-size", type=positive, default=50304, help="vocabulary of both")
+    parser.add_argument("--tokens", type=positive, default=16384, help="batch x T")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 4096, 16384])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed steps of each")
     parser.add_argument("--backend", default="auto", help="of metastate.ops")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
-    parser.add_argument("--profile", type=int, metavar="T", help="profile a step at this length")
+    parser.add_argument("--profile", type=positive, metavar="T", help="profile a step of T tokens")
     parser.add_argument("--memory", action="store_true", help="peak memory of a step, batch 1")
     parser.add_argument("--one-step", choices=("metastate", *PEERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -265,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -17,12 +17,15 @@ told of the test split. Some minutes on one core.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 import torch
 from torch import Tensor
 from word_places import losses, windows
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.cli.progress import bar, log
 from metastate.data.loader import PreparedData
 from metastate.model.io import load
@@ -90,9 +93,9 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="checkpoints that are evaluated dynamically")
     parser.add_argument("--beside", nargs="*", default=[], help="those that are scored as they are")
     parser.add_argument("--data", required=True, help="prepared with the models' tokenizer")
-    parser.add_argument("--context", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--segment", type=int, default=32, help="tokens between two steps")
-    parser.add_argument("--windows", type=int, default=16, help="of each domain at most")
+    parser.add_argument("--context", type=positive, default=512, help="tokens of a window")
+    parser.add_argument("--segment", type=positive, default=32, help="tokens between two steps")
+    parser.add_argument("--windows", type=positive, default=16, help="of each domain at most")
     args = parser.parse_args()
     data = PreparedData.open(args.data)
     tokens = {
@@ -125,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -22,9 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.cli.training import train_with_bar
 from metastate.config import GrowthStep, TrainConfig
 from metastate.eval.plots import read_log
@@ -179,10 +182,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="mixed text, prepared as bytes")
     parser.add_argument("--out", default="runs/growth")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=positive, default=600)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--valid-tokens", type=int, default=32768)
-    parser.add_argument("--cells", nargs="+", help="only these")
+    parser.add_argument("--valid-tokens", type=positive, default=32768)
+    parser.add_argument("--cells", nargs="+", choices=cells(4), help="only these")
     args = parser.parse_args()
     wanted = cells(args.steps)
     rows = [
@@ -195,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -6,24 +6,28 @@ Stage 1 trains D 128, 4 heads, 4 layers, N 32 on prose, dialogue and law. Stage 
 and mathematics alone, from the same checkpoint: not grown, or grown exactly to N 64 with the old
 slice free, at a tenth of the learning rate, or frozen. Held-out loss of both halves is measured on
 the way. Every run goes on where it was stopped; one of other settings or other data in its place is
-refused. Bytes, batches of 8 x 256.
+refused. Bytes, batches of 8 x 256. The text is files named for their split (train.jsonl.xz, a
+folder train) in any form that `metastate prepare` reads, of records whose meta.set is their domain.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import metastate
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.cli.progress import bar
 from metastate.config import TrainConfig
 from metastate.data.files import atomic_write
 from metastate.data.loader import PreparedData
 from metastate.data.prepare import prepare
+from metastate.data.sources import find_sources
 from metastate.errors import ConfigError, DataError
 from metastate.eval.loss import evaluate
 from metastate.eval.plots import read_log
@@ -45,17 +49,26 @@ ARMS: dict[str, tuple[int, float]] = {  # name: (N, old_lr_scale)
 
 def halves(text: Path, out: Path) -> tuple[Path, Path]:
     """Prepare the old and the new domains apart, or find them so; return both folders."""
-    folders = out / "data-old", out / "data-new"
+    if not text.exists():
+        raise DataError(f"no such folder: {text}")
+    folders, sources = (out / "data-old", out / "data-new"), find_sources([text])
     for folder in folders:
         raw = out / f"{folder.name}-text"
         for split in ("train", "valid", "test"):
             target = raw / f"{split}.jsonl"
-            with lzma.open(text / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
-                own = [
-                    line
-                    for line in lines
-                    if (json.loads(line)["meta"]["set"] in NEW) == (folder is folders[1])
-                ]
+            own = [
+                json.dumps({"text": document.text, "meta": {"set": document.domain}}) + "\n"
+                for source in sources
+                if source.split == split
+                for document in source.read()
+                if (document.domain in NEW) == (folder is folders[1])
+            ]
+            if not own and split != "test":
+                domains = f"{' or '.join(NEW)}, " if folder is folders[1] else "other domains, "
+                raise DataError(
+                    f"the {split} split of {text} has no records of {domains}named in meta.set; "
+                    "give a folder of train.* and valid.* as `metastate prepare` reads them"
+                )
             content = "".join(own).encode()
             if not target.exists():
                 atomic_write(target, content, error=DataError)
@@ -193,12 +206,16 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 def main() -> None:
     """Run every arm of every seed, then print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", required=True, help="folder of train/valid/test.jsonl.xz")
+    parser.add_argument(
+        "--text",
+        required=True,
+        help="folder with train.* and valid.*",
+    )
     parser.add_argument("--out", default="runs/growth-domains")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=240, help="of each stage")
+    parser.add_argument("--steps", type=positive, default=240, help="of each stage")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--valid-tokens", type=int, default=16384, help="of each half")
+    parser.add_argument("--valid-tokens", type=positive, default=16384, help="of each half")
     args = parser.parse_args()
     both = halves(Path(args.text), Path(args.out))
     rows = [row for seed in args.seeds for row in cells(both, seed, args)]
@@ -208,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

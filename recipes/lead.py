@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metastate.cli import exit_code
 from metastate.errors import ConfigError
 from metastate.eval.plots import read_log
 
@@ -40,12 +42,17 @@ def lead(own: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 def by_position(path: Path) -> dict[float, float]:
     """Return nats a token by the middle place of each group, from 1; `FEW` tokens say nothing."""
-    found = json.loads(path.read_text())["windowed"]["positions"]
-    return {
-        ((row["first"] + 1) * (row["last"] + 1)) ** 0.5: row["nats_per_token"]
-        for row in found
-        if row["tokens"] >= FEW
-    }
+    try:
+        return {
+            ((row["first"] + 1) * (row["last"] + 1)) ** 0.5: row["nats_per_token"]
+            for row in json.loads(path.read_text())["windowed"]["positions"]
+            if row["tokens"] >= FEW
+        }
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise ConfigError(
+            f"{path} is not what `metastate eval CKPT --by-position --context 512 --json` prints: "
+            f"{cause!r}"
+        ) from cause
 
 
 def draw(lines: dict[str, np.ndarray], places: dict[float, float], out: Path) -> None:
@@ -97,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

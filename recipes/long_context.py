@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.cli.progress import bar
 from metastate.data.files import write_json
 from metastate.errors import ConfigError
@@ -44,8 +47,12 @@ def texts(folder: Path, count: int | None, eod: int) -> Tensor:
     """Return [n, LENGTH + 1] bytes of the held-out novels, each behind an end of document."""
     found = []
     for name in ("valid.txt", "test.txt"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"--text {folder} has no {name}; it needs valid.txt and test.txt")
         raw = torch.tensor(list((folder / name).read_bytes()))
         found += [raw[i : i + LENGTH] for i in range(0, len(raw) - LENGTH + 1, LENGTH)]
+    if not found:
+        raise ConfigError(f"no text in {folder} has {LENGTH:,} bytes; give longer ones")
     found = found[:: max(1, len(found) // count)][:count] if count else found
     return torch.cat([torch.full((len(found), 1), eod), torch.stack(found)], 1)
 
@@ -159,10 +166,8 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT")
     parser.add_argument("--text", type=Path, required=True, help="folder with valid.txt, test.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/long-context"))
-    parser.add_argument("--texts", type=int, help="texts to read (default: all)")
+    parser.add_argument("--texts", type=positive, help="texts to read (default: all)")
     args = parser.parse_args()
-    if not (args.text / "valid.txt").is_file():
-        parser.error(f"--text {args.text} is no folder with valid.txt")
     args.out.mkdir(parents=True, exist_ok=True)
     results = [measured(path, args.text, args.texts, args.out) for path in args.checkpoints]
     write_json(args.out / "results.json", results)
@@ -173,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -23,11 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.convert import blinkdl
+from metastate.errors import CheckpointError
 from metastate.model.lm import LanguageModel
 from metastate.model.state import RecurrentState
 
 SYMBOLS = "0123456789,#"
+WANTED = "not 260123_reverse_L2_only_rwkv7.pth, which this recipe reads"
 RENAMED = {"e": "emb", "lno": "ln_out", "o": "head"}
 RENAMED |= {
     f"{theirs}{i + 1}": f"blocks.{i}.{official}"
@@ -41,9 +45,13 @@ RENAMED |= {
 
 def opened(path: Path) -> tuple[LanguageModel, list[Tensor], Tensor]:
     """Return the model, what is added behind each time mixing, and what to the logits."""
-    theirs = torch.load(path, map_location="cpu", weights_only=True)
-    if "rosa1.rosa_qkv.emb" not in theirs or theirs["rosa1.rosa_qkv.emb"].any():
-        sys.exit(f"{path} is another file; take 260123_reverse_L2_only_rwkv7.pth")
+    try:
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+        known = not theirs["rosa1.rosa_qkv.emb"].any()
+    except Exception as cause:  # torch raises many kinds
+        raise CheckpointError(f"{path} is {WANTED}: {cause!r}") from cause
+    if not known:
+        raise CheckpointError(f"{path} is {WANTED}")
     official = {}
     for name, x in theirs.items():
         first, _, rest = name.partition(".")
@@ -90,7 +98,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--backend", default="cpu", help="of metastate.ops (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--numbers", type=int, default=10, help="a length (default: %(default)s)")
+    parser.add_argument("--numbers", type=positive, default=10, help="a length (default: 10)")
     args = parser.parse_args()
     theirs, draw = Reverser(args.file, args.backend, getattr(torch, args.dtype)), random.Random(42)
     right = total = 0
@@ -116,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

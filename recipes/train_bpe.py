@@ -11,12 +11,15 @@ with a fixed seed, so the same text gives the same file. Half a minute on one co
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.data.files import atomic_write
 from metastate.data.loader import PreparedData
 from metastate.errors import ConfigError
@@ -40,7 +43,7 @@ def main() -> None:
     """Count, merge and write the vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="prepared with --tokenizer bytes")
-    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--vocab-size", type=positive, default=1024)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args()
     data = PreparedData.open(args.data)
@@ -61,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -22,13 +22,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from metastate.cli import exit_code
 from metastate.cli.growing import write
+from metastate.cli.options import positive
 from metastate.cli.training import train_with_bar
 from metastate.config import TrainConfig
 from metastate.data.loader import PreparedData
@@ -145,11 +148,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="prepared text")
     parser.add_argument("--out", default="runs/upgrade")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="of the parent")
-    parser.add_argument("--more-steps", type=int, default=300, help="of each cell")
+    parser.add_argument("--steps", type=positive, default=600, help="of the parent")
+    parser.add_argument("--more-steps", type=positive, default=300, help="of each cell")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--more-lr", type=float, default=1e-3)
-    parser.add_argument("--valid-tokens", type=int, default=32768)
+    parser.add_argument("--valid-tokens", type=positive, default=32768)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
     args = parser.parse_args()
@@ -170,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -16,12 +16,15 @@ lead (these sum to it). Minutes on one core.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from metastate.cli import exit_code
+from metastate.cli.options import positive
 from metastate.cli.progress import bar
 from metastate.data.files import write_json
 from metastate.data.loader import PreparedData, Split
@@ -154,8 +157,8 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path, metavar="CKPT BASE")
     parser.add_argument("--data", required=True, help="prepared with the models' tokenizer")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--context", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--windows", type=int, default=40, help="of each domain at most")
+    parser.add_argument("--context", type=positive, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=positive, default=40, help="of each domain at most")
     parser.add_argument("--out", type=Path, default=Path("runs/word-places"))
     args = parser.parse_args()
     if len(args.models) % 2:
@@ -185,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -112,11 +112,12 @@ def test_a_table_for_people_and_the_paper_s_random_choice(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["nothing grows", "head_size"]),
-        (["--head-size", "4"], ["below the present 8"]),
-        (["--attention-slots", "99"], ["cannot grow"]),
+        ([], ["nothing grows", "least one of --head-size, --heads, ", "(--head-size 8, --heads 2"]),
+        (["--head-size", "4"], ["--head-size 4 is below the present 8"]),
+        (["--layers", "99999"], ["--layers is 99999"]),
+        (["--attention-slots", "99"], ["--attention-slots of a metastate cannot grow"]),
         (["--hed-size", "9"], ["--head-size"]),
-        (["--head-size", "9", "--init", "released"], ["TokenFormer"]),
+        (["--head-size", "9", "--init", "released"], ["--init released", "TokenFormer"]),
         (["--head-size", "9", "--seed", "99999999999999999999"], ["seed is 9999", "2^64 - 1"]),
     ],
 )
@@ -191,3 +192,12 @@ def test_weights_that_are_not_finite_are_named(checkpoint, tmp_path, data, refus
     ):
         assert "blocks.0.time_mix.k_k" in refused(*argv), argv
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("size", "warns"), [(256, False), (257, True)])
+def test_grow_warns_of_heads_wider_than_the_gpu_kernels_are_made_for(
+    checkpoint, tmp_path, capsys, size, warns
+):
+    argv = ["grow", str(checkpoint), "--head-size", str(size), "--out", str(tmp_path / "big")]
+    assert main(argv) == 0
+    assert (f"heads are {size} channels wide" in capsys.readouterr().err) == warns

@@ -81,6 +81,7 @@ def test_it_says_what_is_trained_and_for_how_long(settings, tmp_path, data, caps
     passes = 4 * 2 * 16 / PreparedData.open(data).split("train").num_tokens
     assert f"steps 1 to 4 of 2 x 16 tokens: 128 tokens in all, {passes:.1%} of the" in first
     assert "the warm-up of 4 steps is not over" in first and "laid anew" not in first
+    assert "none left after 4 steps of 2 x 16" in said("--resume", "--out", tmp_path / "run")
     more = said("--resume", "--out", tmp_path / "run", "--steps", 400)
     assert "steps 5 to 400 of" in more and "12800 tokens" in more.replace(",", "")
     assert " times the training text" in more

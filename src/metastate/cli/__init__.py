@@ -193,8 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as standard error does: a file name may hold what no encoding can say
         sys.stdout.reconfigure(errors="backslashreplace")
+    return exit_code(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def exit_code(program: Callable[[], int | None]) -> int:
+    """Run a program, this one or the `main` of a recipe; a mistake becomes a line on stderr.
+
+    Returns:
+        What `program` returned (None is 0), or the exit code of `main` for what went wrong.
+    """
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = program() or 0
         sys.stdout.flush()
         return code
     except MetaStateError as error:

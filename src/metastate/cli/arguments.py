@@ -294,7 +294,8 @@ def add_grow(parser: Parser) -> None:
         ("--attention-slots", "slots A of a TokenFormer's projections"),
         ("--memory-heads", "heads of a surprise memory, for a model without one"),
     ):
-        parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
+        name = {"--heads": "num_heads", "--layers": "num_layers"}.get(flag)
+        parser.add_argument(flag, dest=name, type=int, metavar="N", help=f"{what}, after growth")
     parser.add_argument(
         "--init",
         choices=("zero", "random", "released"),

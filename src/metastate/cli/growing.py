@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from metastate.cli.progress import log, print_json
+from metastate.config import ATTENTION, LARGEST_HEAD
 from metastate.data.files import check_free, whole_folder, write_tensors
 from metastate.data.loader import PreparedData
-from metastate.errors import CheckpointError, DataError
+from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.growth import grow, grow_moments, grow_state, growth_report, logits_change
+from metastate.growth.expand import AXES
 from metastate.model.io import (
     check_finite,
     load,
@@ -34,6 +37,7 @@ from metastate.train.optim import whole_moments
 # Largest relative changes of the logits that still count as rounding, in float32 and in float64.
 EXACT, EXACT_DOUBLE = 1e-5, 1e-10
 SAMPLE_TOKENS = 512
+FLAGS = {axis: "--" + axis.removeprefix("num_").replace("_", "-") for axis in AXES}
 
 
 def run_grow(args: argparse.Namespace) -> None:
@@ -41,18 +45,13 @@ def run_grow(args: argparse.Namespace) -> None:
     folder, out = Path(args.checkpoint), Path(args.out)
     check_free(out)
     model, folder = open_parent(folder)
-    grown = grow(
-        model,
-        head_size=args.head_size,
-        num_heads=args.heads,
-        parameter_tokens=args.parameter_tokens,
-        num_layers=args.layers,
-        ffn_size=args.ffn_size,
-        attention_slots=args.attention_slots,
-        memory_heads=args.memory_heads,
-        init=args.init,
-        seed=args.seed,
-    )
+    sizes = {axis: getattr(args, axis) for axis in AXES}
+    try:
+        grown = grow(model, **sizes, init=args.init, seed=args.seed)
+    except ConfigError as error:
+        raise ConfigError(by_flags(str(error))) from error
+    if warning := too_wide(grown):
+        log(warning)
     tokens, of_what = sample_tokens(model, folder, args.data)
     report = growth_report(model, grown, tokens)
     if args.init == "zero":
@@ -63,6 +62,25 @@ def run_grow(args: argparse.Namespace) -> None:
     else:
         print(report_table(report, of_what))
         say_written(out, folder)
+
+
+def by_flags(message: str) -> str:
+    """Return a message of `grow` with the flags that its arguments are on the command line."""
+    message = re.sub(r"init='(\w+)'", r"--init \1", message)
+    names = rf"(?:\b(?:model|growth)\.)?\b({'|'.join(FLAGS)})\b"
+    return re.sub(names, lambda found: FLAGS[found[1]], message)
+
+
+def too_wide(grown: LanguageModel) -> str:
+    """Return a warning where the heads are wider than the GPU kernels are made for, else ""."""
+    size = grown.config.head_size
+    if grown.config.architecture in ATTENTION or size is None or size <= LARGEST_HEAD:
+        return ""
+    return (
+        f"warning: the heads are {size} channels wide; the GPU kernels (backend triton) are made "
+        f"for at most {LARGEST_HEAD} and may ask for more shared memory beyond than a GPU has. On "
+        "a CPU, and with the backend chunked, any width runs"
+    )
 
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[LanguageModel, Path]:

@@ -103,8 +103,11 @@ def say_plan(config: TrainConfig, saved: TrainConfig | None) -> None:
     tokens = config.steps * rows * config.context
     share = tokens / data.split("train").num_tokens
     passes = f"{share:.1f} times" if share >= 1 else f"{share:.1%} of"
+    left = f"steps {done + 1:,} to {config.steps:,}"
+    if done >= config.steps:
+        left = f"none left after {config.steps:,} steps"
     log(
-        f"steps {done + 1:,} to {config.steps:,} of {rows} x {config.context:,} tokens: "
+        f"{left} of {rows} x {config.context:,} tokens: "
         f"{tokens:,} tokens in all, {passes} the training text"
     )
     if saved and saved.steps != config.steps and config.schedule != "constant":

@@ -65,7 +65,9 @@ def loss_curve(
         _, tokens, losses = zip(*train, strict=True)
         axes.plot(tokens, losses, color=TRAIN, alpha=0.35 if len(train) > 20 else 1, lw=1)
         if len(train) > 20:
-            axes.plot(tokens, smooth(losses), color=TRAIN, lw=1.6, label="train, smoothed")
+            means, half = smooth(losses)
+            inner = tokens[half : len(tokens) - half]
+            axes.plot(inner, means, color=TRAIN, lw=1.6, label="train, smoothed")
         else:
             axes.lines[0].set_label("train")
     if valid:
@@ -299,12 +301,14 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
     _write(figure, out)
 
 
-def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Return the mean of each value and its neighbours, `share` of all values wide."""
+def smooth(values: Sequence[float], share: float = 0.05) -> tuple[list[float], int]:
+    """Return the means of windows `share` of all values wide, and how many values each end lacks.
+
+    No window is narrower there: one value's noise would be drawn as a bend of the curve.
+    """
     n, given = len(values), np.asarray(values, float)
     half = max(1, int(n * share / 2))
-    reach = [min(half, i, n - 1 - i) for i in range(n)]  # symmetric: the ends are not bent
-    return [float(given[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
+    return [float(given[i - half : i + half + 1].mean()) for i in range(half, n - half)], half
 
 
 def _as_text(name: str) -> str:

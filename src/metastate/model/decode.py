@@ -45,10 +45,8 @@ def make_decoder(model: LanguageModel, rows: int) -> Decoder:
     kind = BatchDecoder if model.recurrent and model.embedding.weight.is_cuda else Decoder
     if runs_natively(model):
         kind = NativeDecoder
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # whatever mode the caller is in
+    # Whatever mode the caller is in.
+    with torch.inference_mode(False), torch.no_grad():
         return kind(model, rows)
 
 
