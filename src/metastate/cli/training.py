@@ -130,11 +130,7 @@ def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
         check_schedule(config)
     with bar("train", "steps") as show:
         result = train(
-            config,
-            evaluate=validation(config),
-            progress=show,
-            resume=resume,
-            grow=grow_in_training,
+            config, evaluate=validation(config), progress=show, resume=resume, grow=grow_in_training
         )
     if not is_first():
         return result

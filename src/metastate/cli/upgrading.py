@@ -87,11 +87,6 @@ def held_out_loss(model: LanguageModel, data: str) -> float:
     split = PreparedData.open(data).split("valid")
     with bar("held-out loss", "tokens") as show:
         result = evaluate(
-            model,
-            split,
-            mode="windowed",
-            context=CONTEXT,
-            limit_tokens=VALID_TOKENS,
-            progress=show,
+            model, split, mode="windowed", context=CONTEXT, limit_tokens=VALID_TOKENS, progress=show
         )
     return result.nats_per_token

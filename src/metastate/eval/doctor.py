@@ -332,8 +332,7 @@ def environment() -> dict[str, Any]:
 
 
 def diagnose(
-    devices: list[torch.device] | None = None,
-    progress: Callable[..., None] | None = None,
+    devices: list[torch.device] | None = None, progress: Callable[..., None] | None = None
 ) -> dict[str, Any]:
     """Check every backend that can run on `devices` (default: those here) against float64.
 

@@ -15,13 +15,7 @@ from collections.abc import Sequence
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import BusyError, ConfigError, EngineError, MetaStateError
-from metastate.infer.generate import (
-    PREFILL_CHUNK,
-    Continuation,
-    Draft,
-    inference,
-    prefill,
-)
+from metastate.infer.generate import PREFILL_CHUNK, Continuation, Draft, inference, prefill
 from metastate.infer.job import TOP_LOGPROBS, Job, log_probabilities
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.decode import make_decoder
@@ -51,11 +45,7 @@ class Engine:
         max_waiting: int = 64,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        sizes = {
-            "max_slots": max_slots,
-            "max_waiting": max_waiting,
-            "prefill_chunk": prefill_chunk,
-        }
+        sizes = {"max_slots": max_slots, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name} is {size}; it must be at least 1")

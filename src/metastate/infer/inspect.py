@@ -174,11 +174,7 @@ def inspect_prompt(
             if stop is not None and stop.is_set():
                 break
     tokens[-1]["text"] += decoder.finish()
-    return {
-        "tokens": tokens,
-        **_named(parts, before),
-        "state": inspect_state(before, model.config),
-    }
+    return {"tokens": tokens, **_named(parts, before), "state": inspect_state(before, model.config)}
 
 
 def readers(config: ModelConfig) -> dict[str, list[str]]:

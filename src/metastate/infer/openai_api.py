@@ -313,11 +313,7 @@ class OpenAI:
     def _usage(self, feed: Feed) -> dict[str, int]:
         read = sum(len(prompt) for prompt in feed.task.prompts)
         written = sum(len(job.tokens) for job in feed.jobs)
-        return {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        }
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     async def _stored(self, feed: Feed, index: int, text: str, owner: str) -> dict[str, Any]:
         """Store the state behind a text if that was asked for; return its id as a field.

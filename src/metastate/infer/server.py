@@ -58,10 +58,7 @@ class StateRequest(Body):
 
 
 def create_app(
-    engine: Engine,
-    store: StateStore,
-    config: ServerConfig,
-    template: ChatTemplate | None = None,
+    engine: Engine, store: StateStore, config: ServerConfig, template: ChatTemplate | None = None
 ) -> FastAPI:
     """Return the ASGI application; it starts `engine` and, when it ends, stops it and the store.
 
