@@ -243,14 +243,7 @@ class BatchSource:
         *,
         carry_state: bool = False,
     ) -> None:
-        """Set up the source; nothing is read.
-
-        Args:
-            split: where the text comes from.
-            batch_size: B of all ranks together.
-            context: T.
-            seed: of the order.
-            carry_state: see above.
+        """Set up the source, of `context` T and a `batch_size` B of all ranks; nothing is read.
 
         Raises:
             DataError: the split is shorter than T + 1 tokens (or B streams of them).

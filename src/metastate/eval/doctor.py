@@ -336,9 +336,7 @@ def diagnose(
 ) -> dict[str, Any]:
     """Check every backend that can run on `devices` (default: those here) against float64.
 
-    Args:
-        devices: where to look.
-        progress: called as progress(done, total, now=what) before every check.
+    Before every check `progress(done, total, now=what)` is called.
 
     Returns:
         environment(), `backends` (one entry a device and backend: device, name, auto, runs,
