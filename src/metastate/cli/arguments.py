@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json
+from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json, add_number
 from metastate.config import TrainConfig
 
 
@@ -17,9 +17,7 @@ def add_model(parser: Parser) -> None:
 
 def add_new_seed(parser: Parser) -> None:
     """Add `--seed` of a command that gives a model new parameters."""
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="draws the new entries (default: 0)"
-    )
+    add_number(parser, "--seed", 0, "draws the new entries")
 
 
 def add_other_weights(parser: Parser) -> None:
@@ -33,23 +31,20 @@ def add_other_weights(parser: Parser) -> None:
 
 def add_sampling(parser: Parser, *, max_tokens: int, temperature: float, top_p: float) -> None:
     """Add how many tokens are drawn, and how, with these defaults."""
-    for flag, kind, default, what in (
-        ("--max-tokens", int, max_tokens, "tokens to write at most"),
-        ("--temperature", float, temperature, "1 draws as learned, 0 always takes the most likely"),
-        ("--top-k", int, 0, "draw from the N most likely; 0 is all"),
-        ("--top-p", float, top_p, "draw from the most likely that together reach this probability"),
-        ("--repetition-penalty", float, 1.0, "above 1 makes recent tokens less likely"),
+    for flag, default, what in (
+        ("--max-tokens", max_tokens, "tokens to write at most"),
+        ("--temperature", temperature, "1 draws as learned, 0 always takes the most likely"),
+        ("--top-k", 0, "draw from the N most likely; 0 is all"),
+        ("--top-p", top_p, "draw from the most likely that together reach this probability"),
+        ("--repetition-penalty", 1.0, "above 1 makes recent tokens less likely"),
+        ("--seed", None, "draw the same text again"),
     ):
-        metavar, help = "N" if kind is int else "X", f"{what} (default: {default:g})"
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=help)
-    parser.add_argument("--seed", type=int, metavar="N", help="draw the same text again")
+        add_number(parser, flag, default, what)
 
 
 def add_demo(parser: Parser) -> None:
     """Train, evaluate and sample a small model in a few minutes."""
-    parser.add_argument(
-        "--minutes", type=float, default=5.0, metavar="X", help="time to train (default: 5)"
-    )
+    add_number(parser, "--minutes", 5.0, "time to train")
     add_flags(parser, "out", out="runs/demo")
     add_json(parser)
 
@@ -77,13 +72,7 @@ def add_prepare(parser: Parser) -> None:
             f"--{name}", nargs="+", default=[], metavar="INPUT", help=f"inputs of the {name} split"
         )
     for name in ("valid", "test"):
-        parser.add_argument(
-            f"--{name}-fraction",
-            type=float,
-            default=0.01,
-            metavar="X",
-            help=f"part of the documents that goes to {name} (default: 0.01)",
-        )
+        add_number(parser, f"--{name}-fraction", 0.01, f"part of the documents that goes to {name}")
     parser.add_argument(
         "--text-field",
         default="text",
@@ -124,23 +113,15 @@ def add_eval(parser: Parser) -> None:
     """
     add_model(parser)
     add_flags(parser, "data", "device", "dtype")
-    for flag, number, what in (
-        ("--context", 512, "tokens of a window"),
-        ("--batch-size", 16, "documents, or windows, at once"),
-    ):
-        help = f"{what} (default: {number})"
-        parser.add_argument(flag, type=int, default=number, metavar="N", help=help)
+    add_number(parser, "--context", 512, "tokens of a window")
+    add_number(parser, "--batch-size", 16, "documents, or windows, at once")
     parser.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
     parser.add_argument("--by-domain", action="store_true", help="also the loss of each domain")
     parser.add_argument(
         "--by-position", action="store_true", help="also the loss by tokens seen before"
     )
-    parser.add_argument(
-        "--limit-tokens",
-        type=int,
-        metavar="N",
-        help="score so many tokens, of each domain its share (default: all)",
-    )
+    limit = "score so many tokens, of each domain its share (default: all)"
+    add_number(parser, "--limit-tokens", None, limit)
     parser.add_argument(
         "--state", metavar="FILE", help="let every document start from this state (tune-state)"
     )
@@ -176,12 +157,8 @@ def add_lm_eval(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--tasks", metavar="A,B", help="names of lm-evaluation-harness")
     parser.add_argument("--include-path", metavar="DIR", help="folder with further tasks in YAML")
-    parser.add_argument(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="solved items in front of each (default: what a task says, else 0)",
-    )
+    solved = "solved items in front of each (default: what a task says, else 0)"
+    add_number(parser, "--num-fewshot", None, solved)
     parser.add_argument(
         "--gen-kwargs",
         metavar="KEY=VALUE,...",
@@ -197,10 +174,8 @@ def add_lm_eval(parser: Parser) -> None:
 
 def add_scoring(parser: Parser, limit: str) -> None:
     """Add the options of what scores a model on tasks."""
-    parser.add_argument("--limit", type=int, metavar="N", help=f"{limit} (default: all)")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="texts at once (default: 16)"
-    )
+    add_number(parser, "--limit", None, f"{limit} (default: all)")
+    add_number(parser, "--batch-size", 16, "texts at once")
     parser.add_argument("--out", metavar="FILE", help="also write the results there, as JSON")
     add_flags(parser, "device", "dtype")
     add_json(parser)
@@ -245,7 +220,7 @@ def add_grow(parser: Parser) -> None:
         ("--attention-slots", "slots A of a TokenFormer's projections"),
         ("--memory-heads", "heads of a surprise memory, for a model without one"),
     ):
-        parser.add_argument(flag, type=int, metavar="N", help=f"{what}, after growth")
+        add_number(parser, flag, None, f"{what}, after growth")
     parser.add_argument(
         "--init",
         choices=("zero", "random", "released"),
@@ -325,17 +300,16 @@ def add_tasks(parser: Parser) -> None:
         metavar="X",
         help="peak learning rates, the best one counts (default: 0.003)",
     )
-    numbers: tuple[tuple[str, int | None, str], ...] = (
-        ("--width", 64, "channels D (default: 64)"),
-        ("--heads", 1, "heads H (default: 1)"),
+    for flag, number, what in (
+        ("--width", 64, "channels D"),
+        ("--heads", 1, "heads H"),
         ("--length", None, "state tracking: elements of the longest sequence (default: 20)"),
         ("--vocab-size", None, "recall: half of it keys, half values (default: 8192)"),
-        ("--steps", 2000, "optimizer steps of a cell at most (default: 2000)"),
+        ("--steps", 2000, "optimizer steps of a cell at most"),
         ("--batch-size", None, "longest sequences a step (default: 64; recall: 32)"),
         ("--warmup", None, "steps over which the rate rises (default: a tenth, 100 at most)"),
-    )
-    for flag, number, what in numbers:
-        parser.add_argument(flag, type=int, default=number, metavar="N", help=what)
+    ):
+        add_number(parser, flag, number, what)
     parser.add_argument(
         "--filler",
         choices=("zero", "random"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metastate.cli.arguments import add_model, add_new_seed, add_other_weights, add_sampling
-from metastate.cli.options import Parser, add_flags, add_json
+from metastate.cli.options import Parser, add_flags, add_json, add_number
 
 
 def add_upgrade(parser: Parser) -> None:
@@ -96,12 +96,8 @@ def add_tune_state(parser: Parser) -> None:
         metavar="P",
         help="pairs of key and value a layer and head (default: 4)",
     )
-    parser.add_argument(
-        "--lr",
-        type=float,
-        metavar="X",
-        help="peak learning rate (default: 0.3 for tokens, 1 for state)",
-    )
+    rate = "peak learning rate (default: 0.3 for tokens, 1 for state)"
+    add_number(parser, "--lr", None, rate, float)
     parser.add_argument(
         "--resume", action="store_true", help="go on where the same command was interrupted"
     )
@@ -163,9 +159,7 @@ def add_serve(parser: Parser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
-    )
+    add_number(parser, "--port", 8000, "0 takes a free one")
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="who holds one of its keys, one a line, may use /v1"
     )
@@ -191,17 +185,10 @@ def add_serve(parser: Parser) -> None:
         ("--max-tokens", 4096, "tokens that a request may ask for"),
         ("--max-states", 256, "states stored with one key"),
         ("--max-state-mib", 1024, "size of all states stored with one key"),
-    ):
-        parser.add_argument(
-            flag, type=int, default=number, metavar="N", help=f"{what} (default: {number})"
-        )
-    for flag, seconds, what in (
         ("--timeout", 300.0, "seconds that a request may take"),
         ("--grace", 10.0, "seconds that running requests get when the server stops"),
     ):
-        parser.add_argument(
-            flag, type=float, default=seconds, metavar="X", help=f"{what} (default: {seconds:g})"
-        )
+        add_number(parser, flag, number, what)
     add_flags(parser, "device", "dtype")
 
 
