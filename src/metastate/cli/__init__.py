@@ -75,7 +75,7 @@ COMMANDS = (
         "tune-state",
         "train the state that documents start from",
         use.add_tune_state,
-        "tuning",
+        "training",
         ("data", "out"),
     ),
     Command(
@@ -86,7 +86,7 @@ COMMANDS = (
         "upgrade",
         "put Meta-State layers into an RWKV-7, its function unchanged",
         use.add_upgrade,
-        "upgrading",
+        "growing",
         ("out",),
     ),
     Command(
@@ -116,7 +116,7 @@ COMMANDS = (
         "doctor",
         "check every backend of this machine against the reference",
         use.add_doctor,
-        "doctor",
+        "commands",
     ),
 )
 
