@@ -284,7 +284,6 @@ def test_upgrade_refuses_other_architectures_and_an_upgrade_that_moved(
 
     for moved in (1e-3, torch.nan):
         report = {"logits": {"relative": moved}}
-        monkeypatch.setattr("metastate.cli.upgrading.growth_report", lambda *_, r=report: r)
         monkeypatch.setattr("metastate.cli.growing.growth_report", lambda *_, r=report: r)
         logits = report["logits"]  # in float64
         monkeypatch.setattr("metastate.cli.growing.logits_change", lambda *_, x=logits: x)

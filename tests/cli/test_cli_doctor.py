@@ -66,6 +66,6 @@ def test_a_device_that_is_not_here(capsys, given, said):
 
 def test_one_gpu_is_not_checked_in_the_place_of_another(capsys, monkeypatch):
     devices = [torch.device("cpu"), torch.device("cuda:0")]
-    monkeypatch.setattr("metastate.cli.doctor.devices_here", lambda: devices)
+    monkeypatch.setattr("metastate.cli.commands.devices_here", lambda: devices)
     assert main(["doctor", "--device", "cuda:99"]) == 2
     assert "cuda:99" in capsys.readouterr().err

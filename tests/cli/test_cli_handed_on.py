@@ -100,7 +100,7 @@ def test_grow(checkpoint, tmp_path, handed):
 
 def test_upgrade(checkpoint, tmp_path, handed):
     argv = ("upgrade", checkpoint, "--out", tmp_path / "big", "--seed", 7, "--layers", "0,1")
-    got = handed("cli.upgrading.upgrade", *argv, "--set", "meta_state.readout=both", "--replace")
+    got = handed("cli.growing.upgrade", *argv, "--set", "meta_state.readout=both", "--replace")
     assert (got["args"][1], got["seed"], got["replace"]) == ([0, 1], 7, True)
     assert got["meta_state"].readout == "both"
 
@@ -111,14 +111,14 @@ def test_tune_state(checkpoint, data, tmp_path, handed):
     settings |= {"valid_tokens": 99, "checkpoint_every": 6, "dtype": "float64"}
     argv = ["tune-state", checkpoint, "--data", data, "--out", tmp_path / "s"]
     more = [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", v)]
-    got = handed("cli.tuning.tune", *argv, *more, "--parameter-tokens", 5)
+    got = handed("cli.training.tune", *argv, *more, "--parameter-tokens", 5)
     config = to_dict(got["args"][1])
     assert settings.items() <= config.items()
     assert (config["lr"], config["min_lr"], config["out"]) == (0.3, 0.03, str(tmp_path / "s"))
     assert (got["what"], got["parameter_tokens"], got["resume"]) == ("tokens", 5, False)
-    got = handed("cli.tuning.tune", *argv, "--what", "state", "--resume")
+    got = handed("cli.training.tune", *argv, "--what", "state", "--resume")
     assert (got["what"], got["resume"], got["args"][1].lr) == ("state", True, 1.0)
-    assert handed("cli.tuning.tune", *argv, "--lr", 0.5)["args"][1].lr == 0.5
+    assert handed("cli.training.tune", *argv, "--lr", 0.5)["args"][1].lr == 0.5
 
 
 def test_tasks(tmp_path, handed):

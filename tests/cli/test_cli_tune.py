@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from metastate.cli import main, tuning
+from metastate.cli import main, training
 from metastate.train.tune import TuneResult
 
 FEW = ["--steps", "4", "--batch-size", "2", "--context", "16", "--valid-tokens", "300"]
@@ -36,7 +36,7 @@ def test_a_state_that_does_not_help_is_said(
 ):
     result = {"step": 4, "tokens": 9, "loss": 1.0, "before": 2.0, "best_loss": after}
     result = TuneResult(out=tmp_path, best_step=4, file_bytes=9, interrupted=None, **result)
-    monkeypatch.setattr(tuning, "tune", lambda *_, **__: result)
+    monkeypatch.setattr(training, "tune", lambda *_, **__: result)
     argv = ["tune-state", checkpoint, "--data", data, "--out", tmp_path / "s"]
     assert main([str(a) for a in argv]) == 0
     assert ("does not help" in capsys.readouterr().err) is said

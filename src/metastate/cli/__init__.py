@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -39,128 +40,83 @@ class Command:
     Attributes:
         name: as it is typed.
         help: one line for the list of commands.
-        add: gives its parser the options.
-        run: `module:function` in metastate.cli, imported when it runs: torch comes with it.
-        text: description in its own help, where the line above is not enough.
+        add: gives its parser the options; its docstring is the description in the command's help.
+        module: of metastate.cli, whose `run_NAME` runs it; imported then: torch comes with it.
         needs: options without which it cannot run.
     """
 
     name: str
     help: str
     add: Callable[[Parser], None]
-    run: str
-    text: str | None = None
+    module: str
     needs: tuple[str, ...] = ()
 
 
 COMMANDS = (
     Command(
-        "demo",
-        "train, evaluate and sample a small model in a few minutes",
-        a.add_demo,
-        "demo:run_demo",
+        "demo", "train, evaluate and sample a small model in a few minutes", a.add_demo, "demo"
     ),
+    Command("prepare", "turn text into token files", a.add_prepare, "commands", ("out",)),
+    Command("train", "train a model", a.add_train, "training"),
+    Command("eval", "measure the held-out loss of a model", a.add_eval, "commands", ("data",)),
     Command(
-        "prepare",
-        "turn text into token files",
-        a.add_prepare,
-        "commands:run_prepare",
-        a.PREPARE,
-        ("out",),
-    ),
-    Command("train", "train a model", a.add_train, "training:run_train", a.TRAIN),
-    Command(
-        "eval",
-        "measure the held-out loss of a model",
-        a.add_eval,
-        "commands:run_eval",
-        a.EVAL,
-        ("data",),
-    ),
-    Command(
-        "eval-tasks",
-        "zero-shot tasks from local files",
-        a.add_eval_tasks,
-        "zero_shot:run_eval_tasks",
-        a.EVAL_TASKS,
-        ("data",),
+        "eval-tasks", "zero-shot tasks from local files", a.add_eval_tasks, "zero_shot", ("data",)
     ),
     Command(
         "lm-eval",
         "zero-shot tasks of lm-evaluation-harness",
         a.add_lm_eval,
-        "zero_shot:run_lm_eval",
-        a.LM_EVAL,
+        "zero_shot",
         ("tasks",),
     ),
-    Command("generate", "continue a text", a.add_generate, "commands:run_generate", a.GENERATE),
-    Command("chat", "chat in the terminal", use.add_chat, "chat:run_chat", use.CHAT),
+    Command("generate", "continue a text", a.add_generate, "commands"),
+    Command("chat", "chat in the terminal", use.add_chat, "chat"),
     Command(
         "tune-state",
         "train the state that documents start from",
         use.add_tune_state,
-        "tuning:run_tune_state",
-        use.TUNE_STATE,
+        "training",
         ("data", "out"),
     ),
     Command(
-        "serve",
-        "serve a model over HTTP, as OpenAI's clients call it",
-        use.add_serve,
-        "serving:run_serve",
-        use.SERVE,
+        "serve", "serve a model over HTTP, as OpenAI's clients call it", use.add_serve, "serving"
     ),
-    Command(
-        "grow",
-        "make a model larger, its function unchanged",
-        a.add_grow,
-        "growing:run_grow",
-        a.GROW,
-        ("out",),
-    ),
+    Command("grow", "make a model larger, its function unchanged", a.add_grow, "growing", ("out",)),
     Command(
         "upgrade",
         "put Meta-State layers into an RWKV-7, its function unchanged",
         use.add_upgrade,
-        "upgrading:run_upgrade",
-        use.UPGRADE,
+        "growing",
         ("out",),
     ),
     Command(
         "convert",
         "checkpoints of other programs to ours and back",
         use.add_convert,
-        "converting:run_convert",
-        use.CONVERT,
+        "converting",
         ("out",),
     ),
     Command(
         "compare",
         "train a matrix of models, sizes and seeds; table and report",
         a.add_compare,
-        "comparing:run_compare",
-        a.COMPARE,
+        "comparing",
         ("out",),
     ),
     Command(
-        "tasks",
-        "train and score small models on state tracking or recall",
-        a.add_tasks,
-        "tasks:run_tasks",
-        a.TASKS,
+        "tasks", "train and score small models on state tracking or recall", a.add_tasks, "tasks"
     ),
     Command(
         "info",
         "parameters, FLOPs and state bytes of a model; what a state file or prepared data hold",
         a.add_info,
-        "commands:run_info",
+        "commands",
     ),
     Command(
         "doctor",
         "check every backend of this machine against the reference",
         use.add_doctor,
-        "doctor:run_doctor",
-        use.DOCTOR,
+        "commands",
     ),
 )
 
@@ -177,7 +133,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parsers = {}
     for command in COMMANDS:
         parsers[command.name] = added.add_parser(
-            command.name, help=command.help, description=command.text or command.help
+            command.name, help=command.help, description=inspect.getdoc(command.add)
         )
         command.add(parsers[command.name])
     return parser, parsers
@@ -247,6 +203,5 @@ def _run(argv: list[str]) -> int:
         if not getattr(args, name, None):
             raise ConfigError(f"--{name} is missing; see `metastate {command.name} --help`")
     hear_kernels()
-    module, function = command.run.split(":")
-    run = getattr(importlib.import_module(f"metastate.cli.{module}"), function)
-    return run(args) or 0
+    module = importlib.import_module(f"metastate.cli.{command.module}")
+    return getattr(module, "run_" + command.name.replace("-", "_"))(args) or 0

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from metastate.cli.arguments import add_model, add_new_seed, add_other_weights, add_sampling
-from metastate.cli.options import Parser, add_flags, add_json
-
-UPGRADE = """\
-Put Meta-State layers into a trained RWKV-7, beside its feed-forward layers.
-
-The new layers write nothing at first, so the model computes exactly what it did; that is measured
-on real text, and a model that moved is not written. Then train what is new, with what was there
-frozen (0) or slowed: `metastate train --from OUT --old-lr-scale 0 ...`. With --replace the
-feed-forward layers of these blocks go, and the report says what that costs.
-"""
-
-CONVERT = """\
-Turn checkpoints of other programs into ours, and back.
-
-SRC.pth, an RWKV-7 as its authors publish it, or a Hugging Face folder (ours, or an RWKV-7 of
-flash-linear-attention's layout) becomes a folder that every command takes. Of our own checkpoints
---to hf makes a Hugging Face folder, --to rwkv and --to fla such a file and folder again (rwkv7
-only), and --to metastate a copy, with another --dtype or --tokenizer. Weights stay bit for bit as
-they are unless --dtype asks for others.
-"""
+from metastate.cli.options import Parser, add_flags, add_json, add_number
 
 
 def add_upgrade(parser: Parser) -> None:
-    """Add the options of `metastate upgrade`."""
+    """Put Meta-State layers into a trained RWKV-7, beside its feed-forward layers.
+
+    The new layers write nothing at first, so the model computes exactly what it did; that is
+    measured on real text, and a model that moved is not written. Then train what is new, with what
+    was there frozen (0) or slowed: `metastate train --from OUT --old-lr-scale 0 ...`. With
+    --replace the feed-forward layers of these blocks go, and the report says what that costs.
+    """
     add_model(parser)
     parser.add_argument(
         "--layers",
@@ -56,7 +43,14 @@ def add_upgrade(parser: Parser) -> None:
 
 
 def add_convert(parser: Parser) -> None:
-    """Add the options of `metastate convert`."""
+    """Turn checkpoints of other programs into ours, and back.
+
+    SRC.pth, an RWKV-7 as its authors publish it, or a Hugging Face folder (ours, or an RWKV-7 of
+    flash-linear-attention's layout) becomes a folder that every command takes. Of our own
+    checkpoints --to hf makes a Hugging Face folder, --to rwkv and --to fla such a file and folder
+    again (rwkv7 only), and --to metastate a copy, with another --dtype or --tokenizer. Weights stay
+    bit for bit as they are unless --dtype asks for others.
+    """
     parser.add_argument("source", metavar="SRC", help="a .pth file or a folder, see above")
     parser.add_argument("--out", metavar="DST", help="what to write: a folder, or a .pth file")
     parser.add_argument(
@@ -81,26 +75,15 @@ def add_convert(parser: Parser) -> None:
     add_json(parser)
 
 
-TUNE_STATE = """\
-Train the state that documents start from; the weights stay as they are.
-
-tokens: P pairs of key and value a layer and head, S_0 = V^T K, a file of a few kilobytes.
-state: the whole first state of every layer.
-
-Load it with `generate --state-in FILE`, `chat --state-in FILE` or `eval --state FILE`. FILE holds
-the state of the best validation; FILE.tuning, what --resume goes on from until the end.
-"""
-
-CHAT = """\
-Chat with a model in the terminal; what it remembers stays of constant size, however long you talk.
-
-/help lists what can be typed besides messages. Ctrl-C stops a reply, Ctrl-D leaves. The model was
-trained on text, not on dialogue, unless you did so: --template says how a message becomes text.
-"""
-
-
 def add_tune_state(parser: Parser) -> None:
-    """Add the options of `metastate tune-state`."""
+    """Train the state that documents start from; the weights stay as they are.
+
+    tokens: P pairs of key and value a layer and head, S_0 = V^T K, a file of a few kilobytes.
+    state: the whole first state of every layer.
+
+    Load it with `generate --state-in FILE`, `chat --state-in FILE` or `eval --state FILE`. FILE
+    holds the state of the best validation; FILE.tuning, what --resume goes on from until the end.
+    """
     add_model(parser)
     parser.add_argument("--out", metavar="FILE", help="file for the state")
     parser.add_argument(
@@ -113,12 +96,8 @@ def add_tune_state(parser: Parser) -> None:
         metavar="P",
         help="pairs of key and value a layer and head (default: 4)",
     )
-    parser.add_argument(
-        "--lr",
-        type=float,
-        metavar="X",
-        help="peak learning rate (default: 0.3 for tokens, 1 for state)",
-    )
+    rate = "peak learning rate (default: 0.3 for tokens, 1 for state)"
+    add_number(parser, "--lr", None, rate, float)
     parser.add_argument(
         "--resume", action="store_true", help="go on where the same command was interrupted"
     )
@@ -138,7 +117,12 @@ def add_tune_state(parser: Parser) -> None:
 
 
 def add_chat(parser: Parser) -> None:
-    """Add the options of `metastate chat`."""
+    """Chat with a model in the terminal; what it remembers stays of constant size.
+
+    /help lists what can be typed besides messages. Ctrl-C stops a reply, Ctrl-D leaves. The model
+    was trained on text, not on dialogue, unless you did so: --template says how a message becomes
+    text.
+    """
     add_model(parser)
     parser.add_argument(
         "--template",
@@ -162,25 +146,20 @@ def add_chat(parser: Parser) -> None:
     add_flags(parser, "device", "dtype")
 
 
-SERVE = """\
-Serve a model over HTTP: completions and chats as OpenAI's clients call them, and stored states.
-
-/v1/completions, /v1/chat/completions and /v1/models are OpenAI's; /v1/states keeps, forks, gives
-and takes states, and the field `state` of a request goes on from one. / is a page to try all that.
-Without --api-key-file everybody who reaches the port may use it, so it listens on this machine only
-unless told otherwise. Ctrl-C or SIGTERM lets running requests finish for --grace seconds.
-"""
-
-
 def add_serve(parser: Parser) -> None:
-    """Add the options of `metastate serve`."""
+    """Serve a model over HTTP: OpenAI's completions and chats, and stored states.
+
+    /v1/completions, /v1/chat/completions and /v1/models are OpenAI's; /v1/states keeps, forks,
+    gives and takes states, and the field `state` of a request goes on from one. / is a page to try
+    all that. Without --api-key-file everybody who reaches the port may use it, so it listens on
+    this machine only unless told otherwise. Ctrl-C or SIGTERM lets running requests finish for
+    --grace seconds.
+    """
     add_model(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
-    )
+    add_number(parser, "--port", 8000, "0 takes a free one")
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="who holds one of its keys, one a line, may use /v1"
     )
@@ -206,28 +185,18 @@ def add_serve(parser: Parser) -> None:
         ("--max-tokens", 4096, "tokens that a request may ask for"),
         ("--max-states", 256, "states stored with one key"),
         ("--max-state-mib", 1024, "size of all states stored with one key"),
-    ):
-        parser.add_argument(
-            flag, type=int, default=number, metavar="N", help=f"{what} (default: {number})"
-        )
-    for flag, seconds, what in (
         ("--timeout", 300.0, "seconds that a request may take"),
         ("--grace", 10.0, "seconds that running requests get when the server stops"),
     ):
-        parser.add_argument(
-            flag, type=float, default=seconds, metavar="X", help=f"{what} (default: {seconds:g})"
-        )
+        add_number(parser, flag, number, what)
     add_flags(parser, "device", "dtype")
 
 
-DOCTOR = """\
-Compare every backend that can run here with the float64 reference: outputs and all gradients,
-through every entry point. The last line says it all; put it into a bug report. Exit code 1 means
-that what the program would use by itself is wrong.
-"""
-
-
 def add_doctor(parser: Parser) -> None:
-    """Add the options of `metastate doctor`."""
+    """Compare every backend that can run here with the float64 reference.
+
+    Outputs and all gradients, through every entry point. The last line says it all; put it into a
+    bug report. Exit code 1 means that what the program would use by itself is wrong.
+    """
     parser.add_argument("--device", help="check this device only: cpu, cuda, cuda:1 (default: all)")
     add_json(parser)

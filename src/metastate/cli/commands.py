@@ -1,4 +1,4 @@
-"""`metastate prepare`, `info`, `eval` and `generate`: from parsed options to the library."""
+"""`metastate prepare`, `info`, `eval`, `generate` and `doctor`: from options to the library."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from metastate.data.loader import RECORD, PreparedData
 from metastate.data.prepare import prepare
 from metastate.errors import ConfigError
 from metastate.eval.describe import describe, describe_table, not_finite_lines
+from metastate.eval.doctor import devices_here, diagnose, doctor_table
 from metastate.eval.loss import EvalResult, evaluate
 from metastate.infer.generate import Continuation, generate, inference
 from metastate.model import presets
@@ -23,6 +24,7 @@ from metastate.model.io import checkpoint_folder, load, not_finite, tokenizer_of
 from metastate.model.lm import arithmetic
 from metastate.model.state import ModelState
 from metastate.model.state_file import StateFile
+from metastate.train.distributed import device_of
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -237,3 +239,21 @@ def read_prompt(prompt: str | None, *, use_stdin: bool) -> str:
     except UnicodeError as cause:
         raise ConfigError(f"the prompt is no UTF-8 text ({cause}); convert it first") from None
     return prompt
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Check and report; 1 where a backend that `auto` chooses is wrong."""
+    devices = devices_here()
+    if args.device:
+        wanted = device_of(args.device)
+        devices = [d for d in devices if d.type == wanted.type]
+        if not devices:
+            raise ConfigError(f"--device {args.device}: only cpu and cuda have backends to check")
+        devices = devices if wanted.index is None else [wanted]
+    with bar("doctor", "checks") as show:
+        report = diagnose(devices, progress=show)
+    if args.json:
+        print_json(report)
+    else:
+        print(doctor_table(report))
+    return 0 if report["ok"] else 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +31,6 @@ from metastate.model.io import (
 from metastate.model.lm import LanguageModel
 
 UNUSED = "unused.safetensors"  # what an RWKV-7 file holds and nothing computes with
-# A model, and the tensors that travel with it to a file of the same kind.
-Content = tuple[LanguageModel, dict[str, Tensor]]
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -47,9 +43,9 @@ def run_convert(args: argparse.Namespace) -> None:
     if args.tokenizer and target == "rwkv":
         raise ConfigError("--tokenizer is for folders; a .pth file has no place for it")
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    model, unused = READ[kind](source, dtype, args.allow_nan)
+    model, unused = read(kind, source, dtype, args.allow_nan)
     tokenizer = tokenizer_for(model, source, args.tokenizer)
-    WRITE[target](model, unused, tokenizer, out)
+    write(target, model, unused, tokenizer, out)
     facts = {
         "out": str(out),
         "from": kind,
@@ -73,7 +69,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def kind_of(source: Path) -> str:
-    """Return the format of SRC, a key of `READ`.
+    """Return the format of SRC: `rwkv`, `hf` or `metastate`.
 
     Raises:
         CheckpointError: it is none.
@@ -93,13 +89,14 @@ def kind_of(source: Path) -> str:
     return "metastate"
 
 
-def read_rwkv(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
-    """Read an RWKV-7 `.pth` file."""
-    return blinkdl.read(source, dtype=dtype, allow_nan=allow_nan)
-
-
-def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
-    """Read one of our checkpoints."""
+def read(
+    kind: str, source: Path, dtype: torch.dtype | None, allow_nan: bool
+) -> tuple[LanguageModel, dict[str, Tensor]]:
+    """Return the model of SRC, and the tensors that travel with it to a file of the same kind."""
+    if kind == "rwkv":
+        return blinkdl.read(source, dtype=dtype, allow_nan=allow_nan)
+    if kind == "hf":
+        return from_hf(source, dtype=dtype, allow_nan=allow_nan), {}
     folder = pinned(source)
     model = load(folder, dtype=dtype)
     file = folder / UNUSED
@@ -107,11 +104,6 @@ def read_ours(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Conte
     if not allow_nan:
         check_finite(model.state_dict(), source)
     return model, unused
-
-
-def read_hf(source: Path, dtype: torch.dtype | None, allow_nan: bool) -> Content:
-    """Read a Hugging Face folder."""
-    return from_hf(source, dtype=dtype, allow_nan=allow_nan), {}
 
 
 def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Tokenizer | None:
@@ -132,50 +124,29 @@ def tokenizer_for(model: LanguageModel, source: Path, spec: str | None) -> Token
     return tokenizer
 
 
-def write_ours(
-    model: LanguageModel, unused: dict[str, Tensor], tokenizer: Tokenizer | None, out: Path
-) -> None:
-    """Write a checkpoint folder that is whole or absent."""
-    with whole_folder(out, error=CheckpointError) as temporary:
-        save(model, temporary)
-        if unused:
-            write_tensors(temporary / UNUSED, unused, error=CheckpointError)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-
-
-def write_rwkv(
-    model: LanguageModel, unused: dict[str, Tensor], tokenizer: Tokenizer | None, out: Path
-) -> None:
-    """Write an RWKV-7 `.pth` file."""
-    blinkdl.write(model, out, unused)
-
-
-def write_hf(
+def write(
+    target: str,
     model: LanguageModel,
     unused: dict[str, Tensor],
     tokenizer: Tokenizer | None,
     out: Path,
-    layout: Literal["metastate", "fla"] = "metastate",
 ) -> None:
-    """Write a Hugging Face folder that is whole or absent; NaN was refused when it was read."""
-    if unused:
+    """Write DST, whole or not at all; NaN was refused when it was read."""
+    if target == "rwkv":
+        blinkdl.write(model, out, unused)
+        return
+    if unused and target != "metastate":
         log(
             f"left out: {', '.join(sorted(unused))}, which RWKV-7 never uses and a Hugging Face "
             "folder has no place for; a .pth file made from it will not hold them"
         )
     with whole_folder(out, error=CheckpointError) as temporary:
-        to_hf(model, temporary, tokenizer, layout=layout, allow_nan=True)
-
-
-READ: dict[str, Callable[[Path, torch.dtype | None, bool], Content]] = {
-    "hf": read_hf,
-    "metastate": read_ours,
-    "rwkv": read_rwkv,
-}
-WRITE: dict[str, Callable[[LanguageModel, dict[str, Tensor], Tokenizer | None, Path], None]] = {
-    "fla": partial(write_hf, layout="fla"),
-    "hf": write_hf,
-    "metastate": write_ours,
-    "rwkv": write_rwkv,
-}
+        if target != "metastate":
+            layout: Literal["metastate", "fla"] = "fla" if target == "fla" else "metastate"
+            to_hf(model, temporary, tokenizer, layout=layout, allow_nan=True)
+            return
+        save(model, temporary)
+        if unused:
+            write_tensors(temporary / UNUSED, unused, error=CheckpointError)
+        if tokenizer is not None:
+            tokenizer.save(temporary)

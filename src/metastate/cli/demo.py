@@ -32,12 +32,7 @@ from metastate.train.trainer import LOG, train
 
 # Chosen by trying, for two cores and five minutes.
 SETTINGS = TrainConfig(
-    preset="metastate-tiny",
-    batch_size=8,
-    context=256,
-    lr=3e-3,
-    min_lr=1e-4,
-    valid_tokens=32768,
+    preset="metastate-tiny", batch_size=8, context=256, lr=3e-3, min_lr=1e-4, valid_tokens=32768
 )
 PROBE_STEPS, PROBE_WARM = 10, 4  # steps that measure the speed; the first ones compile kernels
 SCORED_TOKENS = 65536

@@ -1,4 +1,4 @@
-"""`metastate grow`: a larger checkpoint that computes what the smaller one did."""
+"""`metastate grow` and `upgrade`: larger checkpoints that compute what the smaller ones did."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metastate.cli.progress import log, print_json
-from metastate.config import ATTENTION, LARGEST_HEAD
+from metastate.cli.options import parse_override
+from metastate.cli.progress import bar, log, print_json
+from metastate.config import ATTENTION, LARGEST_HEAD, MetaStateConfig
 from metastate.data.files import check_free, whole_folder, write_tensors
 from metastate.data.loader import PreparedData
 from metastate.errors import CheckpointError, ConfigError, DataError
-from metastate.growth import grow, grow_moments, grow_state, growth_report, logits_change
+from metastate.eval.loss import evaluate
+from metastate.growth import (
+    grow,
+    grow_moments,
+    grow_state,
+    growth_report,
+    logits_change,
+    upgrade,
+)
 from metastate.growth.expand import AXES
+from metastate.mapping import from_dict
 from metastate.model.io import (
     check_finite,
     load,
@@ -38,6 +48,7 @@ from metastate.train.optim import whole_moments
 EXACT, EXACT_DOUBLE = 1e-5, 1e-10
 SAMPLE_TOKENS = 512
 FLAGS = {axis: "--" + axis.removeprefix("num_").replace("_", "-") for axis in AXES}
+VALID_TOKENS, CONTEXT = 65_536, 512  # what the loss before and after --replace is measured on
 
 
 def run_grow(args: argparse.Namespace) -> None:
@@ -77,10 +88,42 @@ def too_wide(grown: LanguageModel) -> str:
     if grown.config.architecture in ATTENTION or size is None or size <= LARGEST_HEAD:
         return ""
     return (
-        f"warning: the heads are {size} channels wide; the GPU kernels (backend triton) are made "
-        f"for at most {LARGEST_HEAD} and may ask for more shared memory beyond than a GPU has. On "
-        "a CPU, and with the backend chunked, any width runs"
+        f"warning: the heads are {size} channels wide; the GPU kernels (backend triton) take at "
+        f"most {LARGEST_HEAD}, so that a GPU runs this model by the backend chunked"
     )
+
+
+def run_upgrade(args: argparse.Namespace) -> None:
+    """Upgrade the checkpoint, check that its function stayed, write it whole, and report."""
+    out = Path(args.out)
+    check_free(out)
+    model, folder = open_parent(args.checkpoint)
+    upgraded = upgrade(
+        model,
+        layers_of(args.layers),
+        replace=args.replace,
+        meta_state=options_of(args.set),
+        seed=args.seed,
+    )
+    tokens, of_what = sample_tokens(model, folder, args.data)
+    report = growth_report(model, upgraded, tokens)
+    if args.replace and args.data:
+        report["nats_per_token"] = [held_out_loss(m, args.data) for m in (model, upgraded)]
+    if not args.replace:
+        check_exact(model, upgraded, tokens, report, folder)
+    write(out, folder, model, upgraded)
+    changed = {name: upgraded.lineage[-1][name] for name in ("meta_layers", "ffn_layers")}
+    if args.json:
+        print_json({"out": str(out), "checkpoint": str(folder), **changed, **report})
+        return
+    print(report_table(report, of_what))
+    for name, (before, after) in changed.items():
+        was, now = (", ".join(map(str, layers)) or "none" for layers in (before, after))
+        print(f"{name.replace('_', ' '):<18}{was} -> {now}")
+    if "nats_per_token" in report:
+        before, after = report["nats_per_token"]
+        print(f"{'held-out loss':<18}{before:.4f} -> {after:.4f} nats/token")
+    say_written(out, folder)
 
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[LanguageModel, Path]:
@@ -173,3 +216,34 @@ def report_table(report: dict[str, Any], of_what: str) -> str:
         f"({logits['tokens']} tokens, {of_what})"
     )
     return "\n".join(lines)
+
+
+def layers_of(text: str) -> list[int] | None:
+    """Return the blocks in `all` (None) or `0,3,5`; ConfigError if it is neither."""
+    if text == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--layers is {text!r}; all, or numbers as in 0,3,5") from None
+
+
+def options_of(overrides: list[str]) -> MetaStateConfig | None:
+    """Return the layer's options from `meta_state.KEY=VALUE`, None where nothing is set."""
+    options: dict[str, Any] = {}
+    for text in overrides:
+        (part, value), *_ = parse_override(text).items()
+        if part != "meta_state" or not isinstance(value, dict):
+            raise ConfigError(f"--set {text!r}: only meta_state.KEY=VALUE, the layer's options")
+        options |= value
+    return from_dict(MetaStateConfig, options, "meta_state") if options else None
+
+
+def held_out_loss(model: LanguageModel, data: str) -> float:
+    """Return nats a token on the valid split."""
+    split = PreparedData.open(data).split("valid")
+    with bar("held-out loss", "tokens") as show:
+        result = evaluate(
+            model, split, mode="windowed", context=CONTEXT, limit_tokens=VALID_TOKENS, progress=show
+        )
+    return result.nats_per_token

@@ -138,6 +138,16 @@ def add_flags(
         parser.add_argument(flag_of(name), **settings)
 
 
+def add_number(
+    parser: argparse.ArgumentParser, flag: str, default: float | None, what: str, kind: type = int
+) -> None:
+    """Add a flag that takes a number of its default's type, or of `kind` where it has none."""
+    if default is not None:
+        kind, what = type(default), f"{what} (default: {default:g})"
+    metavar = "X" if kind is float else "N"
+    parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=what)
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add `--config` and `--set`."""
     parser.add_argument(
@@ -224,11 +234,15 @@ def parse_override(text: str) -> dict[str, Any]:
     return value
 
 
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the TrainConfig settings among the options of a command."""
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {name: value for name, value in vars(args).items() if name in fields}
+
+
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the TrainConfig settings of the file, the flags and `--set`, laid over each other."""
-    settings = read_yaml(args.config) if args.config else {}
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    settings = merge(settings, {k: v for k, v in vars(args).items() if k in fields})
+    settings = merge(read_yaml(args.config) if args.config else {}, flags_of(args))
     if args.growth_file:
         schedule = read_yaml(args.growth_file)
         if schedule.keys() != {"growth"}:

@@ -1,4 +1,4 @@
-"""`metastate train`: a run with a bar, validation and a curve."""
+"""`metastate train` and `tune-state`: runs with a bar and validation, of weights or of a state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 
-from metastate.cli.options import settings_of
+from metastate.cli.models import load_model
+from metastate.cli.options import flags_of, settings_of
 from metastate.cli.progress import bar, log, print_json
 from metastate.config import ModelConfig, TrainConfig
 from metastate.data.loader import PreparedData
@@ -27,8 +28,10 @@ from metastate.train.checkpoint import find_checkpoint, saved_config, step_of
 from metastate.train.distributed import is_first
 from metastate.train.optim import learning_rate
 from metastate.train.trainer import LOG, TrainResult, train
+from metastate.train.tune import TuneResult, tune
 
 CURVE = "loss.png"
+LR = {"tokens": 0.3, "state": 1.0}  # what did best in the first hundred steps (docs/results.md)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -70,12 +73,17 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     if args.json:
         print_json(to_dict(result) | {"out": str(result.out)})
-    if result.interrupted is not None:
-        name = signal.Signals(result.interrupted).name
-        log(f"stopped by {name} after step {result.step:,}; go on with --resume")
-        # torchrun would start again what ends with an error.
-        return 128 + result.interrupted if config.parallel == "none" else 0
-    return 0
+    code = exit_code(result)
+    return code if config.parallel == "none" else 0  # torchrun starts again what ends with an error
+
+
+def exit_code(result: TrainResult | TuneResult) -> int:
+    """Return the exit code of a run, 0 where it came to its end; say where it was stopped."""
+    if result.interrupted is None:
+        return 0
+    name = signal.Signals(result.interrupted).name
+    log(f"stopped by {name} after step {result.step:,}; go on with --resume")
+    return 128 + result.interrupted
 
 
 def first_model(config: TrainConfig, **fields: Any) -> ModelConfig:
@@ -120,24 +128,15 @@ def say_plan(config: TrainConfig, saved: TrainConfig | None) -> None:
         log(f"warning: the warm-up of {config.warmup:,} steps is not over when the run ends")
 
 
-def check_schedule(config: TrainConfig) -> None:
-    """Refuse growth that is impossible before the run begins, not at its step."""
-    model = first_model(config)
-    for growth in config.growth:
-        model = grown_config(model, init=growth.init, **growth.sizes())
-
-
 def train_with_bar(config: TrainConfig, resume: bool) -> TrainResult:
     """Run `train` with a progress bar and periodic validation; draw the curve at its end."""
     if config.growth and not resume:  # what a resumed run began from may be gone
-        check_schedule(config)
+        model = first_model(config)
+        for growth in config.growth:  # what is impossible is refused now, not at its step
+            model = grown_config(model, init=growth.init, **growth.sizes())
     with bar("train", "steps") as show:
         result = train(
-            config,
-            evaluate=validation(config),
-            progress=show,
-            resume=resume,
-            grow=grow_in_training,
+            config, evaluate=validation(config), progress=show, resume=resume, grow=grow_in_training
         )
     if not is_first():
         return result
@@ -160,3 +159,32 @@ def validation(config: TrainConfig) -> Callable[..., dict[str, Any]] | None:
             log(f"{config.data} has no valid split: training goes on without validation")
         return None
     return held_out(data, config)
+
+
+def run_tune_state(args: argparse.Namespace) -> int:
+    """Tune, with a bar and the held-out loss before and after."""
+    lr = LR[args.what] if args.lr is None else args.lr
+    own = {"from_checkpoint": args.checkpoint, "lr": lr, "min_lr": lr / 10, "z_loss": 0.0}
+    config = TrainConfig(**flags_of(args) | own)
+    model = load_model(args.checkpoint, args)
+    with bar("tune", "steps") as show:
+        result = tune(
+            model,
+            config,
+            what=args.what,
+            parameter_tokens=args.parameter_tokens,
+            evaluate=validation(config),
+            progress=show,
+            resume=args.resume,
+        )
+    log(f"{result.step:,} steps, {result.tokens:,} tokens; {result.out}, {result.file_bytes:,} B")
+    if result.before is not None and result.best_loss is not None:
+        log(
+            f"held-out loss {result.before:.4f} nats/token before, {result.best_loss:.4f} with the "
+            f"state of step {result.best_step:,}"
+        )
+        if result.best_loss >= result.before:
+            log("the tuned state does not help on held-out text; try another --lr or more data")
+    if args.json:
+        print_json(to_dict(result))
+    return exit_code(result)

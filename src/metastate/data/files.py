@@ -197,10 +197,6 @@ def alone_in(folder: Path, *, error: type[MetaStateError] = TrainingError) -> It
     The folder is made if it is missing, and removed again if nothing was written into it. Where the
     file system has no locks a warning says so, and the folder is not guarded.
 
-    Args:
-        folder: what to hold.
-        error: the class to raise when the system refuses.
-
     Raises:
         BusyError: another process holds it. error: the folder cannot be written.
     """
@@ -246,10 +242,6 @@ def alone_in(folder: Path, *, error: type[MetaStateError] = TrainingError) -> It
 @contextlib.contextmanager
 def in_turn(folder: Path, *, error: type[MetaStateError] = TrainingError) -> Iterator[None]:
     """Hold `folder` as `alone_in` does, for a moment's work: wait while another process has it.
-
-    Args:
-        folder: what to hold.
-        error: the class to raise when the system refuses.
 
     Raises:
         error: the folder cannot be written.

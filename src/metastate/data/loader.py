@@ -54,6 +54,7 @@ class Document(NamedTuple):
     text_bytes: int
 
 
+@dataclass(eq=False)
 class Split:
     """One split of prepared data.
 
@@ -66,17 +67,12 @@ class Split:
         num_ids: every token is below it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dataset: IndexedDataset,
-        domain_names: list[str],
-        text_bytes: np.ndarray,
-        eod_id: int,
-        num_ids: int,
-    ) -> None:
-        self.name, self.dataset, self.domain_names = name, dataset, domain_names
-        self.text_bytes, self.eod_id, self.num_ids = text_bytes, eod_id, num_ids
+    name: str
+    dataset: IndexedDataset
+    domain_names: list[str]
+    text_bytes: np.ndarray
+    eod_id: int
+    num_ids: int
 
     @property
     def num_tokens(self) -> int:
@@ -247,14 +243,7 @@ class BatchSource:
         *,
         carry_state: bool = False,
     ) -> None:
-        """Set up the source; nothing is read.
-
-        Args:
-            split: where the text comes from.
-            batch_size: B of all ranks together.
-            context: T.
-            seed: of the order.
-            carry_state: see above.
+        """Set up the source, of `context` T and a `batch_size` B of all ranks; nothing is read.
 
         Raises:
             DataError: the split is shorter than T + 1 tokens (or B streams of them).

@@ -16,12 +16,12 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ PIECE_CHARACTERS = 1 << 20  # a longer document is tokenised in pieces, cut at l
 SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 MIN_DOMAIN_DOCUMENTS = 20  # a domain of so many documents gets one into every split
 BY_HASH = -1
+Item = TypeVar("Item")
 
 
 class _Text(NamedTuple):
@@ -219,11 +220,12 @@ def _cut_single(texts: Iterator[_Text], fractions: tuple[float, float, float]) -
     return (_Text(piece, domain, i) for piece, i in pieces if piece)
 
 
-def _blocks(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
+def _blocks(items: Iterable[Item], text_of: Callable[[Item], str]) -> Iterator[list[Item]]:
+    """Yield the items in lists of `BLOCK_CHARACTERS` or more; the last has what is left."""
     block, size = [], 0
-    for text in texts:
-        block.append(text)
-        size += len(text.text)
+    for item in items:
+        block.append(item)
+        size += len(text_of(item))
         if size >= BLOCK_CHARACTERS:
             yield block
             block, size = [], 0
@@ -249,10 +251,12 @@ def _write_parts(
         if progress is not None and num_bytes:  # a packed file is read in large pieces
             progress(done, total)
 
-    for block in _blocks(_cut_single(_texts(sources, advance), fractions)):
+    texts = _cut_single(_texts(sources, advance), fractions)
+    for block in _blocks(texts, lambda text: text.text):
         path = parts / f"{count:06d}.npz"
         if not path.is_file():
-            _save(path, **_tokenise(block, tokenizer))
+            columns = _tokenise(block, tokenizer)
+            atomic_write(path, partial(np.savez, **columns), error=DataError)  # type: ignore[arg-type]
         count += 1
     return count
 
@@ -280,54 +284,39 @@ def _pieces(text: str, at_spaces: bool = False) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(block: list[_Text], at_spaces: bool) -> Iterator[list[tuple[int, str]]]:
-    """Yield all pieces with the number of their text, as many at a time as a block has room for."""
-    batch: list[tuple[int, str]] = []
-    size = 0
-    for number, text in enumerate(block):
-        for piece in _pieces(text.text, at_spaces):
-            batch.append((number, piece))
-            size += len(piece)
-            if size >= BLOCK_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _tokenise(block: list[_Text], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Return the columns of a part: all tokens, and one value a document of the rest."""
     dtype = token_dtype(tokenizer.vocab_size)
     documents: list[list[np.ndarray]] = [[] for _ in block]
-    for batch in _batches(block, tokenizer.joins_at_spaces):
+    numbered = (
+        (number, piece)
+        for number, text in enumerate(block)
+        for piece in _pieces(text.text, tokenizer.joins_at_spaces)
+    )
+    for batch in _blocks(numbered, lambda pair: pair[1]):
         encoded = tokenizer.encode_batch([piece for _, piece in batch])
         for (number, _), ids in zip(batch, encoded, strict=True):
             documents[number].append(ids.astype(dtype))
     for pieces in documents:
         pieces.append(np.array([tokenizer.eod_id], dtype))
     names = sorted({text.domain for text in block})
+    digests = (hashlib.sha256(text.text.encode("utf-8")).digest() for text in block)
     return {
         "tokens": np.concatenate(list(chain.from_iterable(documents))),
         "lengths": np.array([sum(map(len, pieces)) for pieces in documents]),
         "text_bytes": np.array([tokenizer.num_bytes(text.text) for text in block]),
-        "hashes": np.array([_hash(text.text) for text in block], np.uint64),
+        "hashes": np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64),
         "splits": np.array([text.split for text in block]),
         "domains": np.array([names.index(text.domain) for text in block]),
         "names": np.frombuffer(json.dumps(names).encode("utf-8"), np.uint8),
     }
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8])
-
-
 def _merge(
     parts: list[Path], folder: Path, tokenizer: Tokenizer, fractions: tuple[float, float, float]
 ) -> dict[str, Any]:
     """Write every split's files from the parts; return what data.json says about them."""
-    local: list[list[str]] = []
-    for path in parts:
-        local.append(json.loads(_load(path, "names")["names"].tobytes()))
+    local = [json.loads(_load(path, "names")["names"].tobytes()) for path in parts]
     names = sorted(set(chain.from_iterable(local)))
     columns: dict[str, list[np.ndarray]] = {}
     for path, own in zip(parts, local, strict=True):
@@ -354,7 +343,7 @@ def _merge(
         atomic_write(folder / f"{name}.bin", write, error=DataError)
         write_index(folder / name, table["lengths"][mine], dtype)
         docs = np.stack([table["domains"][mine], table["text_bytes"][mine]], 1)
-        _save(folder / f"{name}.docs.npy", docs)
+        atomic_write(folder / f"{name}.docs.npy", partial(np.save, arr=docs), error=DataError)
         record[name] = _sizes(table, mine) | {
             "sha256": digest.hexdigest(),
             "domains": {
@@ -369,18 +358,6 @@ def _merge(
         "domains": names,
         "splits": record,
     }
-
-
-def _save(path: Path, array: np.ndarray | None = None, **columns: np.ndarray) -> None:
-    """Write one array as .npy, or named ones as .npz."""
-
-    def write(file: BinaryIO) -> None:
-        if array is not None:
-            np.save(file, array)
-        else:
-            np.savez(file, **columns)  # type: ignore[arg-type]
-
-    atomic_write(path, write, error=DataError)
 
 
 def _load(path: Path, *columns: str) -> dict[str, np.ndarray]:

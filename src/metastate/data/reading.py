@@ -186,7 +186,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         with open(path, "rb") as raw:
             yield raw, openers[suffixes(path)[1]](raw)
     except Exception as cause:
-        if _is_damage(cause):
+        known = (OSError, EOFError, lzma.LZMAError, zlib.error)
+        if isinstance(cause, known) or type(cause).__name__ == "ZstdError":
             raise unreadable(path, cause) from cause
         raise
 
@@ -230,11 +231,6 @@ class _ZstdReader(io.RawIOBase):
         size = min(len(buffer), len(self._output))
         buffer[:size], self._output = self._output[:size], self._output[size:]
         return size
-
-
-def _is_damage(cause: Exception) -> bool:
-    known = (OSError, EOFError, lzma.LZMAError, zlib.error)
-    return isinstance(cause, known) or type(cause).__name__ == "ZstdError"
 
 
 def _not_text(name: str, offset: int, what: str) -> DataError:

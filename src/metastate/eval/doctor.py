@@ -332,14 +332,11 @@ def environment() -> dict[str, Any]:
 
 
 def diagnose(
-    devices: list[torch.device] | None = None,
-    progress: Callable[..., None] | None = None,
+    devices: list[torch.device] | None = None, progress: Callable[..., None] | None = None
 ) -> dict[str, Any]:
     """Check every backend that can run on `devices` (default: those here) against float64.
 
-    Args:
-        devices: where to look.
-        progress: called as progress(done, total, now=what) before every check.
+    Before every check `progress(done, total, now=what)` is called.
 
     Returns:
         environment(), `backends` (one entry a device and backend: device, name, auto, runs,

@@ -84,15 +84,6 @@ class EvalResult:
         }
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens first .. first + length - 1 of a document, scored from a fresh state."""
-
-    document: int
-    first: int
-    length: int
-
-
 def evaluate(
     model: LanguageModel,
     split: Split,
@@ -159,15 +150,14 @@ def evaluate(
         raise DataError(f"the {split.name} split holds no tokens; prepare more text")
     owner = split.dataset.domains
     lengths, pieces = _pieces(split.dataset.lengths, owner, limit_tokens, context)
-    owners = np.array([piece.document for piece in pieces])
     nats = np.zeros(len(lengths))
     buckets = np.zeros((2, 64))  # sums and counts
     total, done = int(lengths.sum()), 0
     with evaluating(model):
         chunks = read_in_chunks(
             model,
-            np.array([piece.length for piece in pieces]),
-            lambda i: _text(split, pieces[i]),
+            pieces[:, 2],
+            lambda i: _text(split, *pieces[i].tolist()),
             batch_size,
             split.eod_id,
             start,
@@ -177,7 +167,7 @@ def evaluate(
             keep = torch.from_numpy(valid).to(x.device)
             nll = token_losses(model, x[keep], targets[keep]).double().cpu().numpy()
             rows, offset = np.nonzero(valid)
-            nats += np.bincount(owners[batch][rows], nll, len(nats))
+            nats += np.bincount(pieces[batch, 0][rows], nll, len(nats))
             bucket = np.frexp(first + offset + 1.0)[1] - 1
             buckets += [np.bincount(bucket, w, 64) for w in (nll, None)]
             done += len(nll)
@@ -247,8 +237,11 @@ def held_out(data: PreparedData, run: TrainConfig) -> Callable[..., dict[str, An
 
 def _pieces(
     lengths: np.ndarray, domains: np.ndarray, limit: int | None, context: int | None
-) -> tuple[np.ndarray, list[_Piece]]:
-    """Return how much of each document is scored, and the pieces."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how much of each document is scored, and the pieces that start from a fresh state.
+
+    A piece is (document, first, length), [pieces, 3]: its tokens first .. first + length - 1.
+    """
     scored = lengths.copy()
     if limit is not None and limit < lengths.sum():
         tokens = np.bincount(domains, lengths).astype(np.int64)
@@ -264,8 +257,8 @@ def _pieces(
     for i in np.flatnonzero(scored):
         window = context or int(scored[i])
         for first in range(0, int(scored[i]), window):
-            pieces.append(_Piece(int(i), first, min(window, int(scored[i]) - first)))
-    return scored, pieces
+            pieces.append((int(i), first, min(window, int(scored[i]) - first)))
+    return scored, np.array(pieces)
 
 
 def _shares(tokens: list[int], limit: int) -> list[int]:
@@ -285,11 +278,11 @@ def _shares(tokens: list[int], limit: int) -> list[int]:
     return shares
 
 
-def _text(split: Split, piece: _Piece) -> np.ndarray:
+def _text(split: Split, document: int, first: int, length: int) -> np.ndarray:
     """Return the token before a piece, and its own."""
-    text = split.checked(split.dataset[piece.document])
-    before = text[piece.first - 1] if piece.first else split.eod_id
-    return np.concatenate([[before], text[piece.first : piece.first + piece.length]])
+    text = split.checked(split.dataset[document])
+    before = text[first - 1] if first else split.eod_id
+    return np.concatenate([[before], text[first : first + length]])
 
 
 @torch.no_grad()

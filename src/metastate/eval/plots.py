@@ -124,8 +124,8 @@ AXIS = {
 
 
 def comparison_figure(
-    results: Mapping[str, Any], key: str, laws: Mapping[str, Any], title: str, kind: str = "png"
-) -> bytes:
+    results: Mapping[str, Any], key: str, laws: Mapping[str, Any], title: str
+) -> tuple[bytes, str]:
     """Draw a comparison's losses against `key`, a colour a model, means over seeds.
 
     Args:
@@ -134,7 +134,9 @@ def comparison_figure(
             where a line is a run's held-out curve and a dot its end.
         laws: model -> fitted PowerLaw: a line with its band, in long dashes where it extrapolates.
         title: of the figure.
-        kind: "png" or "svg".
+
+    Returns:
+        The figure as PNG, and as the SVG element of a page.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -193,15 +195,16 @@ def comparison_figure(
     if laws:
         axes.plot([], [], ls=BEYOND, color="#555", label="law, beyond what was measured")
     axes.legend(frameon=False)
-    return _bytes(figure, kind)
+    return _both(figure)
 
 
 def lead_figure(
-    lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]], title: str, kind: str = "png"
-) -> bytes:
+    lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]], title: str
+) -> tuple[bytes, str]:
     """Draw how far models are ahead of the baseline, (model, size) -> (tokens, lead in %).
 
     A colour a model, a style a size, or of one model a colour a size; below 0 a model is behind.
+    Returned as by `comparison_figure`.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -222,7 +225,7 @@ def lead_figure(
     axes.set_ylabel("lead (% of the baseline's valid loss)")
     axes.set_title(_as_text(title))
     axes.legend(frameon=False)
-    return _bytes(figure, kind)
+    return _both(figure)
 
 
 def _draw_law(axes: Any, law: Any, colour: str) -> None:
@@ -275,7 +278,7 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
             label = f"{name}, {depth} layer{'s' * (depth > 1)}"
             if words:
                 ys = [100 * y for y in own[0]["by_length"]]
-                style = ("-", "--", ":", "-.")[look]
+                style = STYLES[look]
                 axes.plot(range(1, len(ys) + 1), ys, style, color=color, lw=1.6, label=label)
                 continue
             xs = [problems.index(cell["problem"]) + (i + 0.5) * width - 0.4 for cell in own]
@@ -344,6 +347,12 @@ def _plain(axes: Any) -> None:
 
 def _write(figure: Any, out: str | os.PathLike[str]) -> None:
     atomic_write(out, _bytes(figure, "png"), error=DataError)
+
+
+def _both(figure: Any) -> tuple[bytes, str]:
+    """Return a figure as PNG, and as SVG without the XML prologue, which HTML does not know."""
+    svg = _bytes(figure, "svg").decode("utf-8")
+    return _bytes(figure, "png"), svg[svg.index("<svg") :]
 
 
 def _bytes(figure: Any, kind: str) -> bytes:

@@ -6,10 +6,9 @@ import html
 import json
 import math
 import os
-import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,7 +292,9 @@ def remarks(results: dict[str, Any]) -> list[str]:
     scored on several pieces of the test text, and models whose best learning rate is the last of a
     sweep of three or more, on either side.
     """
-    made, pieces = _counted(results, _source), _counted(results, _piece)
+    done = [r for r in results["rows"] if r["loss"] is not None]
+    made = Counter(_source(r.get("source")) for r in done)
+    pieces = {json.dumps(r.get("domain_tokens"), sort_keys=True) for r in done}
     said = [*results.get("uneven", ()), *failures(results), *_at_edges(results)]
     if results["split"] != "test":
         said.append(NO_TEST)
@@ -326,14 +327,8 @@ def _at_edges(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def _counted(results: dict[str, Any], say: Callable[[dict[str, Any]], str]) -> Counter[str]:
-    """Count the cells that came to their end by what `say` says of them."""
-    return Counter(say(r) for r in results["rows"] if r["loss"] is not None)
-
-
-def _source(row: dict[str, Any]) -> str:
+def _source(given: Any) -> str:
     """Return the sources that a cell was run and scored with, in words."""
-    given = row.get("source")
     said = []
     for source in given if isinstance(given, list) else [given]:  # an older cell names one
         commit = (source or {}).get("commit") or ""
@@ -341,11 +336,6 @@ def _source(row: dict[str, Any]) -> str:
         named = filter(None, [(source or {}).get("metastate"), short])
         said.append(" ".join(named) or "unknown")
     return ", then ".join(said)
-
-
-def _piece(row: dict[str, Any]) -> str:
-    """Return the tokens that a cell was scored on, by domain."""
-    return json.dumps(row.get("domain_tokens"), sort_keys=True)
 
 
 def failures(results: dict[str, Any]) -> list[str]:
@@ -406,13 +396,10 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
     pictures = []
     for key, (title, file) in FIGURES.items():
         laws = fits(results, key)
-        for kind in ("png", "svg"):
-            image = comparison_figure(results, key, laws, title, kind)
-            if kind == "png":
-                paths.append(out / f"{file}.png")
-                atomic_write(paths[-1], image, error=DataError)
-            else:
-                pictures.append((title, image.decode("utf-8"), laws))
+        png, svg = comparison_figure(results, key, laws, title)
+        paths.append(out / f"{file}.png")
+        atomic_write(paths[-1], png, error=DataError)
+        pictures.append((title, svg, laws))
     lines = {
         (model, size): line
         for model in results["suite"]["models"]
@@ -421,9 +408,10 @@ def write_report(results: dict[str, Any], out: str | os.PathLike[str]) -> list[P
     }
     if lines:
         title = f"Lead over {results['suite']['baseline']} as training goes on"
+        png, svg = lead_figure(lines, title)
         paths.append(out / "lead-by-tokens.png")
-        atomic_write(paths[-1], lead_figure(lines, title), error=DataError)
-        pictures.append((title, lead_figure(lines, title, "svg").decode("utf-8"), {}))
+        atomic_write(paths[-1], png, error=DataError)
+        pictures.append((title, svg, {}))
     paths.append(out / "report.html")
     page = _page(results, tables, notes, pictures)
     atomic_write(paths[-1], page.encode("utf-8"), error=DataError)
@@ -458,8 +446,8 @@ def _page(
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     parts.append(_table(tables[0][1]))
-    for name, image, laws in pictures:
-        parts.append(f"<h2>{html.escape(name)}</h2><figure>{_inline(image)}")
+    for name, svg, laws in pictures:
+        parts.append(f"<h2>{html.escape(name)}</h2><figure>{svg}")
         for model, law in laws.items():
             parts.append(
                 f"<figcaption>{html.escape(model)}: loss = {law.scale:.3g} x^-{law.exponent:.4f}; "
@@ -483,11 +471,6 @@ def _page(
         + "".join(parts)
         + "</body></html>\n"
     )
-
-
-def _inline(svg: str) -> str:
-    """Return an SVG without the XML prologue, which HTML does not know."""
-    return re.sub(r"^.*?(?=<svg)", "", svg, flags=re.DOTALL)
 
 
 def _table(table: Table) -> str:

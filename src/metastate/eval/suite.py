@@ -289,7 +289,6 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
     if not data.has("valid"):
         raise DataError(f"{suite.data} has no valid split, by which the comparison is made")
     cells: list[Cell] = []
-    fingerprint = data.fingerprint
     for size_name, size in suite.sizes.items():
         target = size.parameters
         for name, side in suite.models.items():
@@ -326,33 +325,24 @@ def plan(suite: Suite, out: str | os.PathLike[str], *, match_params: bool = Fals
                 valid_every=max(1, steps // suite.points),
                 checkpoint_every=max(1, steps // suite.points),
             )
-
-            def cell(
-                seed: int,
-                rate: float | None,
-                run: TrainConfig,
-                name: str = name,
-                size_name: str = size_name,
-                config: ModelConfig = config,
-            ) -> Cell:
+            runs: list[tuple[int, float | None, TrainConfig]]
+            runs = [(seed, None, base) for seed in size.seeds or suite.seeds]
+            for lr in suite.lr.values if size_name == next(iter(suite.sizes)) else ():
+                short = replace(
+                    base,
+                    steps=max(1, round(steps * suite.lr.share)),
+                    warmup=math.ceil(base.warmup * suite.lr.share),
+                    lr=lr,
+                    min_lr=lr * base.min_lr / base.lr,
+                )
+                runs.append((suite.seeds[0], lr, short))
+            for seed, rate, run in runs:
                 parts = [_folder(name, size_name), f"seed{seed}"]
                 parts += [] if rate is None else [f"lr{rate:g}"]
                 folder = Path(out) / ("cells" if rate is None else "sweep") / "-".join(parts)
                 run = replace(run, out=str(folder), seed=seed)
                 made = name, size_name, seed, rate, config, run, count(config)
-                return Cell(*made, fingerprint, suite.test_tokens)
-
-            if size_name == next(iter(suite.sizes)):
-                for rate in suite.lr.values:
-                    short = replace(
-                        base,
-                        steps=max(1, round(steps * suite.lr.share)),
-                        warmup=math.ceil(base.warmup * suite.lr.share),
-                        lr=rate,
-                        min_lr=rate * base.min_lr / base.lr,
-                    )
-                    cells.append(cell(suite.seeds[0], rate, short))
-            cells += [cell(seed, None, base) for seed in size.seeds or suite.seeds]
+                cells.append(Cell(*made, data.fingerprint, suite.test_tokens))
     sizes = list(suite.sizes)
     seeds = {s: i for size in suite.sizes.values() for i, s in enumerate(size.seeds or suite.seeds)}
     # Seed by seed, so that what is finished compares all models at any time.

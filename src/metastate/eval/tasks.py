@@ -73,16 +73,12 @@ def group_table(name: str) -> np.ndarray:
         raise ConfigError(f"the group {name} has {total} elements or more; 2 to {LARGEST_GROUP}")
     out = np.zeros((1, 1), np.int64)
     for kind, n, order in tables:
-        own = _cyclic(n) if kind == "Z" else _permutations(n, even=kind == "A")
+        i = np.arange(n)
+        own = (i[:, None] + i) % n if kind == "Z" else _permutations(n, even=kind == "A")
         both = out[:, None, :, None] * order + own[None, :, None, :]
         out = both.reshape(len(out) * order, -1)
     out.flags.writeable = False  # shared by all who ask
     return out
-
-
-def _cyclic(n: int) -> np.ndarray:
-    i = np.arange(n)
-    return (i[:, None] + i) % n
 
 
 def _permutations(n: int, even: bool) -> np.ndarray:

@@ -226,14 +226,11 @@ def evaluate_items(
         As `loglikelihoods`; ConfigError for an unknown task.
     """
     check_tasks([task])
-    check_tokenizer(model, tokenizer)
-    encoded = encode_pairs(tokenizer, [pair for item in items for pair in item.pairs])
-    scores = score_tokens(
-        model, encoded, tokenizer.eod_id, batch_size=batch_size, progress=progress
-    )
+    pairs = [pair for item in items for pair in item.pairs]
+    scores = loglikelihoods(model, tokenizer, pairs, batch_size=batch_size, progress=progress)
     metrics = {}
     if task == "lambada":
-        lengths = [len(continuation) for _, continuation in encoded]
+        lengths = [len(continuation) for _, continuation in encode_pairs(tokenizer, pairs)]
         metrics = _last_word(scores, lengths, model.config.vocab_size)
         return TaskResult(task, len(items), metrics)
     at, log_p = 0, []

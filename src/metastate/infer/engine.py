@@ -12,16 +12,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from typing import Any
 
 from metastate.data.tokenizer import Tokenizer
 from metastate.errors import BusyError, ConfigError, EngineError, MetaStateError
-from metastate.infer.generate import (
-    PREFILL_CHUNK,
-    Continuation,
-    Draft,
-    inference,
-    prefill,
-)
+from metastate.infer.generate import PREFILL_CHUNK, Continuation, Draft, inference, prefill
 from metastate.infer.job import TOP_LOGPROBS, Job, log_probabilities
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.decode import make_decoder
@@ -51,11 +46,7 @@ class Engine:
         max_waiting: int = 64,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        sizes = {
-            "max_slots": max_slots,
-            "max_waiting": max_waiting,
-            "prefill_chunk": prefill_chunk,
-        }
+        sizes = {"max_slots": max_slots, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name} is {size}; it must be at least 1")
@@ -91,48 +82,9 @@ class Engine:
         """Requests that wait for a slot."""
         return len(self._waiting)
 
-    def submit(
-        self,
-        prompt: str | Sequence[int] = "",
-        *,
-        state: ModelState | Continuation | None = None,
-        sampling: SamplingConfig | None = None,
-        max_tokens: int = 256,
-        stop: Sequence[str] = (),
-        timeout_s: float | None = None,
-        want_logprobs: bool = False,
-        num_prompt_logprobs: int | None = None,
-        ahead: bool = False,
-    ) -> Job:
-        """Queue a request; the arguments are those of `generate`.
-
-        That gives the same tokens, bit by bit on a CPU; a GPU may round another batch otherwise.
-        Requests that wait with the same prompt behind the same state have it read once.
-
-        Args:
-            prompt: text, or token ids.
-            state: to go on from.
-            sampling: how to choose tokens; None is `SamplingConfig()`.
-            max_tokens: tokens to sample, 0 or more.
-            stop: strings that end the text.
-            timeout_s: seconds from now after which it ends with "deadline"; None means never.
-            want_logprobs: fill `Job.logprobs`.
-            num_prompt_logprobs: fill `Job.prompt_logprobs`, with so many of the likeliest tokens.
-            ahead: go before all that wait, however many, as the end of a request that was taken.
-
-        Raises:
-            ConfigError, ShapeError, StateError: as `generate`. BusyError, EngineError: as `queue`.
-        """
-        job = self.make(
-            prompt,
-            state=state,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            stop=stop,
-            timeout_s=timeout_s,
-            want_logprobs=want_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
-        )
+    def submit(self, *args: Any, ahead: bool = False, **settings: Any) -> Job:
+        """Queue a request: `make` and `queue`, with the arguments and errors of both."""
+        job = self.make(*args, **settings)
         self.queue(job, ahead=ahead)
         return job
 
@@ -148,7 +100,25 @@ class Engine:
         want_logprobs: bool = False,
         num_prompt_logprobs: int | None = None,
     ) -> Job:
-        """Return what `submit` queues; a long prompt takes its time, so call it in any thread."""
+        """Return a request to `queue`; a long prompt takes its time, so call it in any thread.
+
+        The arguments are those of `generate`, which gives the same tokens, bit by bit on a CPU; a
+        GPU may round another batch otherwise. Requests that wait with the same prompt behind the
+        same state have it read once.
+
+        Args:
+            prompt: text, or token ids.
+            state: to go on from.
+            sampling: how to choose tokens; None is `SamplingConfig()`.
+            max_tokens: tokens to sample, 0 or more.
+            stop: strings that end the text.
+            timeout_s: seconds from now after which it ends with "deadline"; None means never.
+            want_logprobs: fill `Job.logprobs`.
+            num_prompt_logprobs: fill `Job.prompt_logprobs`, with so many of the likeliest tokens.
+
+        Raises:
+            ConfigError, ShapeError, StateError: as `generate`.
+        """
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0")
         sampling = sampling or SamplingConfig()
@@ -160,6 +130,8 @@ class Engine:
 
     def queue(self, job: Job, *, ahead: bool = False) -> None:
         """Let a job of `make` wait for its turn; at once, whatever its length.
+
+        With `ahead` it goes before all that wait, as the end of a request that was taken.
 
         Raises:
             BusyError: `max_waiting` requests wait already, or the engine was stopped.

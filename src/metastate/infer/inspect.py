@@ -66,11 +66,7 @@ def effective_rank(x: Tensor) -> Tensor:
 
 
 def inspect_state(state: ModelState, config: ModelConfig) -> dict[str, Any]:
-    """Describe one row's state: pictures, norms and effective ranks, and its size.
-
-    Args:
-        state: of one row, B = 1.
-        config: of its model.
+    """Describe the state of one row, B = 1: pictures, norms and effective ranks, and its size.
 
     Returns:
         tokens_seen; state_bytes; cache_bytes, of the keys and values that a Transformer of the
@@ -174,11 +170,7 @@ def inspect_prompt(
             if stop is not None and stop.is_set():
                 break
     tokens[-1]["text"] += decoder.finish()
-    return {
-        "tokens": tokens,
-        **_named(parts, before),
-        "state": inspect_state(before, model.config),
-    }
+    return {"tokens": tokens, **_named(parts, before), "state": inspect_state(before, model.config)}
 
 
 def readers(config: ModelConfig) -> dict[str, list[str]]:

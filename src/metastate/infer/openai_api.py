@@ -50,8 +50,8 @@ class OpenAI:
         self, request: CompletionRequest | ChatRequest, owner: str, receive: Receive
     ) -> Response:
         """Return the answer: an object, or a stream of events."""
-        feed = await asyncio.to_thread(self._feed, request, owner)
-        task = feed.task
+        task = await asyncio.to_thread(self._task, request, owner)
+        feed = await asyncio.to_thread(Feed, self.engine, task, self.config)
         running = sum(job.finish_reason is None for job in self._jobs[owner])
         if running + task.num_texts > self.config.max_concurrent:
             raise ApiError(
@@ -118,15 +118,35 @@ class OpenAI:
         size = self.engine.model.state_bytes(1, min(map(len, prompts)))
         self.store.check_room(owner, len(prompts) * n, size)
 
-    async def read(self, ids: list[int], before: Continuation | None) -> Continuation:
-        """Return what the model remembers after reading `ids`; drawing goes on as behind `before`.
+    async def read(
+        self,
+        ids: list[int],
+        before: Continuation | None,
+        drawn: Continuation | None,
+        *,
+        timeout_s: float | None = None,
+        ahead: bool = False,
+    ) -> Continuation:
+        """Return what the model remembers after reading `ids` behind `before`.
+
+        Drawing goes on as behind `drawn`; the rest is as in `Engine.submit`.
 
         Raises:
             ApiError: it could not be read. Others as `Engine.submit`.
         """
         task = Task([ids], CommonFields(), (), 0, before, None, False)
-        feed = await asyncio.to_thread(Feed, self.engine, task, self.config)
-        return await self._read(feed.start(), before)
+        feed = await asyncio.to_thread(Feed, self.engine, task, self.config, timeout_s=timeout_s)
+        feed.start(ahead=ahead)
+        try:
+            async for _ in feed:
+                pass
+        finally:
+            feed.cancel()
+        continuation = feed.jobs[0].continuation
+        assert continuation is not None
+        if drawn is None:
+            return replace(continuation, seed=None, generator=None)
+        return replace(continuation, seed=drawn.seed, generator=drawn.generator)
 
     async def keep(self, owner: str, continuation: Continuation) -> StoredState:
         """Store a state unless nobody is left to be told its id; errors as `StateStore.add`."""
@@ -145,35 +165,6 @@ class OpenAI:
             id = id_of(storing.result())
             if id is not None:
                 storing.get_loop().run_in_executor(None, self.store.delete, owner, id)
-
-    async def _read_again(self, feed: Feed, index: int, text: str) -> Continuation:
-        """Return what is remembered of a prompt and `text`; drawing goes on as behind its job.
-
-        It goes before all requests that wait, and ends before the whole request is late.
-        """
-        task, job, config = feed.task, feed.jobs[index], self.config
-        ids = feed.prompt(index) + self.tokenizer.encode(text)
-        left_s = feed.started + config.timeout_s + config.send_timeout_s / 2 - time.monotonic()
-        reading = Task([ids], CommonFields(), (), 0, task.before, None, False)
-        again = await asyncio.to_thread(Feed, self.engine, reading, config, timeout_s=left_s)
-        return await self._read(again.start(ahead=True), job.continuation)
-
-    async def _read(self, feed: Feed, drawn: Continuation | None) -> Continuation:
-        """Return where the only job of `feed` ends, with the generator of `drawn`."""
-        try:
-            async for _ in feed:
-                pass
-        finally:
-            feed.cancel()
-        continuation = feed.jobs[0].continuation
-        assert continuation is not None
-        if drawn is None:
-            return replace(continuation, seed=None, generator=None)
-        return replace(continuation, seed=drawn.seed, generator=drawn.generator)
-
-    def _feed(self, request: CompletionRequest | ChatRequest, owner: str) -> Feed:
-        """Return the texts to write for a request, not started; errors as `_task` and `Feed`."""
-        return Feed(self.engine, self._task(request, owner), self.config)
 
     def _task(self, request: CompletionRequest | ChatRequest, owner: str) -> Task:
         """Return what to do for a request; ApiError or ConfigError if it cannot be done."""
@@ -313,26 +304,31 @@ class OpenAI:
     def _usage(self, feed: Feed) -> dict[str, int]:
         read = sum(len(prompt) for prompt in feed.task.prompts)
         written = sum(len(job.tokens) for job in feed.jobs)
-        return {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        }
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     async def _stored(self, feed: Feed, index: int, text: str, owner: str) -> dict[str, Any]:
         """Store the state behind a text if that was asked for; return its id as a field.
 
         It has read what was returned and nothing else. So where a stop string or an end of
-        document ended the text, which the model has read in part, prompt and text are read again.
-        Where that fails the fields say why: the text was written and is returned all the same.
+        document ended the text, which the model has read in part, prompt and text are read again,
+        before all requests that wait, and the end comes before the whole request is late. Where
+        that fails the fields say why: the text was written and is returned all the same.
         """
-        job = feed.jobs[index]
+        job, config = feed.jobs[index], self.config
         if not feed.task.request.store_state:
             return {}
         try:
             continuation = job.continuation
             if job.finish_reason != "length":
-                continuation = await self._read_again(feed, index, text)
+                ids = feed.prompt(index) + self.tokenizer.encode(text)
+                end = feed.started + config.timeout_s + config.send_timeout_s / 2
+                continuation = await self.read(
+                    ids,
+                    feed.task.before,
+                    continuation,
+                    timeout_s=end - time.monotonic(),
+                    ahead=True,
+                )
             assert continuation is not None
             return {"state": (await self.keep(owner, continuation)).id}
         except (ApiError, MetaStateError) as error:

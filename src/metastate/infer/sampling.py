@@ -49,10 +49,7 @@ class SamplingConfig:
                 0 <= self.repetition_window < 2**31,
                 "0 (all tokens) to 2^31 - 1",
             ),
-            "seed": (
-                self.seed is None or -(2**63) <= self.seed < 2**64,
-                "-2^63 to 2^64 - 1",
-            ),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "-2^63 to 2^64 - 1"),
         }
         for name, (ok, allowed) in limits.items():
             if not ok:

@@ -58,19 +58,9 @@ class StateRequest(Body):
 
 
 def create_app(
-    engine: Engine,
-    store: StateStore,
-    config: ServerConfig,
-    template: ChatTemplate | None = None,
+    engine: Engine, store: StateStore, config: ServerConfig, template: ChatTemplate | None = None
 ) -> FastAPI:
-    """Return the ASGI application; it starts `engine` and, when it ends, stops it and the store.
-
-    Args:
-        engine: not started yet.
-        store: of the engine's model.
-        config: names and limits.
-        template: of chats; None is `DEFAULT_TEMPLATE`.
-    """
+    """Return the ASGI application; it starts `engine` and, when it ends, stops it and the store."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -144,7 +134,7 @@ def add_state_routes(app: FastAPI, openai: OpenAI) -> None:
         await asyncio.to_thread(openai.check_room, owner, [ids])
 
         async def read() -> StoredState:
-            return await openai.keep(owner, await openai.read(ids, before))
+            return await openai.keep(owner, await openai.read(ids, before, before))
 
         return (await while_connected(request.receive, read())).to_json()
 
@@ -214,16 +204,14 @@ def add_plain_routes(app: FastAPI, openai: OpenAI, traffic: Traffic) -> None:
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics_text(openai, traffic), media_type=METRICS)
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return PlainTextResponse(metrics_text(openai, traffic), media_type=kind)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 
     app.mount("/page", StaticFiles(directory=PAGE))
-
-
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def metrics_text(openai: OpenAI, traffic: Traffic) -> str:
