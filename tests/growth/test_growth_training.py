@@ -160,6 +160,26 @@ def test_slowed_entries_move_less():
     torch.testing.assert_close(*embedding, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("size", [300, 200])
+def test_rows_of_a_resized_vocabulary_are_new(size):
+    grown = grow(fresh(), head_size=7)
+    for matrix in (grown.embedding, grown.head):  # as resize_token_embeddings does
+        matrix.weight = torch.nn.Parameter(torch.randn(size, 8))
+    grown.config = grown.config.replace(vocab_size=size)
+    optimizer = make_optimizer(grown, TrainConfig(), old_lr_scale=0.1)
+    found = {
+        name: (tuple(p.shape), group["scale"])
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"], strict=True)
+        if name.startswith(("embedding", "head"))
+    }
+    expected = {}
+    for name in ("embedding.weight", "head.weight"):
+        rows = {"[old]": ((256, 8), 0.1), "[V]": ((44, 8), 1.0)} if size > 256 else {}
+        expected |= {name + k: v for k, v in (rows or {"": ((200, 8), 0.1)}).items()}
+    assert found == expected
+
+
 def test_old_lr_scale_needs_growth(config):
     with pytest.raises(ConfigError, match="never grew"):
         train(config(old_lr_scale=0.5))
