@@ -270,11 +270,14 @@ def test_what_was_grown_twice_without_training_is_all_new(config, tmp_path):
     model, _ = grown_checkpoint(config, tmp_path, **ALL)
     twice = grow(grow(model, head_size=6), num_heads=3)
     once = grow(model, head_size=6, num_heads=3)
+    between = grow(model, head_size=6)
+    with torch.no_grad():
+        between.ln_out.bias += 1  # as another training loop, which counts no steps here
     counts = []
-    for grown in (twice, once):
+    for grown in (twice, once, grow(between, num_heads=3)):
         optimizer = make_optimizer(grown, config(), old_lr_scale=0.0)
         counts.append(sum(p.numel() for g in optimizer.param_groups for p in g["params"]))
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] > counts[2]
     assert model.step == twice.step == 10
 
 

@@ -32,8 +32,10 @@ class LanguageModel(nn.Module):
         config: the ModelConfig.
         backend: of metastate.ops, "auto" unless set.
         activation_checkpointing: recompute each block in the backward pass instead of keeping it.
-        lineage: how this model grew, oldest step first.
-        step: optimizer updates that its weights have had, those of its parents included.
+        lineage: how this model grew, oldest growth first: sizes, `step` at that time, hashes of the
+            weights before (`parent`) and after (`child`), and the config `before`.
+        step: optimizer updates that metastate.train made, those of its parents included; those of
+            another training loop do not count.
         tokenizer_info: what metastate.data.tokenizer needs to rebuild its tokenizer, or None.
         stored: its tensors as the file that it was loaded from has them, or None.
     """
