@@ -303,7 +303,7 @@ class ModelConfig:
 def fewest_memory_heads(hidden_size: int) -> int:
     """Return the fewest heads of a surprise memory that LARGEST_HEAD channels at most allow.
 
-    A width without such divisors gets one head, which only the CPU's kernels take.
+    A width without such divisors gets one head, which the GPU kernels do not take.
     """
     sizes = range(min(hidden_size, LARGEST_HEAD), SMALLEST_HEAD - 1, -1)
     return next((hidden_size // n for n in sizes if not hidden_size % n), 1)

@@ -147,15 +147,13 @@ class LanguageModel(nn.Module):
                 "only a recurrent model can hand on its state; a transformer's sequences cannot be "
                 "split over processes here"
             )
-        packing, backend = None, self.backend
-        if self.recurrent or memory is not None:
-            if resets is not None or group is not None:
-                resets = (
-                    tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
-                )
-                packing = Packing.from_resets(resets, group)
-            backend = ops.resolve_backend(self.backend, tokens.device)
+        packing = None
+        if (self.recurrent or memory is not None) and (resets is not None or group is not None):
+            resets = tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
+            packing = Packing.from_resets(resets, group)
         if self.recurrent:
+            assert self.config.head_size is not None
+            backend = ops.resolve_backend(self.backend, tokens.device, self.config.head_size)
             x, v_first = self.ln0(x), None
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
                 if packing is not None and start is not None:
@@ -182,6 +180,7 @@ class LanguageModel(nn.Module):
                     "one (an adapter, quantised, elsewhere); leave the head as it is, or merge it"
                 )
             weight = self.head.weight
+            backend = ops.resolve_backend(self.backend, tokens.device, memory.head_size)
             h, after = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
         return h, ModelState(tuple(layers), seen + length, memory=after), kl
 
