@@ -181,7 +181,8 @@ def wkv7(
 
     Args:
         r: receptance, [B, T, H, N], any float dtype.
-        log_w: log decay a token, [B, T, H, N], in (-exp(-0.5), 0).
+        log_w: log decay a token, [B, T, H, N], in (-exp(-0.5), 0). `cpu` and `reference` take any
+            below 0; the others divide by decays of up to 64 tokens.
         k: replacement key, [B, T, H, N].
         v: value, [B, T, H, N].
         kappa: removal key, [B, T, H, N], unit norm over N.
@@ -199,7 +200,8 @@ def wkv7(
         differentiable in every input, `state` included.
 
     Raises:
-        ShapeError: shapes, dtypes or devices disagree.
+        ShapeError: shapes, dtypes or devices disagree, or log_w is too low for `chunked` on a CPU
+            (on a GPU y is then not finite).
         ConfigError: the backend is unknown or cannot run here.
 
     Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
