@@ -389,6 +389,18 @@ def test_wrong_settings_are_refused(folder, change, message):
     both_refuse(folder, ConfigError, message)
 
 
+@pytest.mark.parametrize("change", [{"num_layers": 1000}, {"vocab_size": 2**31 - 1}], ids=str)
+def test_settings_far_beyond_the_weights_are_refused_before_anything_is_built(
+    folder, change, monkeypatch
+):
+    file = folder / "config.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps(info | {"model": info["model"] | change}))
+    monkeypatch.setattr("metastate.convert.hf_folder.sketch", None)
+    with pytest.raises(CheckpointError, match="holds .*, the config (needs|says)"):
+        from_hf(folder)
+
+
 def test_folders_that_are_none_of_ours_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json there"):
         from_hf(tmp_path / "nothing")

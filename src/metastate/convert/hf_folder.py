@@ -24,6 +24,7 @@ from metastate.errors import CheckpointError, ConfigError
 from metastate.mapping import from_dict, to_dict
 from metastate.model.io import (
     adopt_record,
+    check_extent,
     check_finite,
     check_tensors,
     check_tokenizer,
@@ -138,6 +139,7 @@ def from_hf(
             config, found = from_dict(ModelConfig, info["model"], "model"), _unprefixed(weights)
     except (CheckpointError, ConfigError) as cause:
         raise CheckpointError(f"{folder}: {cause}") from None
+    check_extent(found, config, folder)
     model = sketch(config)
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
