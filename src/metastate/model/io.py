@@ -280,8 +280,8 @@ def check_extent(found: Mapping[str, torch.Tensor], config: ModelConfig, file: P
         )
     if config.num_layers > len(found):
         raise CheckpointError(
-            f"{file} holds {len(found):,} tensors, the config says {config.num_layers:,} blocks, of "
-            "several each; one of the two is of another model, or damaged"
+            f"{file} holds {len(found):,} tensors, the config says {config.num_layers:,} blocks; "
+            "one of the two is of another model, or damaged"
         )
 
 

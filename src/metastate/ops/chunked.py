@@ -9,7 +9,8 @@ gets (q W) S_0^T + lower((q W) (k/W)^T) V + lower((q W) beta^T) U, and the state
 S_C = (S_0 + V^T (k/W) + U^T beta) diag(W_C). (I - A)^{-1}, alpha, beta and W depend on the
 transition alone: the `Geometry` is built once and serves every reader and every second memory.
 RWKV-7's log w > -exp(-0.5) keeps 1/W below exp(0.61 C): float32 holds C = 64. Decays that it does
-not hold are refused on a CPU; on a GPU, where looking would make the host wait, the result is not finite.
+not hold are refused on a CPU; on a GPU, where looking would make the host wait, they give results
+that are not finite.
 """
 
 from __future__ import annotations
