@@ -30,6 +30,7 @@ from metastate.mapping import from_dict
         (MetaStateConfig, {"readout": "Both"}, "meta_state.readout is 'Both'; allowed: 'both'"),
         (MetaStateConfig, {"activation": "relu"}, "meta_state.activation is 'relu'"),
         (MetaStateConfig, {"readout_gain": 0.0}, "meta_state.readout_gain is 0.0; it must be posi"),
+        (MetaStateConfig, {"kl_weight": -1e-3}, "meta_state.kl_weight is -0.001; it must be 0 or"),
         (MetaStateConfig, {"readout_gain": 2.0, "output_norm": "none"}, "needs .*='group'"),
         (TrainConfig, {"schedule": "cosin"}, "train.schedule is 'cosin'; allowed: 'cosine'"),
         (TrainConfig, {"weight_decay": float("nan")}, "train.weight_decay is nan; a finite"),

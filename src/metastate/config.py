@@ -71,6 +71,8 @@ class MetaStateConfig:
         give_types(self, "meta_state")
         _positive("meta_state", encoder_size=self.encoder_size, latent_size=self.latent_size)
         _positive("meta_state", readout_gain=self.readout_gain)
+        if self.kl_weight < 0:
+            raise ConfigError(f"meta_state.kl_weight is {self.kl_weight}; it must be 0 or more")
         if self.output_norm == "none" and self.readout_gain != type(self).readout_gain:
             raise ConfigError("meta_state.readout_gain needs meta_state.output_norm='group'")
         if self.variational and self.encoder != "cross":
@@ -301,7 +303,7 @@ class ModelConfig:
 def fewest_memory_heads(hidden_size: int) -> int:
     """Return the fewest heads of a surprise memory that LARGEST_HEAD channels at most allow.
 
-    A width without such divisors gets one head, which only the CPU's kernels take.
+    A width without such divisors gets one head, which the GPU kernels do not take.
     """
     sizes = range(min(hidden_size, LARGEST_HEAD), SMALLEST_HEAD - 1, -1)
     return next((hidden_size // n for n in sizes if not hidden_size % n), 1)

@@ -1,9 +1,12 @@
 """Hugging Face folders: there and back bit by bit, in a fresh process, and when they are broken."""
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from metastate.config import ModelConfig
 from metastate.convert.hf import MetaStateConfig, MetaStateForCausalLM, MetaStateWorldTokenizer
 from metastate.convert.hf_folder import from_hf, to_hf, write_tokenizer
+from metastate.data import files
 from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.infer.generate import generate
@@ -389,6 +393,18 @@ def test_wrong_settings_are_refused(folder, change, message):
     both_refuse(folder, ConfigError, message)
 
 
+@pytest.mark.parametrize("change", [{"num_layers": 1000}, {"vocab_size": 2**31 - 1}], ids=str)
+def test_settings_far_beyond_the_weights_are_refused_before_anything_is_built(
+    folder, change, monkeypatch
+):
+    file = folder / "config.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps(info | {"model": info["model"] | change}))
+    monkeypatch.setattr("metastate.convert.hf_folder.sketch", None)
+    with pytest.raises(CheckpointError, match="holds .*, the config (needs|says)"):
+        from_hf(folder)
+
+
 def test_folders_that_are_none_of_ours_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json there"):
         from_hf(tmp_path / "nothing")
@@ -426,6 +442,45 @@ def test_a_diverged_model_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"head\.weight .* 1 values that are NaN or infinite"):
         to_hf(model, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "modeling_metastate.py", "config.json"])
+def test_a_full_disk_leaves_the_folder_that_was_there(name, folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    plain = files.os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(CheckpointError, match="disk full"):
+        to_hf(language_model("rwkv7", seed=2), folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_kill_never_leaves_old_files_beside_new_ones(folder, monkeypatch):
+    plain, done = os.replace, []
+
+    def killed(source, target):
+        if Path(target).parent == folder:
+            done.append(Path(target).name)
+            if len(done) == kill_at:
+                raise KeyboardInterrupt
+        plain(source, target)
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    new = language_model("metastate", seed=2)
+    for kill_at in range(1, 7):
+        done.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            to_hf(new, folder)
+        if len(done) == kill_at:
+            with pytest.raises(CheckpointError, match=r"no config\.json there"):
+                from_hf(folder)
+    assert done[-1] == "config.json"
+    assert_equal(from_hf(folder), new)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

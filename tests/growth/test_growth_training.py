@@ -170,6 +170,26 @@ def test_slowed_entries_move_less():
     torch.testing.assert_close(*embedding, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("size", [300, 200])
+def test_rows_of_a_resized_vocabulary_are_new(size):
+    grown = grow(fresh(), head_size=7)
+    for matrix in (grown.embedding, grown.head):  # as resize_token_embeddings does
+        matrix.weight = torch.nn.Parameter(torch.randn(size, 8))
+    grown.config = grown.config.replace(vocab_size=size)
+    optimizer = make_optimizer(grown, TrainConfig(), old_lr_scale=0.1)
+    found = {
+        name: (tuple(p.shape), group["scale"])
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"], strict=True)
+        if name.startswith(("embedding", "head"))
+    }
+    expected = {}
+    for name in ("embedding.weight", "head.weight"):
+        rows = {"[old]": ((256, 8), 0.1), "[V]": ((44, 8), 1.0)} if size > 256 else {}
+        expected |= {name + k: v for k, v in (rows or {"": ((200, 8), 0.1)}).items()}
+    assert found == expected
+
+
 def test_old_lr_scale_needs_growth(config):
     with pytest.raises(ConfigError, match="never grew"):
         train(config(old_lr_scale=0.5))
@@ -260,11 +280,14 @@ def test_what_was_grown_twice_without_training_is_all_new(config, tmp_path):
     model, _ = grown_checkpoint(config, tmp_path, **ALL)
     twice = grow(grow(model, head_size=6), num_heads=3)
     once = grow(model, head_size=6, num_heads=3)
+    between = grow(model, head_size=6)
+    with torch.no_grad():
+        between.ln_out.bias += 1  # as another training loop, which counts no steps here
     counts = []
-    for grown in (twice, once):
+    for grown in (twice, once, grow(between, num_heads=3)):
         optimizer = make_optimizer(grown, config(), old_lr_scale=0.0)
         counts.append(sum(p.numel() for g in optimizer.param_groups for p in g["params"]))
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] > counts[2]
     assert model.step == twice.step == 10
 
 

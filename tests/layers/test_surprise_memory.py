@@ -220,5 +220,5 @@ def test_a_new_width_has_new_heads():
 def test_the_gpu_kernels_are_told_of_wide_heads():
     memory = SurpriseMemory(ModelConfig(hidden_size=288, num_heads=4, memory_heads=1))
     h, tokens = torch.zeros(1, 1, 288), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ConfigError, match="288 wide here, the GPU kernels take 256"):
+    with pytest.raises(ConfigError, match="288 channels are too wide for backend 'triton'"):
         memory(h, tokens, torch.zeros(5, 288), None, backend="triton")

@@ -285,6 +285,17 @@ def test_a_config_far_beyond_its_file_is_refused_before_anything_is_built(
     refused(saved, "values, the config needs more than")
 
 
+def test_more_blocks_than_the_file_has_tensors_are_refused_before_they_are_built(
+    tmp_path, monkeypatch
+):
+    metastate.save(LanguageModel(ModelConfig(vocab_size=8, hidden_size=4, num_heads=1)), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())["model"]
+    edit(tmp_path, model=fields | {"num_layers": 1000})
+    monkeypatch.setattr("metastate.model.io.LanguageModel", None)
+    monkeypatch.setattr("metastate.model.io.sketch", None)
+    refused(tmp_path, "tensors, the config says 1,000 blocks")
+
+
 def test_a_name_that_no_folder_can_have():
     for name in ("a" * 5000, "a\0b"):
         with pytest.raises(CheckpointError, match="cannot be read|no checkpoint at"):

@@ -306,6 +306,8 @@ def test_where_it_runs(monkeypatch):
     for capability, expected in (((7, 5), "chunked"), ((8, 0), "triton"), ((9, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert ops.resolve_backend("auto", torch.device("cuda")) == expected
+    assert ops.resolve_backend("auto", torch.device("cuda"), 256) == "triton"
+    assert ops.resolve_backend("auto", torch.device("cuda"), 257) == "chunked"
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "cuda", None)  # as on an AMD GPU
         assert ops.resolve_backend("auto", torch.device("cuda")) == "chunked"
@@ -313,6 +315,15 @@ def test_where_it_runs(monkeypatch):
     assert ops.resolve_backend("auto", torch.device("cuda")) == "chunked"
     with pytest.raises(ConfigError, match=r"pip install 'metastate\[cuda\]'"):
         ops.resolve_backend("triton", torch.device("cuda"))
+
+
+def test_heads_that_no_kernel_takes(monkeypatch):
+    monkeypatch.setattr(ops, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(ops, "NUMBA_FOUND", False)
+    inputs = [make(1, 2, 1, 257)[n] for n in NAMES]
+    ops.wkv7(*inputs)
+    with pytest.raises(ConfigError, match="heads of 257 channels are too wide .* 256 at most"):
+        ops.wkv7(*inputs, backend="triton")
 
 
 @interpreted

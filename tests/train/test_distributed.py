@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from metastate.model.io import read_tensors
 from metastate.train import checkpoint, distributed
 from metastate.train.checkpoint import Writer, read_trainer
 from metastate.train.trainer import WALL_CLOCK, train
-from ranks import run_ranks
+from ranks import PATIENCE_S, run_ranks
 
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
 VARIANTS = {
@@ -535,6 +536,50 @@ def test_the_writer_runs_one_job_at_a_time():
     writer.write(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         writer.wait()
+
+
+def disk_full_for_the_first(rank, config, name):
+    """Train where only rank 0 cannot put the file or folder `name` in place."""
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    if rank == 0:
+        checkpoint.os.replace = full
+    with pytest.raises(TrainingError) as told:
+        run(config)
+    return str(told.value)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [("ddp", "step-00000003"), ("fsdp", "step-00000003"), ("fsdp", "optimizer.safetensors")],
+)
+def test_what_the_first_process_alone_cannot_write_all_are_told(config, variant, name):
+    settings = VARIANTS[variant] | {"steps": 3, "valid_every": 1000, "async_checkpoint": False}
+    told = run_ranks(disk_full_for_the_first, 2, config(**settings), name)
+    assert told[0] == told[1]
+    assert "the checkpoint of step 3 could not be written: the disk is full" in told[0]
+
+
+def waits_for_files(rank, config):
+    """Write for longer than the processes wait for each other's tensors."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    with distributed.join(config) as team:
+        _set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        team.write(lambda: time.sleep(3))
+        _set_pg_timeout(timedelta(seconds=PATIENCE_S), dist.group.WORLD)
+        return len(team.everyone(rank))
+
+
+@pytest.mark.dist
+def test_all_wait_for_files_longer_than_for_each_other(config):
+    assert run_ranks(waits_for_files, 2, config(parallel="ddp")) == [2, 2]
 
 
 def sharded_disk_full(rank, folder):

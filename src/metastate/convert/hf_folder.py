@@ -18,12 +18,13 @@ import torch
 
 from metastate.config import ModelConfig
 from metastate.convert import fla
-from metastate.data.files import atomic_write, write_json, write_tensors
+from metastate.data.files import atomic_write, replacing, write_json, write_tensors
 from metastate.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from metastate.errors import CheckpointError, ConfigError
 from metastate.mapping import from_dict, to_dict
 from metastate.model.io import (
     adopt_record,
+    check_extent,
     check_finite,
     check_tensors,
     check_tokenizer,
@@ -33,6 +34,7 @@ from metastate.model.io import (
 from metastate.model.lm import LanguageModel, sketch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 MODEL_TYPE = "metastate"
 PREFIX = "model."  # MetaStateForCausalLM holds the LanguageModel under this name
 MODELING = "modeling_metastate"
@@ -58,8 +60,8 @@ def to_hf(
 
     Args:
         model: of any architecture and dtype; its lineage, step and tokenizer record go along.
-        folder: made if it is missing; files of the same names are replaced, each atomically, and
-            weights in several files there are removed with their index.
+        folder: made if it is missing; files of the same names are replaced once all new ones are
+            whole, and weights in several files there are removed with their index.
         tokenizer: the model's own. None: the one that the model records, from where it was read;
             a model that records none gets no tokenizer files.
         layout: `fla` writes an rwkv7 as flash-linear-attention's RWKV7ForCausalLM, with the weights
@@ -96,14 +98,15 @@ def to_hf(
             "model_type": MODEL_TYPE,
             **config_fields(model, info),
         }
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, error=CheckpointError)
-    _drop_shards(folder)
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, folder)
-    if layout == "metastate":
-        write_modeling(folder)
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config, error=CheckpointError)
+    with replacing(folder, CONFIG, error=CheckpointError) as new:
+        write_tensors(new / WEIGHTS, tensors, {"format": "pt"}, error=CheckpointError)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, new)
+        if layout == "metastate":
+            write_modeling(new)
+        write_json(new / CONFIG, config, error=CheckpointError)
+    _drop_shards(folder)
 
 
 def from_hf(
@@ -138,10 +141,11 @@ def from_hf(
             config, found = from_dict(ModelConfig, info["model"], "model"), _unprefixed(weights)
     except (CheckpointError, ConfigError) as cause:
         raise CheckpointError(f"{folder}: {cause}") from None
+    check_extent(found, config, folder)
     model = sketch(config)
     check_tensors(found, dict(model.state_dict()), folder)
     model.load_state_dict(found, assign=True)
-    adopt_record(model, info, folder / "config.json")
+    adopt_record(model, info, folder / CONFIG)
     if not allow_nan:
         check_finite(model.state_dict(), folder)
     return model
@@ -178,7 +182,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, broken, or of another model type.
     """
-    file = folder / "config.json"
+    file = folder / CONFIG
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -146,6 +146,35 @@ def whole_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replacing(
+    folder: str | os.PathLike[str], last: str, *, error: type[MetaStateError] = TrainingError
+) -> Iterator[Path]:
+    """Yield a temporary folder, the files of which then replace those of `folder`, others stay.
+
+    Nothing changes in `folder` before the block ends, and nothing after an error in it. Then
+    `last`, without which the others are not read, is removed, all are renamed, and it is the last:
+    a kill within these renames leaves a folder that is refused, never one of old and new files.
+
+    Raises:
+        error: the system refuses.
+    """
+    folder = Path(folder)
+    temporary = folder / ".new.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        (folder / last).unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+            os.replace(file, folder / file.name)
+        sync_folder(folder)
+    except OSError as cause:
+        raise error(f"cannot write {folder}: {cause.strerror or cause}") from cause
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def check_free(out: str | os.PathLike[str]) -> None:
     """Raise ConfigError if a file, or a folder with something in it, is at `out`."""
     out = Path(out)

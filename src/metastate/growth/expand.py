@@ -246,7 +246,7 @@ def inherit(grown: LanguageModel, model: LanguageModel, step: dict[str, Any]) ->
     Parameters that the parent has ask for a gradient as they do there.
     """
     ask_as(model, grown)
-    step = step | {"step": model.step, "parent": weights_hash(model)}
+    step = step | {"step": model.step, "parent": weights_hash(model), "child": weights_hash(grown)}
     grown.lineage = [*model.lineage, step | {"before": to_dict(model.config)}]
     grown.step = model.step
     grown.tokenizer_info = model.tokenizer_info

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate import ops
-from metastate.config import LARGEST_HEAD, ModelConfig
-from metastate.errors import ConfigError
+from metastate.config import ModelConfig
 from metastate.layers.common import OUTPUT, VECTOR, Growth, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
 
@@ -140,11 +139,6 @@ class SurpriseMemory(nn.Module):
         Raises:
             ConfigError: heads wider than the backend takes.
         """
-        if backend == "triton" and self.head_size > LARGEST_HEAD:
-            raise ConfigError(
-                f"{self.num_heads} heads of a surprise memory are {self.head_size} wide here, the "
-                f"GPU kernels take {LARGEST_HEAD}; use more, or the backend 'chunked'"
-            )
         batch, length, D = h.shape
         heads = (batch, length, self.num_heads, self.head_size)
         dtype = ops.state_dtype(h.dtype)

@@ -103,7 +103,7 @@ def load(
     info = read_config(path)
     file = path / "model.safetensors"
     tensors = read_tensors(file)
-    _check_extent(tensors, info["model"], file)
+    check_extent(tensors, info["model"], file)
     model = sketch(info["model"])
     check_tensors(tensors, dict(model.state_dict()), file)
     model.load_state_dict(one_dtype(tensors, dtype, file), assign=True)
@@ -264,7 +264,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def _check_extent(found: Mapping[str, torch.Tensor], config: ModelConfig, file: Path) -> None:
+def check_extent(found: Mapping[str, torch.Tensor], config: ModelConfig, file: Path) -> None:
     """Raise CheckpointError if a config needs far more than a file holds.
 
     What building a model costs grows with these sizes, even without its values: a wrong config is
@@ -277,6 +277,11 @@ def _check_extent(found: Mapping[str, torch.Tensor], config: ModelConfig, file: 
         raise CheckpointError(
             f"{file} holds {held:,} values, the config needs more than {least:,}; one of the two "
             "is of another model, or damaged"
+        )
+    if config.num_layers > len(found):
+        raise CheckpointError(
+            f"{file} holds {len(found):,} tensors, the config says {config.num_layers:,} blocks; "
+            "one of the two is of another model, or damaged"
         )
 
 

@@ -32,8 +32,10 @@ class LanguageModel(nn.Module):
         config: the ModelConfig.
         backend: of metastate.ops, "auto" unless set.
         activation_checkpointing: recompute each block in the backward pass instead of keeping it.
-        lineage: how this model grew, oldest step first.
-        step: optimizer updates that its weights have had, those of its parents included.
+        lineage: how this model grew, oldest growth first: sizes, `step` at that time, hashes of the
+            weights before (`parent`) and after (`child`), and the config `before`.
+        step: optimizer updates that metastate.train made, those of its parents included; those of
+            another training loop do not count.
         tokenizer_info: what metastate.data.tokenizer needs to rebuild its tokenizer, or None.
         stored: its tensors as the file that it was loaded from has them, or None.
     """
@@ -145,15 +147,13 @@ class LanguageModel(nn.Module):
                 "only a recurrent model can hand on its state; a transformer's sequences cannot be "
                 "split over processes here"
             )
-        packing, backend = None, self.backend
-        if self.recurrent or memory is not None:
-            if resets is not None or group is not None:
-                resets = (
-                    tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
-                )
-                packing = Packing.from_resets(resets, group)
-            backend = ops.resolve_backend(self.backend, tokens.device)
+        packing = None
+        if (self.recurrent or memory is not None) and (resets is not None or group is not None):
+            resets = tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
+            packing = Packing.from_resets(resets, group)
         if self.recurrent:
+            assert self.config.head_size is not None
+            backend = ops.resolve_backend(self.backend, tokens.device, self.config.head_size)
             x, v_first = self.ln0(x), None
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
                 if packing is not None and start is not None:
@@ -180,6 +180,7 @@ class LanguageModel(nn.Module):
                     "one (an adapter, quantised, elsewhere, a bias, a hook); merge or remove that"
                 )
             weight = self.head.weight
+            backend = ops.resolve_backend(self.backend, tokens.device, memory.head_size)
             h, after = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
         return h, ModelState(tuple(layers), seen + length, memory=after), kl
 

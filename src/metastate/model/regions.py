@@ -11,6 +11,9 @@ from metastate.config import ModelConfig
 from metastate.layers.common import IDENTITY
 from metastate.model.lm import LanguageModel, sketch
 
+# Growth leaves the vocabulary; resize_token_embeddings of convert/hf.py does not.
+VOCABULARY = {"embedding.weight": "V D", "head.weight": "V D"}
+
 
 @dataclass(frozen=True)
 class Region:
@@ -44,7 +47,7 @@ class Regions:
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the length of each axis that can grow: H, N, P, F and A of docs/notation.md."""
+    """Return the length of each axis that can grow: H, N, P, F, A and V of docs/notation.md."""
     assert config.head_size is not None
     return {
         "H": config.num_heads,
@@ -52,11 +55,14 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "P": config.parameter_tokens,
         "F": config.hidden_channels,
         "A": config.attention_slots or 0,
+        "V": config.vocab_size,
     }
 
 
 def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
     """Split the parameters of a grown `model` into what a model of the config `parent` had and not.
+
+    A vocabulary resized after the growth is split too: rows that `parent` had not are new.
 
     Returns:
         Regions by parameter name. Without growth between the two, everything is old.
@@ -66,7 +72,7 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
     axes, out = model.growth_axes(), {}
     for name, p in model.named_parameters():
         whole = Region(tuple(p.shape), tuple((0, n) for n in p.shape))
-        letters, rule = axes.get(name, ("", ""))
+        letters, rule = axes.get(name, (VOCABULARY.get(name, ""), ""))
         if name in before:
             old = _apart(before[name], letters.split(), old_sizes)
         elif rule == IDENTITY and any(n.startswith(_layer_of(name)) for n in before):
@@ -74,10 +80,11 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
         else:
             out[name] = Regions(None, {"": whole})
             continue
+        shape = _apart(p, letters.split(), sizes)
+        old = tuple(map(min, old, shape))  # a vocabulary can become smaller
         if p.numel() == math.prod(old):
             out[name] = Regions(whole)
             continue
-        shape = _apart(p, letters.split(), sizes)
         box = tuple((0, n) for n in old)
         new = {
             letter: Region(shape, (*box[:i], (old[i], n), *((0, m) for m in shape[i + 1 :])))

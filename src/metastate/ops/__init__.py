@@ -3,7 +3,8 @@
 Every function checks its arguments and hands them to one backend: `reference` (the meaning),
 `chunked` (PyTorch, any device), `cpu` (native kernels), `triton` (GPU kernels), `fla` (those of
 flash-linear-attention), chosen by an argument, never by environment. `auto` is `cpu` on a CPU where
-Numba is installed, `triton` on an NVIDIA GPU where Triton is, else `chunked`.
+Numba is installed, `triton` on an NVIDIA GPU where Triton is and heads are not wider than its
+kernels take, else `chunked`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metastate.config import LARGEST_HEAD
 from metastate.errors import ConfigError, ShapeError
 from metastate.ops import chunked, fused, reference
 from metastate.ops.reference import Trajectory, check_state, check_tensors, state_dtype
@@ -26,14 +28,18 @@ NUMBA_FOUND = importlib.util.find_spec("numba") is not None
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """Return the backend that `backend` means on `device`; ConfigError if it cannot run there."""
+def resolve_backend(backend: str, device: torch.device, head_size: int = 0) -> str:
+    """Return the backend that `backend` means on `device`; ConfigError if it cannot run there.
+
+    Heads of `head_size` channels must suit it; 0 asks about the device alone.
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "auto":
         if device.type == "cpu" and NUMBA_FOUND:
             return "cpu"
-        return "triton" if TRITON_FOUND and _runs_triton(device) else "chunked"
+        fits = TRITON_FOUND and head_size <= LARGEST_HEAD
+        return "triton" if fits and _runs_triton(device) else "chunked"
     if backend == "cpu" and device.type != "cpu":
         raise ConfigError(f"backend 'cpu' cannot run on {device}; use 'auto' or 'chunked'")
     if backend == "cpu" and not NUMBA_FOUND:
@@ -45,6 +51,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             f"backend 'triton' cannot run on {device}: it needs an NVIDIA GPU of capability 8.0 or "
             "later (on a CPU its kernels can only be interpreted, for tests: TRITON_INTERPRET=1 in "
             "the environment); use 'auto'"
+        )
+    if backend == "triton" and head_size > LARGEST_HEAD:
+        raise ConfigError(
+            f"heads of {head_size} channels are too wide for backend 'triton', which takes "
+            f"{LARGEST_HEAD} at most; use 'auto' or 'chunked', or more heads"
         )
     if backend == "fla":
         from metastate.ops import fla
@@ -69,8 +80,9 @@ def _interprets_triton(device: torch.device) -> bool:
     return triton.INTERPRETED
 
 
-def _module(backend: str, device: torch.device) -> Any:
-    name = resolve_backend(backend, device)
+def _module(backend: str, x: Tensor) -> Any:
+    """Return the module of the backend for inputs like x, [B, T, H, N]."""
+    name = resolve_backend(backend, x.device, x.shape[-1])
     if name == "cpu":
         from metastate.ops import cpu
 
@@ -147,7 +159,7 @@ def wkv7_trajectory(
     """
     tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
     state, cu_seqlens = _check(tensors, state, cu_seqlens, offsets_checked)
-    return _module(backend, r.device).wkv7(r, log_w, k, v, kappa, a, state, cu_seqlens)
+    return _module(backend, r).wkv7(r, log_w, k, v, kappa, a, state, cu_seqlens)
 
 
 def wkv7(
@@ -169,7 +181,8 @@ def wkv7(
 
     Args:
         r: receptance, [B, T, H, N], any float dtype.
-        log_w: log decay a token, [B, T, H, N], in (-exp(-0.5), 0).
+        log_w: log decay a token, [B, T, H, N], in (-exp(-0.5), 0). `cpu` and `reference` take any
+            below 0; the others divide by decays of up to 64 tokens.
         k: replacement key, [B, T, H, N].
         v: value, [B, T, H, N].
         kappa: removal key, [B, T, H, N], unit norm over N.
@@ -187,14 +200,15 @@ def wkv7(
         differentiable in every input, `state` included.
 
     Raises:
-        ShapeError: shapes, dtypes or devices disagree.
+        ShapeError: shapes, dtypes or devices disagree, or log_w is too low for `chunked` on a CPU
+            (on a GPU y is then not finite).
         ConfigError: the backend is unknown or cannot run here.
 
     Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
     """
     tensors = {"r": r, "log_w": log_w, "k": k, "v": v, "kappa": kappa, "a": a}
     state, cu_seqlens = _check(tensors, state, cu_seqlens, offsets_checked)
-    module = _module(backend, r.device)
+    module = _module(backend, r)
     # Nobody will read these states again: the native kernels then need not keep them.
     run = getattr(module, "wkv7_without_trajectory", module.wkv7)
     y, trajectory = run(r, log_w, k, v, kappa, a, state, cu_seqlens)

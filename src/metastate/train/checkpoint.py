@@ -45,7 +45,7 @@ from metastate.model import io
 from metastate.model.lm import LanguageModel
 from metastate.model.presets import preset
 from metastate.model.state import ModelState
-from metastate.train.distributed import is_sharded, placed, save_sharded
+from metastate.train.distributed import is_sharded, led, placed, save_sharded
 from metastate.train.optim import GroupedAdamW, moments, step_count
 
 # Where things are, what is reported, and what computes a run. The last changes rounding alone, and
@@ -155,32 +155,37 @@ def write_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TrainingError: the disk is full or the system refuses; the checkpoint before is whole.
+        TrainingError: the disk is full or the system refuses, in any of the processes; the
+            checkpoint before is whole.
     """
     trainer = snapshot.trainer
     final = checkpoint_of(out, trainer.step)
     folder = final.parent
     temporary = folder / f".{final.name}.tmp"
     leads = group is None or group.rank() == 0
+
+    def begin() -> None:
+        assert not final.exists(), f"{final} is whole already"
+        for leftover in folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+
+    def finish() -> None:
+        io.write_record(snapshot.record, temporary)
+        if snapshot.carried is not None:
+            snapshot.carried.save(temporary / CARRIED, snapshot.model)
+        write_json(temporary / "trainer.json", to_dict(trainer))
+        os.replace(temporary, final)
+        sync_folder(folder)
+        _publish(Path(out), trainer)
+
     try:
-        if leads:
-            assert not final.exists(), f"{final} is whole already"
-            for leftover in folder.glob(".step-*.tmp"):
-                shutil.rmtree(leftover)
+        led(group, begin)  # nobody writes into what is being cleared away
         if group is None:
             io.write_weights(snapshot.weights, temporary / MODEL)
             write_tensors(temporary / MOMENTS, snapshot.moments)
         else:
-            dist.barrier(group)  # nobody writes into what is being cleared away
             save_sharded(temporary, {MODEL: snapshot.weights, MOMENTS: snapshot.moments}, group)
-        if leads:
-            io.write_record(snapshot.record, temporary)
-            if snapshot.carried is not None:
-                snapshot.carried.save(temporary / CARRIED, snapshot.model)
-            write_json(temporary / "trainer.json", to_dict(trainer))
-            os.replace(temporary, final)
-            sync_folder(folder)
-            _publish(Path(out), trainer)
+        led(group, finish)
     except (OSError, CheckpointError, StateError, TrainingError) as cause:
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -10,11 +10,12 @@ the weights over all R, and average the gradients over all R.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from hashlib import sha256
@@ -27,13 +28,14 @@ from torch import Tensor, nn
 
 from metastate.config import TrainConfig
 from metastate.data.files import alone_in
-from metastate.errors import BusyError, CheckpointError, ConfigError, TrainingError
+from metastate.errors import BusyError, CheckpointError, ConfigError, TrainingError, is_full
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import LossOutput, lm_loss
 from metastate.model.state import ModelState
 from metastate.ops.context import of_last
 
 TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others
+WRITING = timedelta(hours=4)  # how long for one that writes files: a large model, a slow disk
 
 
 def is_first() -> bool:
@@ -52,7 +54,8 @@ class Team:
         data_size: into how many parts the rows are split, R/C.
         group: the processes that share this one's rows, in the order of their tokens; None where
             rows are whole.
-        saver: the group that writes the parts of a sharded model; None where a model is whole.
+        files: the group of all that waits long enough for files to be written; None in one process.
+        saver: the same where it writes the parts of a sharded model; None where a model is whole.
         restarted: torchrun started the processes again after a failure.
         launch: tells this command of torchrun from others, "" without torchrun; the first process's
             counts, and after a restart it is the same.
@@ -63,13 +66,14 @@ class Team:
         columns = config.context_parallel
         self.data_rank, self.data_size = rank // columns, size // columns
         self.group: dist.ProcessGroup | None = None
-        self.saver: dist.ProcessGroup | None = None
+        self.files: dist.ProcessGroup | None = None
         if columns > 1:
             for row in range(self.data_size):  # every process must make every group
                 group = dist.new_group([row * columns + i for i in range(columns)])
                 self.group = group if row == self.data_rank else self.group
-        if config.parallel in ("fsdp", "hsdp"):
-            self.saver = dist.new_group(backend="gloo")
+        if config.parallel != "none":
+            self.files = dist.new_group(backend="gloo", timeout=WRITING)
+        self.saver = self.files if config.parallel in ("fsdp", "hsdp") else None
 
         # Of a machine that lost none of its own processes torchrun counts no restart.
         count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -124,6 +128,16 @@ class Team:
             yield
         finally:
             held.__exit__(None, None, None)
+
+    def write(self, job: Callable[[], object]) -> None:
+        """Write files by `job`: each process its parts of a sharded model, else the first alone.
+
+        For the first one the others wait, and what it raises, all raise.
+        """
+        if self.saver is None:
+            led(self.files, job)
+        else:
+            job()
 
     def shard(self, model: LanguageModel) -> None:
         """Split the model's weights over the processes, where the run says so: FSDP2.
@@ -270,10 +284,34 @@ def join(config: TrainConfig) -> Iterator[Team]:
         rank = dist.get_rank() if config.parallel != "none" else 0
         team = Team(config, device, rank, size)
         yield team
-        team.group = team.saver = None
+        team.group = team.files = team.saver = None
     finally:
         if mine:
             end_groups()
+
+
+def led(group: dist.ProcessGroup | None, job: Callable[[], object]) -> None:
+    """Run `job` in the first process of `group`, while the others wait; None: here.
+
+    Raises:
+        Exception: what the job raised there. TrainingError: the same, in the other processes.
+    """
+    if group is None:
+        job()
+        return
+    error: Exception | None = None
+    if group.rank() == 0:
+        try:
+            job()
+        except Exception as cause:
+            error = cause
+    told = [None if error is None else (str(error), is_full(error))]
+    dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        text, full = told[0]
+        raise TrainingError(text) from (OSError(errno.ENOSPC, text) if full else None)
 
 
 def start_group(backend: str, **how: Any) -> None:
@@ -391,7 +429,8 @@ def save_sharded(
         group: of a backend that takes CPU tensors.
 
     Raises:
-        CheckpointError: the disk is full or the system refuses.
+        CheckpointError: the disk is full or the system refuses. OSError, TrainingError: so it is
+            for the first process alone, when it puts files in place; as `led`.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -410,10 +449,13 @@ def save_sharded(
             for e in (e[0] if isinstance(e, tuple) else e for e in cause.failures.values())
         }
         raise CheckpointError("; ".join(sorted(reasons))) from next(iter(reasons.values()))
-    if group.rank() == 0:
+
+    def finish() -> None:
         for i, name in enumerate(files, 1):
             os.replace(folder / f"model-{i:05d}-of-{len(files):05d}.safetensors", folder / name)
             with open(folder / name, "rb") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(folder / "sharded")
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+
+    led(group, finish)

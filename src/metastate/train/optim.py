@@ -189,9 +189,15 @@ def grown_regions(model: LanguageModel) -> dict[str, Regions]:
             "it with `metastate grow`, or leave old_lr_scale out"
         )
     first = len(model.lineage) - 1
-    while first > 0 and model.lineage[first - 1]["step"] == model.lineage[first]["step"]:
+    while first > 0 and not _trained_between(*model.lineage[first - 1 : first + 1]):
         first -= 1  # grown twice without training in between: both are new
     return regions(model, from_dict(ModelConfig, model.lineage[first]["before"], "lineage"))
+
+
+def _trained_between(growth: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Say whether weights changed between two growths; other loops than ours count no steps."""
+    changed = growth.get("child", after.get("parent")) != after.get("parent")  # None: older file
+    return changed or growth["step"] != after["step"]
 
 
 def _pieces(

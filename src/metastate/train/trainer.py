@@ -310,7 +310,7 @@ class _Run:
                 self.signal = int(max(n for [n] in self.team.everyone(self.noted))) or None
             if self.at.step > written:
                 self.save()
-            self.writer.wait()
+            self.team.write(self.writer.wait)
         finally:
             self.writer.close()  # before another process may have the folder
             if self.log is not None:
@@ -478,9 +478,11 @@ class _Run:
         if self.log is not None:
             self.log.sync()
         carried, saver = self.team.whole_rows(self.carried), self.team.saver
-        if saver is None and self.team.rank > 0:
-            return  # the first process has everything that this one has
-        self.writer.wait()  # one copy in memory at a time
-        copy = self.config.async_checkpoint
-        snapshot = Snapshot.of(self.model, self.optimizer, self.at, carried, copy=copy)
-        self.writer.write(lambda: write_checkpoint(self.out, snapshot, saver))
+
+        def write() -> None:
+            self.writer.wait()  # one copy in memory at a time
+            copy = self.config.async_checkpoint
+            snapshot = Snapshot.of(self.model, self.optimizer, self.at, carried, copy=copy)
+            self.writer.write(lambda: write_checkpoint(self.out, snapshot, saver))
+
+        self.team.write(write)
