@@ -182,7 +182,7 @@ def wkv7(
     Args:
         r: receptance, [B, T, H, N], any float dtype.
         log_w: log decay a token, [B, T, H, N], in (-exp(-0.5), 0). `cpu` and `reference` take any
-            below 0; the others divide by decays of up to 64 tokens.
+            below 0; the others divide by those of up to 64 tokens, which must not overflow.
         k: replacement key, [B, T, H, N].
         v: value, [B, T, H, N].
         kappa: removal key, [B, T, H, N], unit norm over N.
@@ -200,8 +200,7 @@ def wkv7(
         differentiable in every input, `state` included.
 
     Raises:
-        ShapeError: shapes, dtypes or devices disagree, or log_w is too low for `chunked` on a CPU
-            (on a GPU y is then not finite).
+        ShapeError: shapes, dtypes or devices disagree.
         ConfigError: the backend is unknown or cannot run here.
 
     Source: RWKV-7, arXiv:2503.14456, eqs 16-21; the meaning is ops/reference.py.
