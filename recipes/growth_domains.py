@@ -206,11 +206,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 def main() -> None:
     """Run every arm of every seed, then print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--text",
-        required=True,
-        help="folder with train.* and valid.*",
-    )
+    parser.add_argument("--text", required=True, help="folder with train.* and valid.*")
     parser.add_argument("--out", default="runs/growth-domains")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, default=240, help="of each stage")
