@@ -350,6 +350,25 @@ def test_a_full_disk_behind_standard_output_is_an_error(checkpoint, more):
     assert err == "error: standard output could not be written: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    "own,spins",
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "77"}, "77"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+    ],
+)
+def test_threads_that_wait_long_sleep_unless_the_user_says_how(own, spins):
+    plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    shown = start(
+        "info", "metastate-tiny", stdout=subprocess.DEVNULL,
+        env=plain | {"OMP_DISPLAY_ENV": "VERBOSE"} | own,
+    ).communicate(timeout=99)[1]  # fmt: skip
+    if "GOMP_SPINCOUNT" not in shown:
+        pytest.skip("torch's OpenMP runtime is not GNU's")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in shown
+
+
 def test_ctrl_c_is_exit_code_130(checkpoint, tmp_path):
     model = metastate.load(checkpoint)
     with torch.no_grad():  # no document ends: the logit of its end is about -1,600
