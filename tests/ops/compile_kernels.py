@@ -29,7 +29,7 @@ def compile_kernel(kernel, capability, size, dtype):
     double = dtype == "fp64"
     exact = "ieee" if double else "tf32x3"
     constants = {
-        **{"H": 12, "N": size, "C": backend.CHUNK, "LEVELS": 5, "TWO": True, "SOLVE": exact},
+        **{"N": size, "C": backend.CHUNK, "LEVELS": 5, "TWO": True, "SOLVE": exact},
         **{"BK": whole if a_state else tile, "BV": rows},
         "DTYPE": tl.float64 if double else tl.float32,
         "PRECISION": "tf32" if dtype == "bf16" else exact,
@@ -38,7 +38,7 @@ def compile_kernel(kernel, capability, size, dtype):
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], given[(i,)] = "constexpr", constants[name]
-        elif name == "num_sequences":
+        elif name in triton_kernels.COUNTS:
             signature[name] = "i32"
         else:
             aligned[(i,)] = [["tt.divisibility", 16]]

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from metastate.ops.triton_kernels import (
+    COUNTS,
     chunk_at,
     dot,
     load_square,
@@ -30,7 +31,7 @@ from metastate.ops.triton_kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def local_gradient_kernel(  # type: ignore[no-untyped-def]
     g_,
     h_,
@@ -44,7 +45,7 @@ def local_gradient_kernel(  # type: ignore[no-untyped-def]
     dU_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -83,7 +84,7 @@ def local_gradient_kernel(  # type: ignore[no-untyped-def]
             store_tokens(dU_, dU, start, count, head, row, H, N, C, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def state_gradient_kernel(  # type: ignore[no-untyped-def]
     g_,
     h_,
@@ -98,7 +99,7 @@ def state_gradient_kernel(  # type: ignore[no-untyped-def]
     ends_,
     dstate_,
     offsets_,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -138,7 +139,7 @@ def state_gradient_kernel(  # type: ignore[no-untyped-def]
     store_state(dstate_, dS, index, row, 0, N, BV, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def value_gradient_kernel(  # type: ignore[no-untyped-def]
     g_,
     h_,
@@ -153,7 +154,7 @@ def value_gradient_kernel(  # type: ignore[no-untyped-def]
     dv_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -202,7 +203,7 @@ def value_gradient_kernel(  # type: ignore[no-untyped-def]
             store_tokens(dv_, dv, start, count, head, row, H, N, C, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_gradient_kernel(  # type: ignore[no-untyped-def]
     g_,
     h_,
@@ -224,7 +225,7 @@ def key_gradient_kernel(  # type: ignore[no-untyped-def]
     da_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,

@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What differs from batch to batch and from model to model: a kernel is compiled once for all.
+COUNTS = ("num_sequences", "H")
+
 
 @triton.jit
 def chunk_at(offsets_, num_sequences, slot, C: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -33,7 +36,7 @@ def chunk_at(offsets_, num_sequences, slot, C: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def _token_tile(  # type: ignore[no-untyped-def]
-    start, count, head, column, H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr
+    start, count, head, column, H, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr
 ):
     """Return offsets into [B * T, H, N] of C tokens and BN columns, and which of them exist."""
     row = tl.arange(0, C)[:, None]
@@ -49,7 +52,7 @@ def load_tokens(  # type: ignore[no-untyped-def]
     count,
     head,
     column,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BN: tl.constexpr,
@@ -68,7 +71,7 @@ def store_tokens(  # type: ignore[no-untyped-def]
     count,
     head,
     column,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BN: tl.constexpr,
@@ -127,7 +130,7 @@ def dot(x, y, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(x, y, input_precision=PRECISION, out_dtype=x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def geometry_kernel(  # type: ignore[no-untyped-def]
     log_w_,
     kappa_,
@@ -135,7 +138,7 @@ def geometry_kernel(  # type: ignore[no-untyped-def]
     T_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -172,7 +175,7 @@ def geometry_kernel(  # type: ignore[no-untyped-def]
         tl.store(T_ + place, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def correction_kernel(  # type: ignore[no-untyped-def]
     log_w_,
     k_,
@@ -183,7 +186,7 @@ def correction_kernel(  # type: ignore[no-untyped-def]
     U_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -215,7 +218,7 @@ def correction_kernel(  # type: ignore[no-untyped-def]
             store_tokens(U_, U, start, count, head, column, H, N, C, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def state_kernel(  # type: ignore[no-untyped-def]
     log_w_,
     k_,
@@ -228,7 +231,7 @@ def state_kernel(  # type: ignore[no-untyped-def]
     starts_,
     final_,
     offsets_,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -265,7 +268,7 @@ def state_kernel(  # type: ignore[no-untyped-def]
     store_state(final_, S, index, row, 0, N, BV, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def read_by_key_kernel(  # type: ignore[no-untyped-def]
     x_,
     log_w_,
@@ -278,7 +281,7 @@ def read_by_key_kernel(  # type: ignore[no-untyped-def]
     e_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -312,7 +315,7 @@ def read_by_key_kernel(  # type: ignore[no-untyped-def]
             store_tokens(e_, e, start, count, head, row, H, N, C, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def read_by_value_kernel(  # type: ignore[no-untyped-def]
     x_,
     log_w_,
@@ -325,7 +328,7 @@ def read_by_value_kernel(  # type: ignore[no-untyped-def]
     e_,
     offsets_,
     num_sequences,
-    H: tl.constexpr,
+    H,
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
