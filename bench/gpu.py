@@ -1,37 +1,50 @@
 """GPU: the layer's kernels against flash-linear-attention, training and decoding speed.
 
-    python bench/gpu.py [--size 150m] [--lengths 1024 4096 16384 65536] [--batches 1 16 256]
+    python bench/fla_ready.py                   before it, where fla is installed
+    python bench/gpu.py [--minutes 5] [--out rows.jsonl] [--tables kernels training decoding]
     python bench/gpu.py --device cpu --dry      tiny shapes, anywhere; its figures mean nothing
 
-First `metastate doctor`'s checks of the device and a model's stepwise against its parallel logits:
-where they fail there are no figures. A table for people, one JSON line last for scripts. Without
-a CUDA device the exit code is 2.
+First `metastate doctor`'s checks of the device: where they fail there are no figures. Every row is
+printed (as a row of docs/results.md) and, as JSON, appended to --out as soon as it is measured; one
+JSON line of all of them comes last. A row that fails says so and the others go on: exit code 1
+then, 2 without a CUDA device. Each table has its share of --minutes; a row that would outlast it is
+left out and says so. The longest come last.
 
-Ceilings are measured here: a device-to-device copy and a large bfloat16 matrix product. The bytes
-of an operation are those it cannot avoid (every input read once forward and once backward, every
-output and gradient written once, in bfloat16), its FLOPs those of the recurrence (10 N^2 a head and
-token forward, 26 N^2 backward, 2 and 10 N^2 for another reader); MFU counts a model's own FLOPs
-(`LanguageModel.flops_per_token`) against the measured matrix product.
+Ceilings are measured here: a device-to-device copy and a large bfloat16 matrix product. All sides
+are counted alike: FLOPs are the model's own, a backward pass twice its forward one, and nothing
+that is computed again to save memory: a head and token forward 10 N^2 for a recurrence and 2 N^2
+for another reader, whatever form computes it (`LanguageModel.flops_per_token` has the rest). Bytes
+are those that cannot be avoided: of an operation every input once forward and once backward, every
+output, its gradient and every input's gradient once, in bfloat16, no states; of a decoding step
+every weight but the embedding once, and the states or the cache (a recurrent state twice).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import math
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fla_ready import HEADS, as_fla_wants, bare_calls, choose, draw
 from metastate import ops
 from metastate.cli import exit_code
 from metastate.cli.options import positive
 from metastate.config import TrainConfig
-from metastate.eval.doctor import NAMES, Case, diagnose
+from metastate.eval.doctor import NAMES, diagnose
 from metastate.infer.generate import inference
 from metastate.model.decode import BatchDecoder, store_bfloat16
 from metastate.model.lm import LanguageModel
@@ -40,92 +53,252 @@ from metastate.model.presets import preset
 from metastate.train.distributed import device_of
 from metastate.train.optim import make_optimizer
 
+TABLES = ("kernels", "training", "decoding")
 ARCHITECTURES = ("metastate", "transformer")
-# Operations of the layer: the pass, further readers of its states, whether there is a meta state.
-OPERATIONS = {
-    "wkv7": (0, False),
-    "wkv7 + read": (1, False),
-    "wkv7 + read + meta state": (1, True),
-}
+ALLOWED = 0.05  # |x - x_float32| / |x_float32| in bfloat16; what is wrong is off by about 1
+BARE = "fla, bare calls"  # of its function on inputs as it wants them, without our conversions
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The layer or a part of it: the pass, further readers of its states, the meta state."""
+
+    name: str
+    readers: int = 0
+    meta: bool = False
+    packed: bool = False
+
+    @property
+    def calls(self) -> int:
+        """Calls that fla needs."""
+        return 1 + self.readers + self.meta
+
+    @property
+    def flops(self) -> int:
+        """FLOPs forward and backward, over N^2, a head and token."""
+        return 3 * (10 * (1 + self.meta) + 2 * self.readers)
+
+    @property
+    def moved(self) -> int:
+        """Numbers read and written forward and backward, a channel and token."""
+        inputs, outputs = 6 + self.readers, self.calls
+        return 3 * inputs + 2 * outputs
+
+
+OPERATIONS = (
+    Operation("wkv7"),
+    Operation("wkv7 + read", 1),
+    Operation("layer: wkv7 + read + meta state", 1, True),
+    Operation("layer, packed documents", 1, True, packed=True),
+)
+
+
+class OutOfTimeError(Exception):
+    """What is measured would outlast its share of --minutes."""
+
+
+class WrongError(Exception):
+    """What would be timed computes something else than it should."""
+
+
+class Report:
+    """The rows, shown and kept as soon as they are there, and the time left for more."""
+
+    def __init__(self, args: argparse.Namespace, begun: float) -> None:
+        self.path, self.minutes = args.out, args.minutes
+        self.begin, self.end = time.monotonic(), begun + 60 * args.minutes
+        self.tables = [t for t in TABLES if t in args.tables]
+        self.name, self.columns = "", dict[str, str]()
+        self.rows, self.failed = list[dict[str, Any]](), False
+
+    def table(self, name: str, about: str, columns: dict[str, str]) -> None:
+        """Begin a table; `columns` names its columns and how their values are written."""
+        self.name, self.columns = name, columns
+        print(f"\n{about}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+    def left(self) -> float:
+        """Return the seconds left for the table at hand."""
+        share = 1.0
+        if self.name in self.tables:
+            share = (1 + self.tables.index(self.name)) / len(self.tables)
+        return self.begin + share * (self.end - self.begin) - time.monotonic()
+
+    def row(self, given: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Measure a row, show it and keep it, whatever happens in it."""
+        row: dict[str, Any] = {"table": self.name, **given}
+        try:
+            if self.left() < 0:
+                raise OutOfTimeError
+            row |= measure()
+        except OutOfTimeError:
+            row["left_out"] = f"left out: --minutes {self.minutes:g}"
+        except torch.cuda.OutOfMemoryError:
+            row["left_out"] = "out of memory"
+        except Exception as error:  # the other rows must not be lost
+            said = (str(error).splitlines() or [""])[0]
+            row["left_out"], self.failed = f"FAILED: {type(error).__name__}: {said}", True
+        cells = [form.format(row[n]) if n in row else "" for n, form in self.columns.items()]
+        if "left_out" in row:
+            cells[cells.index("") if "" in cells else -1] = row["left_out"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # of a device that an error has stopped
+            torch.cuda.empty_cache()  # nothing without one
+        return row
 
 
 class Bench:
     """The device, its clock and its ceilings."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, report: Report) -> None:
         self.device, self.rounds, self.dry = torch.device(args.device), args.rounds, args.dry
-        elements = 2**20 if self.dry else 2**30
-        x = torch.zeros(elements, dtype=torch.bfloat16, device=self.device)
-        y = torch.empty_like(x)
-        self.bytes_per_s = 2 * x.nbytes / self.seconds(lambda: y.copy_(x))
-        size = 128 if self.dry else 8192
-        a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        self.flops_per_s = 2 * size**3 / self.seconds(lambda: a @ b)
+        self.report, self.bytes_per_s, self.flops_per_s = report, math.nan, math.nan
+
+    def ceilings(self) -> None:
+        """Measure what nothing can be faster than."""
+        about = "ceilings: a device-to-device copy, a bfloat16 matrix product"
+        self.report.table("ceilings", about, {"ceiling": "{}", "GB/s or TFLOP/s": "{:,.1f}"})
+
+        def copy() -> dict[str, float]:
+            x = torch.rand(2**20 if self.dry else 2**30, device=self.device).bfloat16()
+            y = torch.empty_like(x)
+            self.bytes_per_s = 2 * x.nbytes / self.seconds(lambda: y.copy_(x))
+            return {"GB/s or TFLOP/s": self.bytes_per_s / 1e9}
+
+        def product() -> dict[str, float]:
+            n = 128 if self.dry else 8192
+            a, b = (torch.randn(n, n, device=self.device).bfloat16() for _ in range(2))
+            self.flops_per_s = 2 * n**3 / self.seconds(lambda: a @ b)
+            return {"GB/s or TFLOP/s": self.flops_per_s / 1e12}
+
+        self.report.row({"ceiling": "copy"}, copy)
+        self.report.row({"ceiling": "matrix product"}, product)
 
     def wait(self) -> None:
         """Wait until the device has done everything."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Return the median seconds of `run`, after two rounds that compile and warm up."""
-        taken = []
-        for _ in range(self.rounds + 2):
-            self.wait()
-            begin = time.perf_counter()
+    def timed(self, run: Callable[[], object], calls: int) -> float:
+        """Return the seconds that a call takes when `calls` follow each other."""
+        self.wait()
+        begin = time.perf_counter()
+        for _ in range(calls):
             run()
-            self.wait()
-            taken.append(time.perf_counter() - begin)
-        return statistics.median(taken[2:])
+        self.wait()
+        return (time.perf_counter() - begin) / calls
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Return the median seconds of a call, over rounds of about a tenth of a second.
+
+        Two calls before them compile and warm up.
+        """
+        self.timed(run, 1)
+        once = self.timed(run, 1)
+        calls = 1 if self.dry else max(1, min(100, int(0.1 / once)))
+        if once * calls * self.rounds > self.report.left():
+            raise OutOfTimeError
+        return statistics.median(self.timed(run, calls) for _ in range(self.rounds))
 
 
-def operation(x: dict[str, Tensor], backend: str, readers: int, meta: bool) -> list[Tensor]:
-    """Return the outputs of one of OPERATIONS."""
-    args = [x[n] for n in NAMES]
-    if not readers:
-        return [ops.wkv7(*args, backend=backend)[0]]
-    y, trajectory = ops.wkv7_trajectory(*args, backend=backend)
+def document_lengths(tokens: int, longest: int) -> list[int]:
+    """Return lengths, most of them short, of together `tokens`; the longest is 64 times as long."""
+    draw, lengths = random.Random(0), list[int]()
+    while left := tokens - sum(lengths):
+        length = math.exp(draw.uniform(math.log(max(1, longest // 64)), math.log(longest)))
+        lengths.append(min(left, round(length)))
+    return lengths
+
+
+def layer(
+    x: dict[str, Tensor], backend: str, op: Operation, offsets: Tensor | None
+) -> list[Tensor]:
+    """Return the outputs of an operation."""
+    options: Any = {"cu_seqlens": offsets, "backend": backend}
+    args: Any = [x[n] for n in NAMES]
+    if not op.readers:
+        return [ops.wkv7(*args, **options)[0]]
+    y, trajectory = ops.wkv7_trajectory(*args, **options)
     e = trajectory.read(x["x"])
-    if not meta:
+    if not op.meta:
         return [y, e]
     return [y, e, ops.meta_state(x["x"], e, None, trajectory, backend=backend)[0]]
 
 
-def kernels(bench: Bench, args: argparse.Namespace, backends: list[str]) -> list[dict]:
+def forward_backward(
+    run: Callable[[], list[Tensor]], leaves: dict[str, Tensor], given: list[Tensor]
+) -> list[Tensor]:
+    """Return the outputs and every leaf's gradient, where the outputs' are the first of `given`."""
+    for t in leaves.values():
+        t.grad = None
+    out = run()
+    torch.autograd.backward(out, given[: len(out)])
+    return [*out, *(t.grad for t in leaves.values() if t.grad is not None)]
+
+
+def compare(
+    x: dict[str, Tensor], given: list[Tensor], found: list[Tensor], op: Operation, packing: Any
+) -> float:
+    """Return the error of outputs and gradients on two heads, beside float32 by `chunked`.
+
+    Raises:
+        WrongError: it is larger than ALLOWED.
+    """
+    head = {n: t[:, :, :2].detach().float().requires_grad_() for n, t in x.items()}
+    grads = [t[:, :, :2].float() for t in given]
+    truth = forward_backward(lambda: layer(head, "chunked", op, packing), head, grads)
+    errors = [
+        float((t.detach()[:, :, :2].float() - exact.detach()).norm() / exact.detach().norm())
+        for t, exact in zip(found, truth, strict=True)
+    ]
+    worst = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+    if not worst < ALLOWED:
+        raise WrongError(f"off by {worst:.1e}, allowed {ALLOWED}")
+    return worst
+
+
+def kernels(bench: Bench, args: argparse.Namespace, backends: list[str]) -> None:
     """Time the layer's operations forward and backward on every backend."""
-    tokens, heads, size = (256, 2, 16) if bench.dry else (args.tokens, 12, args.head_size)
-    case = Case("bench", max(1, tokens // 4096), min(tokens, 4096), heads, size)
-    x = {n: t.to(bench.device, torch.bfloat16) for n, t in case.inputs().items()}
-    x = {n: t.requires_grad_() for n, t in x.items() if n not in ("state", "meta")}
-    per_token = heads * size**2
-    rows = []
-    print(f"\n{tokens} tokens, {heads} heads of {size}, bfloat16, forward + backward")
-    print(f"{'operation':<28}{'backend':<10}{'ms':>9}{'of copy':>9}{'of matmul':>11}{'times':>8}")
-    for name, (readers, meta) in OPERATIONS.items():
-        base = None
-        for backend in backends:
+    batch, length, heads, size = args.shape
+    drawn = draw(args.shape, bench.device)
+    given = [torch.randn_like(drawn["r"]) for _ in range(3)]
+    documents = document_lengths(batch * length, length)
+    offsets = torch.tensor([0, *documents], device=bench.device).cumsum(0)
+    about = (
+        f"B {batch}, T {length:,}, H {heads}, N {size}, bfloat16, forward + backward; packed: "
+        f"{len(documents)} documents of {min(documents)} to {max(documents):,} tokens"
+    )
+    columns = {"operation": "{}", "backend": "{}", "ms": "{:.3f}", "of copy": "{:.1%}"}
+    columns |= {"of matrix product": "{:.1%}", "times own": "{:.2f}", "error": "{:.1e}"}
+    bench.report.table("kernels", about, columns)
 
-            def run(backend: str = backend, readers: int = readers, meta: bool = meta) -> None:
-                out = operation(x, backend, readers, meta)
-                torch.autograd.backward(out, [torch.ones_like(t) for t in out])
-                for t in x.values():
-                    t.grad = None
+    def measure(op: Operation, backend: str, own: float | None) -> dict[str, float]:
+        used = drawn if op.readers else {n: drawn[n] for n in NAMES}
+        packing, row = offsets if op.packed else None, dict[str, float]()
+        if backend == BARE:
+            x = as_fla_wants(drawn)
+            run = partial(forward_backward, lambda: bare_calls(x, op.calls), x, given)
+        else:
+            x = {n: t.detach().requires_grad_() for n, t in used.items()}
+            run = partial(forward_backward, lambda: layer(x, backend, op, packing), x, given)
+            row["error"] = compare(used, given, run(), op, packing)
+        seconds = bench.seconds(run)
+        per_s = batch * length * heads * size / seconds
+        row |= {"ms": 1e3 * seconds, "of copy": 2 * op.moved * per_s / bench.bytes_per_s}
+        row["of matrix product"] = op.flops * size * per_s / bench.flops_per_s
+        return row | {"times own": row["ms"] / (own or row["ms"])}
 
-            seconds = bench.seconds(run)
-            base = base or seconds
-            flops = per_token * (36 + 12 * readers + 36 * meta) * tokens
-            moved = tokens * heads * size * 2 * (20 + 4 * readers + 4 * meta)
-            row = {"operation": name, "backend": backend, "ms": 1e3 * seconds}
-            row["of_copy"] = moved / seconds / bench.bytes_per_s
-            row["of_matmul"] = flops / seconds / bench.flops_per_s
-            row["times_the_first"] = seconds / base
-            rows.append(row)
-            print(
-                f"{name:<28}{backend:<10}{row['ms']:>9.2f}{row['of_copy']:>9.1%}"
-                f"{row['of_matmul']:>11.1%}{row['times_the_first']:>8.2f}",
-                flush=True,
-            )
-    return rows
+    for op in OPERATIONS:
+        sides = [*backends, *([BARE] if "fla" in backends and not op.packed else [])]
+        own: float | None = None
+        for side in sides:
+            named = {"operation": op.name, "backend": side}
+            row = bench.report.row(named, partial(measure, op, side, own))
+            own = row.get("ms") if side == backends[0] else own
 
 
 def make(architecture: str, args: argparse.Namespace) -> LanguageModel:
@@ -137,52 +310,46 @@ def make(architecture: str, args: argparse.Namespace) -> LanguageModel:
         return LanguageModel(config)
 
 
-def training(bench: Bench, args: argparse.Namespace) -> list[dict]:
+def train_row(bench: Bench, args: argparse.Namespace, name: str, length: int) -> dict[str, float]:
+    """Time training steps of a new model; attention is flash attention or fails."""
+    model = make(name, args)
+    optimizer = make_optimizer(model, TrainConfig())
+    shape = (max(1, args.tokens // length), length)
+
+    def step() -> None:
+        tokens = torch.randint(args.vocab_size, shape, device=bench.device)
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            out = lm_loss(model, tokens, tokens.roll(-1, 1), z_loss=1e-4)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not 0 < (nll := float(out.nll)) < 50:
+            raise WrongError(f"the loss is {nll}")
+
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        per_s = shape[0] * length / bench.seconds(step)
+    mfu = per_s * 3 * model.flops_per_token(length)[0] / bench.flops_per_s
+    row = {"tokens/s": per_s, "MFU": mfu}
+    if bench.device.type == "cuda":
+        row["peak GiB"] = torch.cuda.max_memory_allocated(bench.device) / 2**30
+    return row
+
+
+def training(bench: Bench, args: argparse.Namespace) -> None:
     """Time training steps of both architectures at every length."""
-    print(f"\ntraining, {args.size}, bfloat16, {args.tokens} tokens a step")
-    print(f"{'architecture':<14}{'T':>8}{'batch':>7}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}")
-    rows = []
-    for architecture in ARCHITECTURES:
-        model = make(architecture, args)
-        optimizer = make_optimizer(model, TrainConfig())
-        for length in args.lengths:
-            batch = max(1, args.tokens // length)
-
-            def step(model=model, optimizer=optimizer, shape=(batch, length)) -> None:
-                tokens = torch.randint(args.vocab_size, shape, device=bench.device)
-                with torch.autocast(bench.device.type, torch.bfloat16):
-                    out = lm_loss(model, tokens, tokens.roll(-1, 1), z_loss=1e-4)
-                out.loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                if not 0 < (nll := float(out.nll)) < 50:
-                    sys.exit(f"{model.config.architecture}: the loss is {nll}; no figures")
-
-            row = {"architecture": architecture, "length": length, "batch": batch}
-            rows.append(row)
-            start = f"{architecture:<14}{length:>8,}{batch:>7}"
-            try:
-                if bench.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(bench.device)
-                per_s = batch * length / bench.seconds(step)
-            except torch.cuda.OutOfMemoryError:
-                optimizer.zero_grad()
-                row["out_of_memory"] = True
-                print(f"{start}  out of memory", flush=True)
-                continue
-            row["tokens_per_s"] = per_s
-            row["mfu"] = per_s * sum(model.flops_per_token(length)) / bench.flops_per_s
-            if bench.device.type == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated(bench.device)
-            memory = row.get("peak_bytes", 0) / 2**30
-            print(f"{start}{per_s:>12,.0f}{row['mfu']:>8.1%}{memory:>8.1f}", flush=True)
-        del model, optimizer
-        gc.collect()
-    return rows
+    about = f"training, {args.size}, bfloat16 autocast, not compiled, {args.tokens:,} tokens a step"
+    columns = {"architecture": "{}", "T": "{:,}", "batch": "{}", "tokens/s": "{:,.0f}"}
+    bench.report.table("training", about, columns | {"MFU": "{:.1%}", "peak GiB": "{:.1f}"})
+    for length in sorted(args.lengths):
+        for name in ARCHITECTURES:
+            row = {"architecture": name, "T": length, "batch": max(1, args.tokens // length)}
+            bench.report.row(row, partial(train_row, bench, args, name, length))
 
 
-def stepwise_error(model: LanguageModel, length: int) -> float:
+def stepwise_error(model: LanguageModel, length: int) -> dict[str, float]:
     """Return max |logits step by step - logits in one pass|, relative to the largest logit."""
     tokens = torch.randint(model.config.vocab_size, (2, length), device=model.head.weight.device)
     whole, _ = model(tokens)
@@ -190,124 +357,135 @@ def stepwise_error(model: LanguageModel, length: int) -> float:
     for t in range(length):
         logits, state = model(tokens[:, t : t + 1], state)
         steps.append(logits)
-    return float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())
+    error = float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())
+    if not error < 1e-3:
+        raise WrongError(f"stepwise logits differ from parallel ones by {error:.1e}")
+    return {"error": error}
 
 
-def decoding_at(
-    bench: Bench, model: LanguageModel, batch: int, prompt: int, steps: int
-) -> list[dict]:
-    """Time `steps` greedy tokens of `batch` rows, each way there is."""
-    shape, vocab_size = (batch, prompt), model.config.vocab_size
-    logits, first = model(torch.randint(vocab_size, shape, device=bench.device))
-    last = logits[:, -1].argmax(-1)
+def decode_row(
+    bench: Bench, model: LanguageModel, way: str, batch: int, prompt: int, steps: int
+) -> dict[str, float]:
+    """Time `steps` greedy tokens of `batch` rows that have all read one prompt."""
+    tokens = torch.randint(model.config.vocab_size, (1, prompt), device=bench.device)
+    logits, read = model(tokens)
+    first, token = read.expand(batch).clone(), logits[:, -1].argmax(-1).expand(batch)
+    row: dict[str, float] = {}
+    if way == "eager":
+        now = [token[:, None], first]
 
-    def eager() -> None:
-        token, state = last[:, None], first
-        for _ in range(steps):
-            out, state = model(token, state)
-            token = out.argmax(-1)
-
-    ways = {"eager": eager}
-    if model.recurrent:
-        decoder, start = BatchDecoder(model, batch), last.tolist()
-
-        def in_place() -> None:
-            given = start
+        def run() -> None:
             for _ in range(steps):
-                given = decoder.step(given).argmax(-1).tolist()
+                out, now[1] = model(*now)
+                now[0] = out.argmax(-1)
+    else:
+        decoder, handed = BatchDecoder(model, batch), [token.tolist()]
 
-        in_place()  # captures
-        for row in range(batch):
-            decoder.put(row, first[row])
-        found, expected = decoder.step(start), model(last[:, None], first)[0][:, -1]
-        error = float((found - expected).abs().max() / expected.abs().max())
-        if not error < 0.05:
-            sys.exit(f"the captured graph's logits differ by {error:.1e}: no figures")
-        ways["in place"] = in_place
-    rows = []
-    for way, run in ways.items():
-        seconds = bench.seconds(run) / steps
-        architecture = model.config.architecture
-        row = {"architecture": architecture, "way": way, "batch": batch}
-        rows.append(row | {"tokens_per_s": batch / seconds})
-        print(
-            f"{architecture:<14}{way:<20}{batch:>7}{batch / seconds:>12,.0f}{1e3 * seconds:>10.2f}",
-            flush=True,
-        )
-    return rows
+        def run() -> None:
+            for _ in range(steps):
+                handed[0] = decoder.step(handed[0]).argmax(-1).tolist()
+
+        run()  # captures
+        for i in range(batch):
+            decoder.put(i, read)
+        found, expected = decoder.step(token.tolist()), model(token[:, None], first)[0][:, -1]
+        row["error"] = float((found - expected).abs().max() / expected.abs().max())
+        if not row["error"] < ALLOWED:
+            raise WrongError(f"its logits differ from the plain pass's by {row['error']:.1e}")
+    seconds = bench.seconds(run) / steps
+    weights = sum(p.nbytes for p in model.parameters()) - model.embedding.weight.nbytes
+    moved = weights + first.num_bytes * (2 if model.recurrent else 1)
+    row |= {"tokens/s": batch / seconds, "ms a step": 1e3 * seconds}
+    return row | {"of copy": moved / seconds / bench.bytes_per_s}
 
 
 @torch.no_grad()
-def decoding(bench: Bench, args: argparse.Namespace) -> list[dict]:
-    """Time greedy decoding at every batch size, after a prompt of 1,024 tokens.
+def decoding(bench: Bench, args: argparse.Namespace) -> None:
+    """Time greedy decoding at every batch size.
 
     `eager` launches kernel by kernel; `in place` is the decoder of `metastate generate`, which
     replays a captured graph, and here hands one token a row to the host every step.
     """
     prompt, steps = (32, 4) if bench.dry else (1024, 64)
-    print(f"\ndecoding, {args.size}, bfloat16, float32 states, after {prompt} tokens")
-    print(f"{'architecture':<14}{'way':<20}{'batch':>7}{'tokens/s':>12}{'ms/step':>10}")
-    rows = []
-    for architecture in ARCHITECTURES:
-        model = make(architecture, args).eval()
+    about = f"decoding, {args.size}, matrices in bfloat16, states in float32, after {prompt} tokens"
+    columns = {"architecture": "{}", "way": "{}", "batch": "{}", "tokens/s": "{:,.0f}"}
+    columns |= {"ms a step": "{:.2f}", "of copy": "{:.1%}", "error": "{:.1e}"}
+    bench.report.table("decoding", about, columns)
+    for name in ARCHITECTURES:
+        model = make(name, args).eval()
         for p in model.parameters():
             if p.dim() == 2 and not p.any():  # an output that starts at zero would hide its layer
                 torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
-        error = stepwise_error(model, 96)
-        if not error < 1e-3:
-            sys.exit(f"{architecture}: stepwise logits differ from parallel ones by {error:.1e}")
+        checked = bench.report.row(
+            {"architecture": name, "way": "checked"}, partial(stepwise_error, model, 96)
+        )
+        if "error" not in checked:
+            continue
         store_bfloat16(model)
         if bench.device.type == "cpu":  # whose fused elementwise work gives float32
             model.backend = "chunked"
         with inference(model):
-            for batch in args.batches:
-                rows += decoding_at(bench, model, batch, prompt, steps)
-    return rows
+            for batch in sorted(args.batches):
+                for way in ("in place", "eager") if model.recurrent else ("eager",):
+                    row = {"architecture": name, "way": way, "batch": batch}
+                    measure = partial(decode_row, bench, model, way, batch, prompt, steps)
+                    bench.report.row(row, measure)
 
 
-def main() -> int:
-    """Check, measure, report."""
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1; cpu only with --dry")
     parser.add_argument("--size", default="150m", help="preset size of both models")
     parser.add_argument("--vocab-size", type=positive, default=50304)
-    parser.add_argument("--tokens", type=positive, default=65536, help="batch x T")
+    parser.add_argument("--layer", type=positive, nargs=2, default=[8, 4096], metavar=("B", "T"))
     parser.add_argument("--head-size", type=positive, default=64, help="N of the kernels' table")
+    parser.add_argument("--tokens", type=positive, default=65536, help="batch x T in training")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--minutes", type=positive, default=5, help="in which it ends")
+    parser.add_argument("--out", help="file to append every row to, as JSON")
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that it runs")
     args = parser.parse_args()
+    args.shape = (*args.layer, HEADS, args.head_size)
     if args.dry:
+        args.shape = (2, 32, 2, 16)
         args.size, args.vocab_size, args.tokens, args.rounds = "tiny", 61, 64, 1
         args.lengths, args.batches = [16, 32], [1, 2]
+    return args
+
+
+def main() -> int:
+    """Check, measure, report."""
+    begun, args = time.monotonic(), parse()
     if not args.dry and (not torch.cuda.is_available() or torch.device(args.device).type != "cuda"):
         print("no CUDA device here: nothing to measure (--device cpu --dry shows that it runs)")
         return 2
+    device = device_of(args.device)
     torch.manual_seed(0)
-    report = diagnose([device_of(args.device)])
-    print(report["verdict"])
-    if not report["ok"]:
+    choose(args.shape, device)
+    found = diagnose([device])
+    print(found["verdict"], flush=True)
+    if not found["ok"]:
         print("a check failed: no figures", file=sys.stderr)
         return 1
-    own = ops.resolve_backend("auto", torch.device(args.device))
-    right = [b["name"] for b in report["backends"] if b["runs"] and b["right"]]
-    bench = Bench(args)
-    print(
-        f"ceilings measured here: copy {bench.bytes_per_s / 1e9:,.0f} GB/s, bfloat16 matrix "
-        f"product {bench.flops_per_s / 1e12:,.2f} TFLOP/s"
-    )
-    compared = [own, *(b for b in ("fla", "chunked") if b in right and b != own)]
-    figures = {
-        "bytes_per_s": bench.bytes_per_s,
-        "flops_per_s": bench.flops_per_s,
-        "kernels": kernels(bench, args, compared),
-        "training": training(bench, args),
-        "decoding": decoding(bench, args),
-    }
-    record = {"bench": "gpu", "dry": args.dry, "verdict": report["verdict"]}
-    print(json.dumps(record | figures))
-    return 0
+    own = ops.resolve_backend("auto", device)
+    right = [b["name"] for b in found["backends"] if b["runs"] and b["right"]]
+    backends = [own, *(b for b in ("fla", "chunked") if b in right and b != own)]
+    report = Report(args, begun)
+    bench = Bench(args, report)
+    bench.ceilings()
+    if "kernels" in args.tables:
+        kernels(bench, args, backends)
+    if "training" in args.tables:
+        training(bench, args)
+    if "decoding" in args.tables:
+        decoding(bench, args)
+    record = {"bench": "gpu", "dry": args.dry, "verdict": found["verdict"], "rows": report.rows}
+    print("\n" + json.dumps(record))
+    return int(report.failed)
 
 
 if __name__ == "__main__":

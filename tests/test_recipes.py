@@ -60,6 +60,7 @@ MISTAKES = {
     ],
     "bench/decode.py": [("--size large", "unknown preset 'metastate-large'")],
     "bench/distributed.py": [("--predict 0", "'0' is no whole number of at least 1")],
+    "bench/fla_ready.py": [("--layer 8 0", "'0' is no whole number of at least 1")],
     "bench/gpu.py": [("--dry --device nowhere", "device 'nowhere' cannot be used here")],
     "bench/ops.py": [("--heads 0", "'0' is no whole number of at least 1")],
     "bench/serve.py": [("--batches 1,0", "'0' is no whole number of at least 1")],
