@@ -17,7 +17,7 @@ from metastate.data.loader import PreparedData
 from metastate.errors import BusyError, ConfigError, DataError, DivergedError
 from metastate.eval import compare as harness
 from metastate.eval.compare import chosen_rate, collect, compare, curve, estimate
-from metastate.eval.suite import Suite, count, fit_parameters, plan, uneven
+from metastate.eval.suite import RateSweep, Suite, SuiteModel, count, fit_parameters, plan, uneven
 from metastate.mapping import from_dict
 from metastate.model.io import load
 from metastate.model.loss import lm_loss
@@ -449,6 +449,29 @@ def test_a_run_that_diverges_is_a_result_and_stops_nothing(few_words, tmp_path):
     failed = [r for r in results["rows"] if r["failed"]]
     assert [r["model"] for r in failed] == ["mad", "mad"] and len(results["rows"]) == 6
     assert failed[0]["loss"] is None and "step" in failed[0]["failed"]
+
+
+def test_a_run_whose_last_step_breaks_the_weights_is_never_the_best(few_words, tmp_path):
+    # Its one step has a finite loss; it is the held-out text after it that tells.
+    suite = suite_of(
+        few_words,
+        models={"Meta-State": {}, "mad": {"train": {"warmup": 0}}},
+        sizes={"tiny": {"model": TINY, "tokens_per_parameter": 1e-9}},
+        train={"batch_size": 2, "context": 32, "warmup": 0, "valid_tokens": 256},
+        lr={"values": [1e30, 1e-3], "share": 1.0},
+    )
+    results = compare(suite, tmp_path / "sweep")
+    told = [(s["lr"], s["loss"] is None) for s in results["sweep"]]
+    assert told == [(1e30, True), (1e-3, False)] * 2
+    assert [r["lr"] for r in results["rows"]] == [1e-3] * 2
+    alone = dataclasses.replace(
+        suite,
+        lr=RateSweep(),
+        models=suite.models | {"mad": SuiteModel(train={"lr": 1e30})},
+    )
+    first, mad = compare(alone, tmp_path / "alone")["rows"]
+    assert first["failed"] is None and first["loss"] < 6
+    assert "held-out" in mad["failed"] and mad["loss"] is None
 
 
 def test_a_model_whose_every_rate_diverges_stops_no_other(few_words, tmp_path):

@@ -199,6 +199,10 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
         return
     if result.interrupted is not None:
         raise KeyboardInterrupt
+    if not math.isfinite(held := _valid_rows(cell)[-1]["nats_per_token"]):
+        failed = f"the held-out loss after the last step is {held:.4g}: the weights are broken"
+        write_json(cell.folder / SCORE, made | {"failed": failed})
+        return
     model = load(cell.folder)
     model.backend = run.backend
     split = _scored_split(data)
@@ -257,7 +261,8 @@ def chosen_rate(suite: Suite, cells: list[Cell], cell: Cell) -> float:
 def last_loss(cell: Cell) -> float:
     """Return the held-out loss that a run ended with; infinite if it diverged."""
     points = [] if "failed" in _score(cell) else _valid_rows(cell)
-    return points[-1]["nats_per_token"] if points else math.inf
+    loss = points[-1]["nats_per_token"] if points else math.inf
+    return loss if math.isfinite(loss) else math.inf  # NaN, of an older score, has no order
 
 
 def _valid_rows(cell: Cell) -> list[dict[str, Any]]:
