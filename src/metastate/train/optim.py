@@ -60,14 +60,22 @@ def _scheduled(step: int, config: TrainConfig) -> float:
 class GroupedAdamW(torch.optim.AdamW):
     """AdamW over the parameters of a model, or over regions of them after growth.
 
-    A group holds "name", "scale" (factor of the learning rate), "names" of what it trains, and
-    "regions": None for a whole parameter. A region is trained through a view, so that it has its
-    own learning rate and moments, and what no region covers is never touched. `frozen` are the
-    parameters that would learn but for a factor of 0; no gradient is asked of them.
+    A group holds "name", "scale" (factor of the learning rate) and "names" of what it trains;
+    `regions` has those that are not whole parameters by name, apart from the groups, which
+    `state_dict` copies: what it returns is for any loader. A region is trained through a view, so
+    that it has its own learning rate and moments, and what no region covers is never touched.
+    `frozen` are the parameters that would learn but for a factor of 0; no gradient is asked of
+    them.
     """
 
-    def __init__(self, model: LanguageModel, groups: list[dict[str, Any]], **settings: Any) -> None:
-        self.sources = dict(model.named_parameters())
+    def __init__(
+        self,
+        model: LanguageModel,
+        groups: list[dict[str, Any]],
+        boxes: dict[str, Region],
+        **settings: Any,
+    ) -> None:
+        self.sources, self.regions = dict(model.named_parameters()), boxes
         trained = {name.partition("[")[0] for group in groups for name in group["names"]}
         learning = {name: p for name, p in self.sources.items() if p.requires_grad}
         self.frozen = [p.requires_grad_(False) for n, p in learning.items() if n not in trained]
@@ -82,10 +90,8 @@ class GroupedAdamW(torch.optim.AdamW):
     def _hand_out(self) -> None:
         """Give regions their parts, views, of the gradient that their parameters have."""
         for group in self.param_groups:
-            for p, name, region in zip(
-                group["params"], group["names"], group["regions"], strict=True
-            ):
-                if region is not None:
+            for p, name in zip(group["params"], group["names"], strict=True):
+                if (region := self.regions.get(name)) is not None:
                     grad = self.sources[name.partition("[")[0]].grad
                     p.grad = None if grad is None else region.of(grad)
 
@@ -145,26 +151,28 @@ def make_optimizer(
         )
     if unknown := sorted(set(groups.values()) - RULES.keys()):
         raise ConfigError(f"unknown optimizer group {unknown[0]!r}; known: {', '.join(RULES)}")
-    members: dict[tuple[str, float, bool], list[tuple[str, Tensor, Region | None]]] = {}
+    members: dict[tuple[str, float, bool], list[tuple[str, Tensor]]] = {}
+    boxes: dict[str, Region] = {}
     for name, p in parameters.items():
         if p.requires_grad:
             part = None if parts is None else parts[name]
             for piece, region, scale in _pieces(name, part, scale_of_old):
                 view = p if region is None else region.of(p.detach())
                 key = (groups[name], scale, region is None)
-                members.setdefault(key, []).append((piece, view, region))
+                members.setdefault(key, []).append((piece, view))
+                boxes |= {} if region is None else {piece: region}
     settings = []
     for group, (factor, decays) in RULES.items():
         for (name, scale, is_whole), own in members.items():
             if name == group:
-                names, params, boxes = (list(column) for column in zip(*own, strict=True))
+                names, params = (list(column) for column in zip(*own, strict=True))
                 settings.append(
                     {
                         "params": params,
                         "name": group,
                         "names": names,
-                        "regions": boxes,
                         "scale": factor * scale,
+                        "lr": config.lr * factor * scale,
                         "weight_decay": config.weight_decay if decays else 0.0,
                         "fused": is_whole,  # the fused form takes no strided views
                         "foreach": False,
@@ -172,9 +180,8 @@ def make_optimizer(
                 )
     if not settings:
         raise ConfigError("every parameter of the model is frozen; there is nothing to train")
-    return GroupedAdamW(
-        model, settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
-    )
+    betas = (config.beta1, config.beta2)
+    return GroupedAdamW(model, settings, boxes, lr=config.lr, betas=betas, eps=config.eps)
 
 
 def grown_regions(model: LanguageModel) -> dict[str, Regions]:
@@ -255,8 +262,8 @@ def whole_moments(found: dict[str, Tensor], model: LanguageModel) -> dict[str, T
 def adopt_moments(optimizer: GroupedAdamW, whole: dict[str, Tensor]) -> None:
     """Start the optimizer from `whole_moments`; what has none there starts from nothing."""
     for group in optimizer.param_groups:
-        for p, name, region in zip(group["params"], group["names"], group["regions"], strict=True):
-            base = name.partition("[")[0]
+        for p, name in zip(group["params"], group["names"], strict=True):
+            base, region = name.partition("[")[0], optimizer.regions.get(name)
             own = {k: whole.get(f"{k}:{base}") for k in ("step", "exp_avg", "exp_avg_sq")}
             if any(value is None for value in own.values()):
                 continue
