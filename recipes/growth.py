@@ -107,7 +107,7 @@ def run(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace
     )
     if not is_finished(config):
         print(f"== {name}, seed {seed}")
-        if train_with_bar(config, resume=has_run(out)).interrupted is not None:
+        if train_with_bar(config, resume=has_run(out)).signal is not None:
             raise SystemExit("stopped; the same command goes on")
     model = load(out)
     flops = sum(model.flops_per_token(CONTEXT))

@@ -113,7 +113,7 @@ def run(out: Path, data: Path, both: tuple[Path, Path], args: Any, **settings: A
         print(f"== {out.name}")
         with bar("train", "steps") as show:
             result = train(config, evaluate=score, progress=show, resume=has_run(out))
-        if result.interrupted is not None:
+        if result.signal is not None:
             raise SystemExit("stopped; the same command goes on")
     return out
 

@@ -81,7 +81,7 @@ def trained(config: TrainConfig, what: str) -> Path:
     """Train a run to its end, or find it finished; return its last checkpoint."""
     if not is_finished(config):
         print(f"== {what}, seed {config.seed}", flush=True)
-        if train_with_bar(config, resume=has_run(config.out)).interrupted is not None:
+        if train_with_bar(config, resume=has_run(config.out)).signal is not None:
             raise SystemExit("stopped; the same command goes on")
     return checkpoint_folder(config.out)
 

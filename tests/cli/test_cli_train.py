@@ -232,7 +232,7 @@ def ended(monkeypatch, tmp_path):
             "best_loss": None,
             "best_step": None,
         } | values
-        result = TrainResult(out=tmp_path, **({"interrupted": None} | values))
+        result = TrainResult(out=tmp_path, **({"interrupted": None, "signal": None} | values))
         monkeypatch.setattr(training, "train", lambda *_, **__: result)
         monkeypatch.setattr(training, "validation", lambda _: None)
         monkeypatch.setattr(training, "say_plan", lambda *_: None)  # there are no data
@@ -281,24 +281,24 @@ def test_demo_goes_from_nothing_to_a_sample_and_can_be_run_again(tmp_path, monke
     assert first["sample"].startswith(demo.PROMPT)
     assert json.loads(run(*argv)) == first
     assert run(*argv[:-1]) == first["sample"] + "\n"
-    stopped = SimpleNamespace(interrupted=signal.SIGINT)
+    stopped = SimpleNamespace(signal=signal.SIGINT)
     monkeypatch.setattr(demo, "train_with_bar", lambda *_, **__: stopped)
     assert main([str(a) for a in argv]) == 130
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_ones(tmp_path, monkeypatch):
     clock = iter([9.0, 9.0, 9.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0])
-    interrupted = None
+    came = None
 
     def train(config, progress):
         for step in range(config.steps):
             progress(step + 1, config.steps)
-        return SimpleNamespace(interrupted=interrupted)
+        return SimpleNamespace(signal=came)
 
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
     assert demo.seconds_a_step(demo.SETTINGS, tmp_path / "probe") == 2
-    clock, interrupted = iter(range(10)), signal.SIGINT
+    clock, came = iter(range(10)), signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         demo.seconds_a_step(demo.SETTINGS, tmp_path / "probe")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,22 +377,27 @@ def test_a_cell_of_another_rate_than_the_sweep_s_choice_is_refused(copied):
     assert [r["lr"] for r in rows] == pytest.approx([3e-2, 3e-2, 3e-2 * 0.5**0.5, 3e-2 * 0.5**0.5])
 
 
-def test_an_interrupted_cell_goes_on_where_it_was(few_words, tmp_path, monkeypatch):
-    suite = suite_of(few_words)
+@pytest.mark.parametrize("left", [1, 0])  # a signal in the last step ends the suite too
+def test_an_interrupted_cell_goes_on_where_it_was(few_words, tmp_path, monkeypatch, left):
+    suite, cut = suite_of(few_words), tmp_path / "cut"
     whole = compare(suite, tmp_path / "whole")
     calls = []
 
     def stopped(config, **kwargs):
-        result = train(config, **kwargs)
         calls.append(config)
-        return dataclasses.replace(result, interrupted=2) if len(calls) == 2 else result
+
+        def interrupt(step, steps, **figures):
+            if len(calls) == 2 and step == steps - left:
+                signal.raise_signal(signal.SIGINT)
+
+        return train(config, **kwargs | {"progress": interrupt})
 
     monkeypatch.setattr(harness, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
-        compare(suite, tmp_path / "cut")
-    assert len(collect(suite, plan(suite, tmp_path / "cut"), tmp_path / "cut")["rows"]) == 1
+        compare(suite, cut)
+    assert len(calls) == 2 and len(collect(suite, plan(suite, cut), cut)["rows"]) == 1
     monkeypatch.undo()
-    resumed = compare(suite, tmp_path / "cut")
+    resumed = compare(suite, cut)
     assert [r["loss"] for r in resumed["rows"]] == [r["loss"] for r in whole["rows"]]
 
 

@@ -59,9 +59,9 @@ def run_demo(args: argparse.Namespace) -> int:
         f"about {plan['minutes']:g} minutes; Ctrl-C stops, the same command goes on."
     )
     result = train_with_bar(config, resume=has_run(config.out))
-    if result.interrupted is not None:
+    if result.signal is not None:
         log("Stopped; the same command goes on.")
-        return 128 + result.interrupted
+        return 128 + result.signal
     run = Path(config.out)
     model = load(run / "best").eval()
     after = score(model, data)
@@ -146,7 +146,7 @@ def seconds_a_step(config: TrainConfig, folder: Path) -> float:
         result = train(probe, progress=lambda *_, **__: ticks.append(time.monotonic()))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if result.interrupted is not None:
+    if result.signal is not None:
         raise KeyboardInterrupt
     return (ticks[-1] - ticks[PROBE_WARM - 1]) / (PROBE_STEPS - PROBE_WARM)
 

@@ -197,7 +197,7 @@ def _run(cell: Cell, rate: float, show: Callable[..., None]) -> None:
     except DivergedError as error:
         write_json(cell.folder / SCORE, made | {"failed": str(error)})
         return
-    if result.interrupted is not None:
+    if result.signal is not None:
         raise KeyboardInterrupt
     if not math.isfinite(held := _valid_rows(cell)[-1]["nats_per_token"]):
         failed = f"the held-out loss after the last step is {held:.4g}: the weights are broken"

@@ -76,6 +76,8 @@ class TrainResult:
         best_loss: lowest held-out loss, None without validation.
         best_step: its step.
         interrupted: number of the signal that ended the run early, None if it is complete.
+        signal: number of the signal that came, also in the last step of a complete run, which ends
+            what was to follow; None if none came.
     """
 
     out: Path
@@ -85,6 +87,7 @@ class TrainResult:
     best_loss: float | None
     best_step: int | None
     interrupted: int | None
+    signal: int | None
 
 
 def train(
@@ -315,11 +318,9 @@ class _Run:
             self.writer.close()  # before another process may have the folder
             if self.log is not None:
                 self.log.close()
-        at = self.at
-        stopped = self.signal if at.step < config.steps else None
-        return TrainResult(
-            self.out, at.step, at.tokens, self.loss, at.best_loss, at.best_step, stopped
-        )
+        at, came = self.at, self.signal or self.noted or None
+        best, stopped = (at.best_loss, at.best_step), came if at.step < config.steps else None
+        return TrainResult(self.out, at.step, at.tokens, self.loss, *best, stopped, came)
 
     def update(self) -> dict[str, float]:
         """Make one optimizer step of `accumulate` batches; return its figures."""
