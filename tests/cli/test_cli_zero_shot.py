@@ -9,8 +9,10 @@ import torch
 
 import metastate
 import zero_shot_files as files
+from metastate.cli import main, zero_shot
 from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
+from metastate.errors import DataError
 from metastate.eval.zero_shot import evaluate_items
 from metastate.eval.zero_shot_data import TASKS, load_items
 from metastate.model.lm import LanguageModel
@@ -98,8 +100,30 @@ def test_files_and_folders(checkpoint, tasks, tmp_path, refused, run):
     argv = ("eval-tasks", checkpoint, "--data", tasks, "--tasks", "piqa", "--out")
     assert "is a folder" in refused(*argv, tmp_path)
     (tmp_path / "file").write_text("x")
-    assert "cannot write" in refused(*argv, tmp_path / "file" / "scores.json")
+    # before anything is scored, too
+    assert "is no folder; give a file" in refused(*argv, tmp_path / "file" / "a" / "scores.json")
     assert "no checkpoint" in refused("eval-tasks", tmp_path / "none", "--data", tasks)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(DataError("the disk is full"), 2), (KeyboardInterrupt, 130)]
+)
+def test_what_is_finished_is_shown_where_the_rest_fails(
+    checkpoint, tasks, tmp_path, capsys, monkeypatch, error, code
+):
+    argv = ["eval-tasks", checkpoint, "--data", tasks, "--tasks", "copa,piqa"]
+
+    def fail(*_, **__):
+        raise error
+
+    if code == 2:
+        monkeypatch.setattr(zero_shot, "write_json", fail)
+        argv += ["--out", tmp_path / "scores.json"]
+    else:
+        scores = iter([evaluate_items, fail])
+        monkeypatch.setattr(zero_shot, "evaluate_items", lambda *a, **k: next(scores)(*a, **k))
+    assert main([str(a) for a in argv]) == code
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["task", "copa"]
 
 
 def test_a_model_without_a_tokenizer_cannot_read_tasks(tasks, tmp_path, refused):

@@ -36,9 +36,11 @@ def test_a_full_disk_keeps_the_previous_file(tmp_path):
 
     with pytest.raises(TrainingError, match=r"disk full while writing .*model; free room"):
         atomic_write(path, full)
-    with pytest.raises(DataError, match="disk full"):
+    with pytest.raises(DataError, match="disk full .*; the previous file is untouched"):
         atomic_write(path, full, error=DataError)
     assert path.read_bytes() == b"old"
+    with pytest.raises(DataError, match="free room and run again$"):  # there is no previous one
+        atomic_write(tmp_path / "other", full, error=DataError)
     assert os.listdir(tmp_path) == ["model"]
 
 

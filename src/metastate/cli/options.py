@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -177,9 +178,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def check_file(flag: str, path: str) -> None:
-    """Raise ConfigError where `path`, to be written at the end of long work, is a folder."""
+    """Raise ConfigError where `path`, to be written at the end of long work, cannot be."""
     if Path(path).is_dir():
         raise ConfigError(f"{flag} {path} is a folder; give the name of a file")
+    near = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        why = "may not be written to" if near.is_dir() else "is no folder"
+        raise ConfigError(f"{flag} {path}: {near} {why}; give a file that can be written")
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -39,21 +39,21 @@ def run_eval_tasks(args: argparse.Namespace) -> None:
         "tasks": {},
     }
     rows: list[Row] = []
-    for name in names:
-        with bar(name, "tokens") as show, arithmetic(args.device, args.dtype):
-            result = evaluate_items(
-                model, tokenizer, name, items[name], batch_size=args.batch_size, progress=show
-            )
-        values["tasks"][name] = result.to_json()
-        keep(values)
-        rows += [
-            (name, key, m.value, m.stderr, m.chance, result.num_items)
-            for key, m in result.metrics.items()
-        ]
-    if args.json:
-        print_json(values)
-    else:
-        print(score_table(rows))
+    try:
+        for name in names:
+            with bar(name, "tokens") as show, arithmetic(args.device, args.dtype):
+                result = evaluate_items(
+                    model, tokenizer, name, items[name], batch_size=args.batch_size, progress=show
+                )
+            values["tasks"][name] = result.to_json()
+            rows += [
+                (name, key, m.value, m.stderr, m.chance, result.num_items)
+                for key, m in result.metrics.items()
+            ]
+            keep(values)
+    finally:  # what is finished is shown also after Ctrl-C, or where --out cannot be written
+        if rows:
+            show_scores(values, rows, args.json)
 
 
 def run_lm_eval(args: argparse.Namespace) -> None:
@@ -86,17 +86,23 @@ def run_lm_eval(args: argparse.Namespace) -> None:
         "gen_kwargs": args.gen_kwargs,
         "tasks": tasks,
     }
-    keep(values)
-    if args.json:
+    rows: list[Row] = [
+        (name, key, m["value"], m["stderr"], None, own["items"])
+        for name, own in tasks.items()
+        for key, m in own["metrics"].items()
+    ]
+    try:
+        keep(values)
+    finally:
+        show_scores(values, rows, args.json)
+
+
+def show_scores(values: dict[str, Any], rows: list[Row], as_json: bool) -> None:
+    """Print results as one JSON object, or else their rows as a table."""
+    if as_json:
         print_json(values)
     else:
-        print(
-            score_table(
-                (name, key, m["value"], m["stderr"], None, own["items"])
-                for name, own in tasks.items()
-                for key, m in own["metrics"].items()
-            )
-        )
+        print(score_table(rows))
 
 
 def score_table(rows: Iterable[Row]) -> str:

@@ -200,12 +200,10 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def _refusal(cause: OSError, path: Path) -> str:
+    kept = "; the previous file is untouched" if os.path.exists(path) else ""
     if is_full(cause):
-        return (
-            f"disk full while writing {path}; free room and run again; "
-            "the previous file is untouched"
-        )
-    return f"cannot write {path}: {cause.strerror or cause}; the previous file is untouched"
+        return f"disk full while writing {path}; free room and run again{kept}"
+    return f"cannot write {path}: {cause.strerror or cause}{kept}"
 
 
 def sync_folder(folder: Path) -> None:
