@@ -104,6 +104,16 @@ def test_any_name_is_shown_as_it_is(name, tmp_path, drawn):
     assert (drawable.strip(), formula) == (name, False)
 
 
+@pytest.mark.parametrize("name", ["/home/someone/runs/" + 9 * "a-long-name/", 20 * "many words "])
+def test_a_long_name_is_not_cut_off(name, tmp_path, drawn):
+    loss_curve(write_log(tmp_path / "log.jsonl", rows(3)), tmp_path / "loss.png", name)
+    box = drawn[0].title.get_window_extent()
+    most = drawn[0].figure.bbox
+    assert box.x0 >= 0 and box.x1 <= most.x1 and box.y1 <= most.y1
+    shown = drawn[0].get_title()
+    assert shown.replace("\n", "").replace(" ", "") == name.replace(" ", "")
+
+
 def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     real = builtins.__import__
 

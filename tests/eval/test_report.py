@@ -287,7 +287,7 @@ def test_the_page_stands_alone_and_is_escaped(results, tmp_path):
         and "new &lt;1&gt;" in page
         and "new <1>" not in page
     )
-    assert 'name="viewport"' in page
+    assert 'name="viewport"' in page and "overflow-wrap: anywhere" in page  # fits a phone
     # Nothing is loaded from elsewhere.
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#', "", page))
     assert "extrapolation, not measured" in page and "1 of 8 cells" in page

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ TRAIN, VALID = "#4c72b0", "#c44e52"
 STYLES = ("-", "--", ":", "-.")  # of sizes
 BEYOND = (0, (9, 6))  # long dashes, of a law beyond what was measured
 MOST_LABELS = 12  # bars that there is room to write on
+TITLE_WIDTH = 60  # characters of a line that a figure has room for
+LEGEND = {"framealpha": 0.75, "edgecolor": "none"}  # readable also where it must cover a line
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -93,7 +96,7 @@ def loss_curve(
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats a token)")
     axes.xaxis.set_major_formatter(_short)
-    axes.legend(frameon=False)
+    axes.legend(**LEGEND)
     last_step, last_tokens, _ = max(train + valid)
     if last_step and last_tokens:
         ratio = last_tokens / last_step
@@ -101,7 +104,7 @@ def loss_curve(
         above.set_xlabel("steps")
         above.xaxis.set_major_formatter(_short)
         above.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.set_title(_as_text(title or Path(log).resolve().parent.name))
+    _name(axes, title or Path(log).resolve().parent.name)
     _write(figure, out)
 
 
@@ -188,13 +191,13 @@ def comparison_figure(
     axes.set_xlabel(AXIS[key])
     split = results["split"] if key == "parameters" else "valid"  # what curves are of
     axes.set_ylabel(f"loss of the {split} text (nats a token)")
-    axes.set_title(_as_text(title))
+    _name(axes, title)
     if key != "parameters" and len(sizes) > 1:
         for size, style in zip(sizes, STYLES, strict=False):
             axes.plot([], [], style, color="#555", label=_as_text(size))
     if laws:
         axes.plot([], [], ls=BEYOND, color="#555", label="law, beyond what was measured")
-    axes.legend(frameon=False)
+    axes.legend(**LEGEND)
     return _both(figure)
 
 
@@ -223,8 +226,8 @@ def lead_figure(
     axes.xaxis.set_minor_formatter(lambda x, _: _short(x) if f"{x:e}"[0] in "25" else "")
     axes.set_xlabel(AXIS["tokens"])
     axes.set_ylabel("lead (% of the baseline's valid loss)")
-    axes.set_title(_as_text(title))
-    axes.legend(frameon=False)
+    _name(axes, title)
+    axes.legend(**LEGEND)
     return _both(figure)
 
 
@@ -317,6 +320,11 @@ def smooth(values: Sequence[float], share: float = 0.05) -> tuple[list[float], i
 def _as_text(name: str) -> str:
     r"""Return a name so that matplotlib shows it: $ starts its formulas, _ its hidden labels."""
     return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
+def _name(axes: Any, title: str) -> None:
+    """Set a title, broken where a line would be cut off at the figure's sides."""
+    axes.set_title("\n".join(map(_as_text, textwrap.wrap(title, TITLE_WIDTH))))
 
 
 def _short(value: float, _: Any = None) -> str:
