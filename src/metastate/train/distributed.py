@@ -389,7 +389,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as cause:  # no such backend in this torch
-        reason = str(cause).split("\n")[0]
+        reason = str(cause).split("\n")[0].split(". ")[0]  # what follows may fill a screen
         raise ConfigError(f"device {name!r} cannot be used here: {reason}") from None
     return device
 
