@@ -322,18 +322,15 @@ def test_in_a_thread_of_its_own(model):
         engine.submit("a")
 
 
-def test_stop_drains_or_cancels(model):
-    for drain, reason in ((True, "length"), (False, "cancelled")):
-        engine = Engine(model, TOKENIZER)
-        config = SamplingConfig(temperature=0.1, seed=0)
-        jobs = [engine.submit([97] * 3, sampling=config, max_tokens=40) for _ in range(3)]
-        engine.start()
-        engine.stop(drain=drain, timeout_s=60)
-        assert {job.finish_reason for job in jobs} <= {reason, "eod"} and engine.num_running == 0
+@pytest.mark.parametrize("started", [False, True])
+def test_stop_cancels_what_there_is(model, started):
     engine = Engine(model, TOKENIZER)
-    job = engine.submit("a", max_tokens=10**6, sampling=SamplingConfig(seed=0, temperature=2))
-    engine.stop(drain=True, timeout_s=0.05)  # never started: the caller itself does the work
-    assert job.finish_reason in ("cancelled", "eod")
+    config = SamplingConfig(temperature=0.1, seed=0)
+    jobs = [engine.submit([97] * 3, sampling=config, max_tokens=400) for _ in range(3)]
+    if started:
+        engine.start()
+    engine.stop()
+    assert {job.finish_reason for job in jobs} <= {"cancelled", "eod"} and engine.num_running == 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -174,20 +174,10 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="metastate-engine", daemon=True)
         self._thread.start()
 
-    def stop(self, *, drain: bool = True, timeout_s: float = 30) -> None:
-        """Take no more requests; finish those there are, but cancel them without `drain`.
-
-        What is not finished after `timeout_s` is cancelled.
-        """
-        deadline = time.monotonic() + timeout_s
+    def stop(self) -> None:
+        """Take no more requests, and cancel those there are."""
         with self._changed:
             self._stopping = True
-            self._changed.notify_all()
-        if drain and self._thread is not None:
-            self._thread.join(timeout_s)
-        while drain and self._thread is None and time.monotonic() < deadline and self.step():
-            pass
-        with self._changed:
             for job in self._unfinished:
                 job.cancelled = True
             self._changed.notify_all()

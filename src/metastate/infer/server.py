@@ -68,7 +68,7 @@ def create_app(
         try:
             yield
         finally:
-            await asyncio.to_thread(engine.stop, drain=False)
+            await asyncio.to_thread(engine.stop)
             store.close()
 
     app = FastAPI(title="metastate", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -283,7 +283,7 @@ class _Server(uvicorn.Server):
 
         async def end() -> None:
             await asyncio.sleep(self.grace_s)
-            await asyncio.to_thread(self.engine.stop, drain=False)
+            await asyncio.to_thread(self.engine.stop)
 
         ending = asyncio.create_task(end())
         await super().shutdown(sockets)
