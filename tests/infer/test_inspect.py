@@ -13,6 +13,7 @@ from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import ConfigError, StateError
 from metastate.infer.inspect import (
     LEVELS,
+    MAP_SIZE,
     effective_rank,
     heat_map,
     inspect_prompt,
@@ -74,12 +75,12 @@ def direct_map(x, size):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 20), size=st.integers(1, 8), seed=st.integers(0, 99))
-def test_a_cell_is_the_largest_entry_of_its_block(n, size, seed):
+@given(n=st.integers(1, 3 * MAP_SIZE), seed=st.integers(0, 99))
+def test_a_cell_is_the_largest_entry_of_its_block(n, seed):
     x = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = heat_map(x, size)
-    block, peaks = direct_map(x, size)
-    assert found["block"] == block and len(found["cells"]) <= size
+    found = heat_map(x)
+    block, peaks = direct_map(x, MAP_SIZE)
+    assert found["block"] == block and len(found["cells"]) <= MAP_SIZE
     cells = torch.tensor(found["cells"], dtype=torch.float64) * found["scale"] / LEVELS
     # half a step of the scale, and the rounding of the scale itself
     assert (cells - peaks).abs().max() <= found["scale"] * (0.5 / LEVELS + DIGITS)
@@ -223,12 +224,13 @@ def test_going_on_from_a_state_is_the_same_run(model):
     assert all(torch.equal(x, state.tensors()[name]) for name, x in kept.items())
 
 
-def test_what_cannot_be_read_is_refused(model):
+def test_what_cannot_be_read_is_refused(model, monkeypatch):
     with pytest.raises(ConfigError, match="0 tokens; the inspector reads 1 to 511"):
         inspect_prompt(model, TOKENIZER, "")
+    monkeypatch.setattr("metastate.infer.inspect.MAX_TOKENS", 4)
     with pytest.raises(ConfigError, match="4 tokens; the inspector reads 1 to 3"):
-        inspect_prompt(model, TOKENIZER, "abcd", max_tokens=4)
-    assert len(inspect_prompt(model, TOKENIZER, "abc", max_tokens=4)["tokens"]) == 4
+        inspect_prompt(model, TOKENIZER, "abcd")
+    assert len(inspect_prompt(model, TOKENIZER, "abc")["tokens"]) == 4
     other = LanguageModel(model.config.replace(num_layers=3)).init_state(1)
     with pytest.raises(StateError):
         inspect_prompt(model, TOKENIZER, "abc", other)

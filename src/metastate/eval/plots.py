@@ -307,13 +307,13 @@ def task_figure(cells: Sequence[Mapping[str, Any]], out: str | os.PathLike[str])
     _write(figure, out)
 
 
-def smooth(values: Sequence[float], share: float = 0.05) -> tuple[list[float], int]:
-    """Return the means of windows `share` of all values wide, and how many values each end lacks.
+def smooth(values: Sequence[float]) -> tuple[list[float], int]:
+    """Return the means of windows a 20th of all values wide, and how many values each end lacks.
 
     No window is narrower there: one value's noise would be drawn as a bend of the curve.
     """
     n, given = len(values), np.asarray(values, float)
-    half = max(1, int(n * share / 2))
+    half = max(1, n // 40)
     return [float(given[i - half : i + half + 1].mean()) for i in range(half, n - half)], half
 
 

@@ -163,9 +163,7 @@ def check_tasks(names: Sequence[str]) -> None:
             raise ConfigError(f"unknown task {name!r}; {hint}there are: {', '.join(TASKS)}")
 
 
-def load_items(
-    task: str, folder: str | os.PathLike[str], limit: int | None = None, seed: int = 0
-) -> list[Item]:
+def load_items(task: str, folder: str | os.PathLike[str], limit: int | None = None) -> list[Item]:
     """Read the items of a task from its file below `folder`.
 
     Args:
@@ -173,7 +171,6 @@ def load_items(
         folder: laid out as the head of this module says.
         limit: so many items (of BLiMP: of each paradigm), the first of a shuffled order, so that a
             smaller limit gives a part of what a larger one gives; None is all.
-        seed: of that order.
 
     Raises:
         ConfigError: no such task, or a limit below 1.
@@ -198,7 +195,7 @@ def load_items(
         raise DataError(f"task {task}: {path} holds no items")
     if limit is not None:
         for items in groups.values():
-            random.Random(seed).shuffle(items)
+            random.Random(0).shuffle(items)
     return [item for items in groups.values() for item in items[:limit]]
 
 

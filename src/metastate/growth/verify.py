@@ -10,6 +10,8 @@ from torch import Tensor
 
 from metastate.model.lm import LanguageModel, evaluating
 
+CONTEXT = 1024  # training length that the FLOPs of attention and the size of a cache are told of
+
 
 @torch.no_grad()
 def logits_change(
@@ -44,22 +46,19 @@ def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
         return model(tokens)[0]
 
 
-def growth_report(
-    before: LanguageModel, after: LanguageModel, tokens: Tensor, context: int = 1024
-) -> dict[str, Any]:
+def growth_report(before: LanguageModel, after: LanguageModel, tokens: Tensor) -> dict[str, Any]:
     """Return [before, after] of parameters, state bytes and FLOPs a token, and the logits' change.
 
     Args:
         before: the parent.
         after: the grown model.
         tokens: [B, T] int64, text that the logits are compared on.
-        context: training length that the FLOPs of attention are counted for.
     """
     both = (before, after)
     return {
         "parameters": [m.count_parameters()["total"] for m in both],
         "non_embedding": [m.count_parameters()["non_embedding"] for m in both],
-        "state_bytes": [m.state_bytes(1, context) for m in both],
-        "flops_per_token": [sum(m.flops_per_token(context)) for m in both],
+        "state_bytes": [m.state_bytes(1, CONTEXT) for m in both],
+        "flops_per_token": [sum(m.flops_per_token(CONTEXT)) for m in both],
         "logits": logits_change(before, after, tokens),
     }

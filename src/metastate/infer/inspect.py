@@ -24,15 +24,14 @@ MAX_TOKENS = 512  # that one call reads token by token
 LEVELS = 127  # a heat map's cells are whole numbers from -LEVELS to LEVELS
 
 
-def heat_map(x: Tensor, size: int = MAP_SIZE) -> dict[str, Any]:
-    """Return a matrix as a picture of at most `size` x `size` cells.
+def heat_map(x: Tensor) -> dict[str, Any]:
+    """Return a matrix as a picture of at most `MAP_SIZE` x `MAP_SIZE` cells.
 
-    A cell stands for a block of b x b entries, b = ceil(N / size), and shows the one of largest
+    A cell stands for a block of b x b entries, b = ceil(N / MAP_SIZE), and shows the one of largest
     magnitude with its sign: a mean would let entries of opposite sign vanish.
 
     Args:
         x: [N_v, N_k], any float dtype.
-        size: most rows and columns of the picture.
 
     Returns:
         `size` (N), `scale` (max |x|), `block` (b), and `cells`: rows of whole numbers, an entry's
@@ -40,7 +39,7 @@ def heat_map(x: Tensor, size: int = MAP_SIZE) -> dict[str, Any]:
     """
     x = x.detach().to("cpu", torch.float64)
     longest = max(x.shape)
-    block = -(-longest // size)
+    block = -(-longest // MAP_SIZE)
     high, low = (F.max_pool2d(y[None, None], block, ceil_mode=True)[0, 0] for y in (x, -x))
     peaks, scale = torch.where(high >= low, high, -low), float(x.abs().max())
     cells = (peaks * (LEVELS / scale if scale else 0.0)).round().to(torch.int64)
@@ -108,7 +107,6 @@ def inspect_prompt(
     prompt: str | Sequence[int],
     state: ModelState | None = None,
     *,
-    max_tokens: int = MAX_TOKENS,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Read a prompt token by token and tell what each token did to the states.
@@ -119,9 +117,8 @@ def inspect_prompt(
     Args:
         model: in evaluation mode; a recurrent one.
         tokenizer: the model's own.
-        prompt: text, or token ids; at least one token.
+        prompt: text, or token ids; at least one token, `MAX_TOKENS` at most.
         state: to go on from; None starts a document, whose first token is an end of document.
-        max_tokens: most tokens that are read, the first included.
         stop: once set, from another thread, the tokens read so far are the result.
 
     Returns:
@@ -141,11 +138,9 @@ def inspect_prompt(
             "inspect a metastate or rwkv7 model"
         )
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids or len(ids) > max_tokens - (state is None):
-        raise ConfigError(
-            f"the prompt has {len(ids):,} tokens; the inspector reads 1 to "
-            f"{max_tokens - (state is None):,}"
-        )
+    most = MAX_TOKENS - (state is None)  # a fresh state reads an end of document first
+    if not 0 < len(ids) <= most:
+        raise ConfigError(f"the prompt has {len(ids):,} tokens; the inspector reads 1 to {most:,}")
     if state is None:
         ids = [tokenizer.eod_id, *ids]
     decoder, device = StreamDecoder(tokenizer), next(model.parameters()).device
