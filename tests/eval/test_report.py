@@ -244,14 +244,15 @@ def test_a_power_law_is_found_again_and_its_band_covers_it():
 
 
 def test_the_band_is_the_textbook_one():
-    """Against the closed form at the mean of log x, where it is t * s / sqrt(n)."""
+    """Against the closed form, t * s * sqrt(1 / n + (log x - mean)^2 / sum (log x_i - mean)^2)."""
     x, losses = [1.0, math.e, math.e**2], [math.e**0.1, 1.0, math.e**-0.05]
-    law = power_law(x, losses, reach=1.0)
+    law = power_law(x, losses)
     # Residuals of (0.1, 0, -0.05) from their line: 0.0083, -0.0167, 0.0083; one degree of freedom.
     s, t = math.sqrt(0.1**2 / 6 * 0.25), 12.7062
-    middle = law.x.index(min(law.x, key=lambda v: abs(v - math.e)))
-    half = math.log(law.high[middle] / law.low[middle]) / 2
-    assert half == pytest.approx(t * s / math.sqrt(3), rel=1e-3)
+    at = [math.log(v) for v in law.x]
+    half = [math.log(h / low) / 2 for h, low in zip(law.high, law.low, strict=True)]
+    expected = [t * s * math.sqrt(1 / 3 + (v - 1) ** 2 / 2) for v in at]
+    assert half == pytest.approx(expected, rel=1e-3)
 
 
 def test_fits_need_three_sizes_and_take_their_means(results):

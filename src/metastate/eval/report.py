@@ -31,6 +31,7 @@ MEANING = (
     "relative gain (seeds' mean) if the scored documents were drawn anew."
 )
 APART = 1.5  # factor between two sizes of a power law, and most between their tokens a parameter
+REACH = 10.0  # how far a power law is drawn, times the largest measured x
 NO_TEST = (
     "the data has no test split, so losses are of the validation text, by which learning rates are "
     "chosen too: `metastate prepare` makes one"
@@ -58,8 +59,8 @@ class PowerLaw:
     fitted: float
 
 
-def power_law(x: Sequence[float], loss: Sequence[float], reach: float = 10.0) -> PowerLaw | None:
-    """Fit a power law to measured losses, drawn up to `reach` times the largest x.
+def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw | None:
+    """Fit a power law to measured losses, drawn up to `REACH` times the largest x.
 
     Returns None for fewer than three x that are a factor of `APART` from one another: two points
     give a line and no doubt of it, and near ones a slope that is their noise.
@@ -77,24 +78,16 @@ def power_law(x: Sequence[float], loss: Sequence[float], reach: float = 10.0) ->
         from scipy import stats
     except ImportError as cause:
         raise ConfigError("power-law fits need scipy: pip install 'metastate[cli]'") from cause
-    logs, ys = [math.log(v) for v in x], [math.log(v) for v in loss]
-    line, n = stats.linregress(logs, ys), len(logs)
-    mean = statistics.fmean(logs)
-    spread = sum((v - mean) ** 2 for v in logs)
-    rest = sum((y - line.intercept - line.slope * v) ** 2 for v, y in zip(logs, ys, strict=True))
-    error = math.sqrt(rest / (n - 2))
-    t = float(stats.t.ppf(0.975, n - 2))
-    first, last = min(logs), max(logs) + math.log(reach)
-    at = [first + (last - first) * i / 80 for i in range(81)]
-    middle = [line.intercept + line.slope * v for v in at]
-    half = [t * error * math.sqrt(1 / n + (v - mean) ** 2 / spread) for v in at]
+    logs = np.log(x)
+    line, t = stats.linregress(logs, np.log(loss)), stats.t.ppf(0.975, len(x) - 2)
+    at = np.linspace(logs.min(), logs.max() + math.log(REACH), 81)
+    middle = line.intercept + line.slope * at
+    half = t * line.stderr * np.sqrt(logs.var() + (at - logs.mean()) ** 2)
+    curves = (at, middle, middle - half, np.minimum(middle + half, 50))
     return PowerLaw(
         math.exp(line.intercept),
         -float(line.slope),
-        [math.exp(v) for v in at],
-        [math.exp(m) for m in middle],
-        [math.exp(m - h) for m, h in zip(middle, half, strict=True)],
-        [math.exp(min(m + h, 50)) for m, h in zip(middle, half, strict=True)],
+        *(np.exp(curve).tolist() for curve in curves),
         max(x),
     )
 
