@@ -249,7 +249,7 @@ def test_shards_say_the_split(tmp_path):
         content = RECORDS.encode()
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     notes = {}
-    found = {s.name.rsplit("/")[-1]: s.split for s in find_sources([tmp_path], notes=notes)}
+    found = {s.identity[0]: s.split for s in find_sources([tmp_path], notes=notes)}
     assert found == given
     assert told(notes) == (
         "left out, not named for a split as train.* is: 1 .jsonl, 1 .md, 1 .py, 1 .txt"
@@ -259,7 +259,7 @@ def test_shards_say_the_split(tmp_path):
 def test_names_say_the_split(tmp_path):
     for name in ("train.txt", "validation.jsonl", "test.txt", "SOURCE.txt"):
         (tmp_path / name).write_text('{"text": "x"}')
-    splits = {s.name.rsplit("/")[-1]: s.split for s in find_sources([tmp_path])}
+    splits = {s.identity[0]: s.split for s in find_sources([tmp_path])}
     assert splits == {"train.txt": "train", "validation.jsonl": "valid", "test.txt": "test"}
     (tmp_path / "train.txt").unlink()
     assert len(find_sources([tmp_path])) == 3  # no train file: an ordinary folder

@@ -48,14 +48,12 @@ class Source:
     """One input.
 
     Attributes:
-        name: what a person calls it.
         identity: JSON; a preparation that was interrupted goes on only if this is unchanged.
         split: train, valid or test where the name says so, else None.
         num_bytes: size on disk, the total of `RawDocument.position`; None where unknown.
         read: yields the documents, always in the same order.
     """
 
-    name: str
     identity: list[Any]
     split: str | None
     num_bytes: int | None
@@ -126,7 +124,7 @@ class _Search:
         if form == "text" and suffix == JSON:
             self.note(f"read as plain text, no records with a field {self.text_field!r}", path)
         read = partial(read_file, path, form, self.text_field)
-        return Source(str(path), identity, split, stat.st_size, read)
+        return Source(identity, split, stat.st_size, read)
 
     def folder(self, folder: Path) -> list[Source]:
         top = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
@@ -225,7 +223,7 @@ def _stdlib_source(split: str | None) -> Source:
             f"this Python has no source files in {root}; give a text file instead of 'stdlib'"
         )
     identity = ["stdlib", platform.python_version(), len(files), total]
-    return Source("stdlib", identity, split, total, lambda: _read_stdlib(root, topics, files))
+    return Source(identity, split, total, lambda: _read_stdlib(root, topics, files))
 
 
 def _hash(name: str) -> int:
@@ -310,7 +308,6 @@ def _hub_sources(name: str, split: str | None, text_field: str) -> list[Source]:
 
     return [
         Source(
-            f"{name}/{part}",
             [name, part],
             split or SPLIT_NAMES.get(part),
             None,
