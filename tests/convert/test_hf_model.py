@@ -504,7 +504,7 @@ def test_the_vocabulary_can_be_resized(name, tmp_path):
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
-    for module in ("hf", "hf_types", "hf_world"):
+    for module in ("hf", "hf_types"):
         monkeypatch.delitem(sys.modules, f"metastate.convert.{module}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'metastate\[hf\]'"):

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metastate.convert.hf_folder import MODEL_TYPE, config_fields, from_hf, to_hf
-from metastate.convert.hf_types import MetaStateCache, MetaStateConfig
-from metastate.convert.hf_world import MetaStateWorldTokenizer
+from metastate.convert.hf_types import MetaStateCache, MetaStateConfig, MetaStateWorldTokenizer
 from metastate.errors import CheckpointError, ConfigError, ShapeError, StateError
 from metastate.model.io import adopt_record, check_finite
 from metastate.model.lm import LanguageModel

@@ -69,7 +69,7 @@ def to_hf(
         allow_nan: write weights that are NaN or infinite.
 
     A tokenizer.json is copied as it is, raw bytes are written as an equivalent tokenizer.json. RWKV
-    World, whose greedy match no tokenizer.json can say, becomes metastate.convert.hf_world.
+    World, whose greedy match no tokenizer.json can say, becomes a class of metastate.convert.hf.
 
     Raises:
         CheckpointError: a weight is not finite, or the folder cannot be written.
