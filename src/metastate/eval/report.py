@@ -83,12 +83,12 @@ def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw | None:
     at = np.linspace(logs.min(), logs.max() + math.log(REACH), 81)
     middle = line.intercept + line.slope * at
     half = t * line.stderr * np.sqrt(logs.var() + (at - logs.mean()) ** 2)
-    curves = (at, middle, middle - half, np.minimum(middle + half, 50))
+    curves = {"x": at, "loss": middle, "low": middle - half, "high": np.minimum(middle + half, 50)}
     return PowerLaw(
-        math.exp(line.intercept),
-        -float(line.slope),
-        *(np.exp(curve).tolist() for curve in curves),
-        max(x),
+        scale=math.exp(line.intercept),
+        exponent=-float(line.slope),
+        fitted=max(x),
+        **{name: np.exp(curve).tolist() for name, curve in curves.items()},
     )
 
 
