@@ -194,7 +194,7 @@ HIDE_EXTRAS = """
     def find_spec(name, path=None, target=None):
         return None if name.split(".")[0] in {hidden!r} else found(name, path, target)
 
-    PathFinder.find_spec = find_spec
+    PathFinder.find_spec = staticmethod(find_spec)
 """
 
 
