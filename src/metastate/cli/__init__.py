@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from metastate import __version__
 from metastate.cli import arguments as a
-from metastate.cli import arguments_use as use
 from metastate.cli.options import PATHS, Parser
 from metastate.cli.progress import hear_kernels
 from metastate.errors import ConfigError, MetaStateError
@@ -71,29 +70,29 @@ COMMANDS = (
         ("tasks",),
     ),
     Command("generate", "continue a text", a.add_generate, "commands"),
-    Command("chat", "chat in the terminal", use.add_chat, "chat"),
+    Command("chat", "chat in the terminal", a.add_chat, "chat"),
     Command(
         "tune-state",
         "train the state that documents start from",
-        use.add_tune_state,
+        a.add_tune_state,
         "training",
         ("data", "out"),
     ),
     Command(
-        "serve", "serve a model over HTTP, as OpenAI's clients call it", use.add_serve, "serving"
+        "serve", "serve a model over HTTP, as OpenAI's clients call it", a.add_serve, "serving"
     ),
     Command("grow", "make a model larger, its function unchanged", a.add_grow, "growing", ("out",)),
     Command(
         "upgrade",
         "put Meta-State layers into an RWKV-7, its function unchanged",
-        use.add_upgrade,
+        a.add_upgrade,
         "growing",
         ("out",),
     ),
     Command(
         "convert",
         "checkpoints of other programs to ours and back",
-        use.add_convert,
+        a.add_convert,
         "converting",
         ("out",),
     ),
@@ -116,7 +115,7 @@ COMMANDS = (
     Command(
         "doctor",
         "check every backend of this machine against the reference",
-        use.add_doctor,
+        a.add_doctor,
         "commands",
     ),
 )

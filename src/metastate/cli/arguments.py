@@ -1,45 +1,23 @@
-"""What commands take, help texts and options, with arguments_use.py; nothing here needs torch."""
+"""What the commands take: help texts and options; nothing here needs torch."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 
-from metastate.cli.options import HELP, Parser, add_config, add_flags, add_json, add_number
+from metastate.cli.options import (
+    HELP,
+    Parser,
+    add_config,
+    add_flags,
+    add_json,
+    add_model,
+    add_number,
+    add_other_weights,
+    add_sampling,
+    add_switch,
+    add_text,
+)
 from metastate.config import TrainConfig
-
-
-def add_model(parser: Parser) -> None:
-    """Add the checkpoint that a command acts on."""
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", help="a checkpoint: RUN/best, RUN/last or RUN"
-    )
-
-
-def add_new_seed(parser: Parser) -> None:
-    """Add `--seed` of a command that gives a model new parameters."""
-    add_number(parser, "--seed", 0, "draws the new entries")
-
-
-def add_other_weights(parser: Parser) -> None:
-    """Add `--allow-other-weights`."""
-    parser.add_argument(
-        "--allow-other-weights",
-        action="store_true",
-        help="take a state that other weights of the same configuration made",
-    )
-
-
-def add_sampling(parser: Parser, *, max_tokens: int, temperature: float, top_p: float) -> None:
-    """Add how many tokens are drawn, and how, with these defaults."""
-    for flag, default, what in (
-        ("--max-tokens", max_tokens, "tokens to write at most"),
-        ("--temperature", temperature, "1 draws as learned, 0 always takes the most likely"),
-        ("--top-k", 0, "draw from the N most likely; 0 is all"),
-        ("--top-p", top_p, "draw from the most likely that together reach this probability"),
-        ("--repetition-penalty", 1.0, "above 1 makes recent tokens less likely"),
-        ("--seed", None, "draw the same text again"),
-    ):
-        add_number(parser, flag, default, what)
 
 
 def add_demo(parser: Parser) -> None:
@@ -66,7 +44,7 @@ def add_prepare(parser: Parser) -> None:
         help="bytes, world (RWKV World), the path of a tokenizer.json, or a name on the Hugging "
         "Face hub (default: bytes)",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for the prepared data")
+    add_text(parser, "--out", "DIR", "folder for the prepared data")
     for name in ("valid", "test"):
         parser.add_argument(
             f"--{name}", nargs="+", default=[], metavar="INPUT", help=f"inputs of the {name} split"
@@ -79,9 +57,7 @@ def add_prepare(parser: Parser) -> None:
         metavar="NAME",
         help="field of a JSON record that holds its text (default: text)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace data made with other settings"
-    )
+    add_switch(parser, "--overwrite", "replace data made with other settings")
     add_json(parser)
 
 
@@ -96,9 +72,7 @@ def add_train(parser: Parser) -> None:
     docs/scaling.md
     """
     add_config(parser)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in --out"
-    )
+    add_switch(parser, "--resume", "go on from the last checkpoint in --out")
     parser.add_argument("--growth", dest="growth_file", metavar="FILE", help=HELP["growth"])
     add_json(parser)
     names = (f.name for f in fields(TrainConfig) if f.name not in ("model", "growth"))
@@ -116,15 +90,11 @@ def add_eval(parser: Parser) -> None:
     add_number(parser, "--context", 512, "tokens of a window")
     add_number(parser, "--batch-size", 16, "documents, or windows, at once")
     parser.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
-    parser.add_argument("--by-domain", action="store_true", help="also the loss of each domain")
-    parser.add_argument(
-        "--by-position", action="store_true", help="also the loss by tokens seen before"
-    )
+    add_switch(parser, "--by-domain", "also the loss of each domain")
+    add_switch(parser, "--by-position", "also the loss by tokens seen before")
     limit = "score so many tokens, of each domain its share (default: all)"
     add_number(parser, "--limit-tokens", None, limit)
-    parser.add_argument(
-        "--state", metavar="FILE", help="let every document start from this state (tune-state)"
-    )
+    add_text(parser, "--state", "FILE", "let every document start from this state (tune-state)")
     add_other_weights(parser)
     add_json(parser)
 
@@ -138,13 +108,14 @@ def add_eval_tasks(parser: Parser) -> None:
     Beside each figure: its standard error, and what guessing would give.
     """
     add_model(parser)
-    parser.add_argument(
+    add_text(
+        parser,
         "--tasks",
-        metavar="A,B",
-        help="lambada, hellaswag, piqa, arc_easy, arc_challenge, winogrande, openbookqa, copa, "
+        "A,B",
+        "lambada, hellaswag, piqa, arc_easy, arc_challenge, winogrande, openbookqa, copa, "
         "boolq, blimp (default: all)",
     )
-    parser.add_argument("--data", metavar="DIR", help="folder with the files named above")
+    add_text(parser, "--data", "DIR", "folder with the files named above")
     add_scoring(parser, "score N items of each task (of BLiMP's paradigms), drawn at random once")
 
 
@@ -155,19 +126,14 @@ def add_lm_eval(parser: Parser) -> None:
     --include-path adds a folder of your own in its YAML.
     """
     add_model(parser)
-    parser.add_argument("--tasks", metavar="A,B", help="names of lm-evaluation-harness")
-    parser.add_argument("--include-path", metavar="DIR", help="folder with further tasks in YAML")
+    add_text(parser, "--tasks", "A,B", "names of lm-evaluation-harness")
+    add_text(parser, "--include-path", "DIR", "folder with further tasks in YAML")
     solved = "solved items in front of each (default: what a task says, else 0)"
     add_number(parser, "--num-fewshot", None, solved)
-    parser.add_argument(
-        "--gen-kwargs",
-        metavar="KEY=VALUE,...",
-        help="settings of tasks that generate text, as in temperature=0.7,max_gen_toks=64",
-    )
-    parser.add_argument(
-        "--confirm-run-unsafe-code",
-        action="store_true",
-        help="allow tasks that run the code which the model writes",
+    settings = "settings of tasks that generate text, as in temperature=0.7,max_gen_toks=64"
+    add_text(parser, "--gen-kwargs", "KEY=VALUE,...", settings)
+    add_switch(
+        parser, "--confirm-run-unsafe-code", "allow tasks that run the code which the model writes"
     )
     add_scoring(parser, "score the first N items of each task")
 
@@ -176,7 +142,7 @@ def add_scoring(parser: Parser, limit: str) -> None:
     """Add the options of what scores a model on tasks."""
     add_number(parser, "--limit", None, f"{limit} (default: all)")
     add_number(parser, "--batch-size", 16, "texts at once")
-    parser.add_argument("--out", metavar="FILE", help="also write the results there, as JSON")
+    add_text(parser, "--out", "FILE", "also write the results there, as JSON")
     add_flags(parser, "device", "dtype")
     add_json(parser)
 
@@ -193,10 +159,8 @@ def add_generate(parser: Parser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
-    parser.add_argument(
-        "--state-in", metavar="FILE", help="go on from a state of --state-out or tune-state"
-    )
-    parser.add_argument("--state-out", metavar="FILE", help="keep the state for later")
+    add_text(parser, "--state-in", "FILE", "go on from a state of --state-out or tune-state")
+    add_text(parser, "--state-out", "FILE", "keep the state for later")
     add_other_weights(parser)
     add_flags(parser, "device", "dtype")
     add_json(parser)
@@ -229,11 +193,11 @@ def add_grow(parser: Parser) -> None:
         help="zero keeps the function exactly; random, the paper's other choice, and released, "
         "what TokenFormer's code does, do not (default: zero)",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for the grown checkpoint")
-    parser.add_argument(
-        "--data", metavar="DIR", help="prepared data whose held-out text the logits are compared on"
+    add_text(parser, "--out", "DIR", "folder for the grown checkpoint")
+    add_text(
+        parser, "--data", "DIR", "prepared data whose held-out text the logits are compared on"
     )
-    add_new_seed(parser)
+    add_number(parser, "--seed", 0, "draws the new entries")
     add_json(parser)
 
 
@@ -246,19 +210,15 @@ def add_compare(parser: Parser) -> None:
     table.md, figures and report.html, one page that needs nothing else.
     """
     parser.add_argument("suite", metavar="SUITE.yaml", help="what to compare")
-    parser.add_argument("--out", metavar="DIR", help="folder for runs, tables, figures and page")
-    parser.add_argument("--data", metavar="DIR", help="prepared data (default: the suite's own)")
-    parser.add_argument(
+    add_text(parser, "--out", "DIR", "folder for runs, tables, figures and page")
+    add_text(parser, "--data", "DIR", "prepared data (default: the suite's own)")
+    add_switch(
+        parser,
         "--match-params",
-        action="store_true",
-        help="fit depth and hidden width of every model to the size's parameters within 1%%",
+        "fit depth and hidden width of every model to the size's parameters within 1%%",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be run, and for how long"
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", help="report on the cells that are finished"
-    )
+    add_switch(parser, "--dry-run", "say what would be run, and for how long")
+    add_switch(parser, "--report-only", "report on the cells that are finished")
     add_json(parser)
 
 
@@ -317,16 +277,14 @@ def add_tasks(parser: Parser) -> None:
         help="recall: what stands between pairs and queries, always 0, or any tokens of the "
         "vocabulary, which is harder (default: zero)",
     )
-    parser.add_argument(
+    add_switch(
+        parser,
         "--match-params",
-        action="store_true",
-        help="fit the hidden widths to the first architecture's parameters within 1%% (default: "
+        "fit the hidden widths to the first architecture's parameters within 1%% (default: "
         "each has its usual width; the paper's layer has none)",
     )
     add_flags(parser, "weight_decay", "seed", "device")
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder for results, table and figure (default: runs/TASK)"
-    )
+    add_text(parser, "--out", "DIR", "folder for results, table and figure (default: runs/TASK)")
     add_json(parser)
 
 
@@ -339,4 +297,182 @@ def add_info(parser: Parser) -> None:
         "say where any is not finite; or prepared data",
     )
     add_flags(parser, "context", context=1024)
+    add_json(parser)
+
+
+def add_upgrade(parser: Parser) -> None:
+    """Put Meta-State layers into a trained RWKV-7, beside its feed-forward layers.
+
+    The new layers write nothing at first, so the model computes exactly what it did; that is
+    measured on real text, and a model that moved is not written. Then train what is new, with what
+    was there frozen (0) or slowed: `metastate train --from OUT --old-lr-scale 0 ...`. With
+    --replace the feed-forward layers of these blocks go, and the report says what that costs.
+    """
+    add_model(parser)
+    parser.add_argument(
+        "--layers",
+        default="all",
+        metavar="N,N",
+        help="blocks that get the layer, counted from 0, or all (default: all)",
+    )
+    add_switch(parser, "--replace", "take the feed-forward layers of these blocks out")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the new layers, as in meta_state.readout=both; repeatable",
+    )
+    add_text(parser, "--out", "DIR", "folder for the upgraded checkpoint")
+    text = "prepared data whose held-out text logits (and with --replace the loss) are compared on"
+    add_text(parser, "--data", "DIR", text)
+    add_number(parser, "--seed", 0, "draws the new entries")
+    add_json(parser)
+
+
+def add_convert(parser: Parser) -> None:
+    """Turn checkpoints of other programs into ours, and back.
+
+    SRC.pth, an RWKV-7 as its authors publish it, or a Hugging Face folder (ours, or an RWKV-7 of
+    flash-linear-attention's layout) becomes a folder that every command takes. Of our own
+    checkpoints --to hf makes a Hugging Face folder, --to rwkv and --to fla such a file and folder
+    again (rwkv7 only), and --to metastate a copy, with another --dtype or --tokenizer. Weights stay
+    bit for bit as they are unless --dtype asks for others.
+    """
+    parser.add_argument("source", metavar="SRC", help="a .pth file or a folder, see above")
+    add_text(parser, "--out", "DST", "what to write: a folder, or a .pth file")
+    parser.add_argument(
+        "--to",
+        choices=("metastate", "hf", "rwkv", "fla"),
+        help="format of DST (default: metastate; one of our folders needs it said)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        default="keep",
+        help="of the weights that are written (default: keep, as they are stored in SRC)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="record it in the folder, so that the model can read and write text: world, bytes, or "
+        "the path of a tokenizer.json",
+    )
+    add_switch(parser, "--allow-nan", "take weights that are NaN or infinite")
+    add_json(parser)
+
+
+def add_tune_state(parser: Parser) -> None:
+    """Train the state that documents start from; the weights stay as they are.
+
+    tokens: P pairs of key and value a layer and head, S_0 = V^T K, a file of a few kilobytes.
+    state: the whole first state of every layer.
+
+    Load it with `generate --state-in FILE`, `chat --state-in FILE` or `eval --state FILE`. FILE
+    holds the state of the best validation; FILE.tuning, what --resume goes on from until the end.
+    """
+    add_model(parser)
+    add_text(parser, "--out", "FILE", "file for the state")
+    parser.add_argument(
+        "--what", choices=("tokens", "state"), default="tokens", help="see above (default: tokens)"
+    )
+    parser.add_argument(
+        "--parameter-tokens",
+        type=int,
+        default=4,
+        metavar="P",
+        help="pairs of key and value a layer and head (default: 4)",
+    )
+    rate = "peak learning rate (default: 0.3 for tokens, 1 for state)"
+    add_number(parser, "--lr", None, rate, float)
+    add_switch(parser, "--resume", "go on where the same command was interrupted")
+    add_flags(
+        parser,
+        *("data", "steps", "batch_size", "context", "accumulate", "schedule", "warmup"),
+        *("clip", "seed", "device", "dtype", "valid_every", "valid_tokens", "checkpoint_every"),
+        steps=200,
+        batch_size=8,
+        context=256,
+        warmup=10,
+        valid_every=50,
+        valid_tokens=16384,
+        checkpoint_every=50,
+    )
+    add_json(parser)
+
+
+def add_chat(parser: Parser) -> None:
+    """Chat with a model in the terminal; what it remembers stays of constant size.
+
+    /help lists what can be typed besides messages. Ctrl-C stops a reply, Ctrl-D leaves. The model
+    was trained on text, not on dialogue, unless you did so: --template says how a message becomes
+    text.
+    """
+    add_model(parser)
+    parser.add_argument(
+        "--template",
+        default="User: {message}\\n\\nAssistant:",
+        metavar="TEXT",
+        help="how a message is put to the model; \\n is a new line (default: %(default)s)",
+    )
+    add_switch(parser, "--plain", "no template: the model goes on from what you type")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="a reply ends before TEXT; repeatable (default: where the template's next message "
+        "would begin)",
+    )
+    add_text(parser, "--state-in", "FILE", "go on from a state file")
+    add_other_weights(parser)
+    add_sampling(parser, max_tokens=512, temperature=0.8, top_p=0.95)
+    add_flags(parser, "device", "dtype")
+
+
+def add_serve(parser: Parser) -> None:
+    """Serve a model over HTTP: OpenAI's completions and chats, and stored states.
+
+    /v1/completions, /v1/chat/completions and /v1/models are OpenAI's; /v1/states keeps, forks,
+    gives and takes states, and the field `state` of a request goes on from one. / is a page to try
+    all that. Without --api-key-file everybody who reaches the port may use it, so it listens on
+    this machine only unless told otherwise. Ctrl-C or SIGTERM lets running requests finish for
+    --grace seconds.
+    """
+    add_model(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    add_number(parser, "--port", 8000, "0 takes a free one")
+    add_text(parser, "--api-key-file", "FILE", "who holds one of its keys, one a line, may use /v1")
+    add_text(parser, "--model-name", "NAME", "what clients call it (default: the run's folder)")
+    add_text(
+        parser,
+        "--template",
+        "FILE",
+        "Jinja2 template of chats (default: CKPT/chat_template.jinja, or else User: and "
+        "Assistant:)",
+    )
+    kept = "keep stored states there, also after a restart (default: as long as it runs)"
+    add_text(parser, "--state-dir", "DIR", kept)
+    for flag, number, what in (
+        ("--max-slots", 16, "requests that are decoded together"),
+        ("--max-waiting", 64, "texts that wait for a slot; further ones get 429"),
+        ("--max-concurrent", 32, "requests, and texts that they write, at once with one key"),
+        ("--max-prompt-tokens", 32_768, "tokens of a prompt"),
+        ("--max-tokens", 4096, "tokens that a request may ask for"),
+        ("--max-states", 256, "states stored with one key"),
+        ("--max-state-mib", 1024, "size of all states stored with one key"),
+        ("--timeout", 300.0, "seconds that a request may take"),
+        ("--grace", 10.0, "seconds that running requests get when the server stops"),
+    ):
+        add_number(parser, flag, number, what)
+    add_flags(parser, "device", "dtype")
+
+
+def add_doctor(parser: Parser) -> None:
+    """Compare every backend that can run here with the float64 reference.
+
+    Outputs and all gradients, through every entry point. The last line says it all; put it into a
+    bug report. Exit code 1 means that what the program would use by itself is wrong.
+    """
+    parser.add_argument("--device", help="check this device only: cpu, cuda, cuda:1 (default: all)")
     add_json(parser)

@@ -170,11 +170,47 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_text(parser: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
+    """Add a flag that takes a text, None where it is not given."""
+    parser.add_argument(flag, metavar=metavar, help=what)
+
+
+def add_switch(parser: argparse.ArgumentParser, flag: str, what: str) -> None:
+    """Add a flag that is given or not."""
+    parser.add_argument(flag, action="store_true", help=what)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
+    add_switch(parser, "--json", "print one JSON object, and nothing else, on stdout")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint that a command acts on."""
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object, and nothing else, on stdout"
+        "checkpoint", metavar="CKPT", help="a checkpoint: RUN/best, RUN/last or RUN"
     )
+
+
+def add_other_weights(parser: argparse.ArgumentParser) -> None:
+    """Add `--allow-other-weights`."""
+    what = "take a state that other weights of the same configuration made"
+    add_switch(parser, "--allow-other-weights", what)
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float
+) -> None:
+    """Add how many tokens are drawn, and how, with these defaults."""
+    for flag, default, what in (
+        ("--max-tokens", max_tokens, "tokens to write at most"),
+        ("--temperature", temperature, "1 draws as learned, 0 always takes the most likely"),
+        ("--top-k", 0, "draw from the N most likely; 0 is all"),
+        ("--top-p", top_p, "draw from the most likely that together reach this probability"),
+        ("--repetition-penalty", 1.0, "above 1 makes recent tokens less likely"),
+        ("--seed", None, "draw the same text again"),
+    ):
+        add_number(parser, flag, default, what)
 
 
 def check_file(flag: str, path: str) -> None:
