@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from metastate import __version__
-from metastate.cli import arguments as a
+from metastate.cli import arguments
 from metastate.cli.options import PATHS, Parser
 from metastate.cli.progress import hear_kernels
 from metastate.errors import ConfigError, MetaStateError
@@ -35,89 +35,53 @@ quick start:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the program.
+    """One command of the program; `arguments.add_NAME` gives its parser description and options.
 
     Attributes:
         name: as it is typed.
         help: one line for the list of commands.
-        add: gives its parser the options; its docstring is the description in the command's help.
         module: of metastate.cli, whose `run_NAME` runs it; imported then: torch comes with it.
         needs: options without which it cannot run.
     """
 
     name: str
     help: str
-    add: Callable[[Parser], None]
     module: str
     needs: tuple[str, ...] = ()
 
 
 COMMANDS = (
-    Command(
-        "demo", "train, evaluate and sample a small model in a few minutes", a.add_demo, "demo"
-    ),
-    Command("prepare", "turn text into token files", a.add_prepare, "commands", ("out",)),
-    Command("train", "train a model", a.add_train, "training"),
-    Command("eval", "measure the held-out loss of a model", a.add_eval, "commands", ("data",)),
-    Command(
-        "eval-tasks", "zero-shot tasks from local files", a.add_eval_tasks, "zero_shot", ("data",)
-    ),
-    Command(
-        "lm-eval",
-        "zero-shot tasks of lm-evaluation-harness",
-        a.add_lm_eval,
-        "zero_shot",
-        ("tasks",),
-    ),
-    Command("generate", "continue a text", a.add_generate, "commands"),
-    Command("chat", "chat in the terminal", a.add_chat, "chat"),
-    Command(
-        "tune-state",
-        "train the state that documents start from",
-        a.add_tune_state,
-        "training",
-        ("data", "out"),
-    ),
-    Command(
-        "serve", "serve a model over HTTP, as OpenAI's clients call it", a.add_serve, "serving"
-    ),
-    Command("grow", "make a model larger, its function unchanged", a.add_grow, "growing", ("out",)),
+    Command("demo", "train, evaluate and sample a small model in a few minutes", "demo"),
+    Command("prepare", "turn text into token files", "commands", ("out",)),
+    Command("train", "train a model", "training"),
+    Command("eval", "measure the held-out loss of a model", "commands", ("data",)),
+    Command("eval-tasks", "zero-shot tasks from local files", "zero_shot", ("data",)),
+    Command("lm-eval", "zero-shot tasks of lm-evaluation-harness", "zero_shot", ("tasks",)),
+    Command("generate", "continue a text", "commands"),
+    Command("chat", "chat in the terminal", "chat"),
+    Command("tune-state", "train the state that documents start from", "training", ("data", "out")),
+    Command("serve", "serve a model over HTTP, as OpenAI's clients call it", "serving"),
+    Command("grow", "make a model larger, its function unchanged", "growing", ("out",)),
     Command(
         "upgrade",
         "put Meta-State layers into an RWKV-7, its function unchanged",
-        a.add_upgrade,
         "growing",
         ("out",),
     ),
-    Command(
-        "convert",
-        "checkpoints of other programs to ours and back",
-        a.add_convert,
-        "converting",
-        ("out",),
-    ),
+    Command("convert", "checkpoints of other programs to ours and back", "converting", ("out",)),
     Command(
         "compare",
         "train a matrix of models, sizes and seeds; table and report",
-        a.add_compare,
         "comparing",
         ("out",),
     ),
-    Command(
-        "tasks", "train and score small models on state tracking or recall", a.add_tasks, "tasks"
-    ),
+    Command("tasks", "train and score small models on state tracking or recall", "tasks"),
     Command(
         "info",
         "parameters, FLOPs and state bytes of a model; what a state file or prepared data hold",
-        a.add_info,
         "commands",
     ),
-    Command(
-        "doctor",
-        "check every backend of this machine against the reference",
-        a.add_doctor,
-        "commands",
-    ),
+    Command("doctor", "check every backend of this machine against the reference", "commands"),
 )
 
 
@@ -132,10 +96,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     added = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
     for command in COMMANDS:
-        parsers[command.name] = added.add_parser(
-            command.name, help=command.help, description=inspect.getdoc(command.add)
-        )
-        command.add(parsers[command.name])
+        add = getattr(arguments, "add_" + command.name.replace("-", "_"))
+        own = added.add_parser(command.name, help=command.help, description=inspect.getdoc(add))
+        add(own)
+        parsers[command.name] = own
     return parser, parsers
 
 
