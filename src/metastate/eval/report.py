@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ NO_TEST = (
     "the data has no test split, so losses are of the validation text, by which learning rates are "
     "chosen too: `metastate prepare` makes one"
 )
+
+Table = list[list[str]]
+Row = dict[str, Any]  # of results: a run
 
 
 @dataclass(frozen=True)
@@ -123,16 +126,29 @@ def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def _of(results: dict[str, Any], size: str, model: str) -> list[dict[str, Any]]:
+def _of(results: dict[str, Any], size: str, model: str) -> list[Row]:
     rows = [r for r in results["rows"] if (r["size"], r["model"]) == (size, model)]
     return [r for r in rows if r["loss"] is not None]
 
 
+def _sides(results: dict[str, Any]) -> Iterator[tuple[str, str, list[Row]]]:
+    """Yield each size and model that has finished runs, with these."""
+    for size in results["suite"]["sizes"]:
+        for model in results["suite"]["models"]:
+            if rows := _of(results, size, model):
+                yield size, model, rows
+
+
+def _pairs(results: dict[str, Any], size: str, model: str) -> list[tuple[Row, Row]]:
+    """Return the runs of a model, each with the baseline's run of its seed, where there is one."""
+    base = {r["seed"]: r for r in _of(results, size, results["suite"]["baseline"])}
+    return [(r, base[r["seed"]]) for r in _of(results, size, model) if r["seed"] in base]
+
+
 def gains(results: dict[str, Any], size: str, model: str) -> tuple[list[float], list[float]]:
     """Return absolute and relative (in %) gains over the baseline, paired by seed."""
-    base = {r["seed"]: r["loss"] for r in _of(results, size, results["suite"]["baseline"])}
-    own = [(r["loss"], base[r["seed"]]) for r in _of(results, size, model) if r["seed"] in base]
-    return [b - a for a, b in own], [100 * (b - a) / b for a, b in own]
+    losses = [(own["loss"], base["loss"]) for own, base in _pairs(results, size, model)]
+    return [b - a for a, b in losses], [100 * (b - a) / b for a, b in losses]
 
 
 def text_error(results: dict[str, Any], size: str, model: str) -> float | None:
@@ -143,8 +159,7 @@ def text_error(results: dict[str, Any], size: str, model: str) -> float | None:
     sqrt(n / (n - 1) sum_d (diff_d - gain base_d)^2) / sum_d base_d.
     None where runs do not tell of the same two or more documents.
     """
-    base = {r["seed"]: r for r in _of(results, size, results["suite"]["baseline"])}
-    pairs = [(r, base[r["seed"]]) for r in _of(results, size, model) if r["seed"] in base]
+    pairs = _pairs(results, size, model)
     told = [r.get("documents") or () for pair in pairs for r in pair]
     if not all(told) or len({tuple((i, n) for i, _, n in each) for each in told}) != 1:
         return None  # without a pair there is no text either
@@ -156,9 +171,6 @@ def text_error(results: dict[str, Any], size: str, model: str) -> float | None:
         return None
     rest = (other - own) - other * ((other - own).sum() / whole)
     return 100 * math.sqrt(n / (n - 1) * float((rest**2).sum())) / float(whole)
-
-
-Table = list[list[str]]
 
 
 def leads(results: dict[str, Any], size: str, model: str) -> list[tuple[float, float]]:
@@ -194,28 +206,24 @@ def main_table(results: dict[str, Any]) -> Table:
     head = ["size", "model", "loss (nats a token)", f"gain over {baseline}", "relative"]
     head.append("another text")
     out = [[*head, "bits a byte", "parameters", "tokens", "training FLOPs", "seeds"]]
-    for size in results["suite"]["sizes"]:
-        for model in results["suite"]["models"]:
-            rows = _of(results, size, model)
-            if not rows:
-                continue
-            absolute, relative = gains(results, size, model)
-            is_base = model == baseline
-            bits = [r["bits_per_byte"] for r in rows if r["bits_per_byte"]]
-            error = None if is_base else text_error(results, size, model)
-            unpaired = not is_base and absolute and len(absolute) < len(rows)
-            seeds = f"{len(rows)} ({len(absolute)} paired)" if unpaired else str(len(rows))
-            out.append(
-                [
-                    *(size, model, mean_and_spread([r["loss"] for r in rows])),
-                    "" if is_base else mean_and_spread(absolute),
-                    "" if is_base else mean_and_spread(relative, 2) + " %" * bool(relative),
-                    "" if error is None else f"± {error:.2f} %",
-                    mean_and_spread(bits),
-                    *(f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}"),
-                    *(f"{rows[0]['flops']:.3g}", seeds),
-                ]
-            )
+    for size, model, rows in _sides(results):
+        absolute, relative = gains(results, size, model)
+        is_base = model == baseline
+        bits = [r["bits_per_byte"] for r in rows if r["bits_per_byte"]]
+        error = None if is_base else text_error(results, size, model)
+        unpaired = not is_base and absolute and len(absolute) < len(rows)
+        seeds = f"{len(rows)} ({len(absolute)} paired)" if unpaired else str(len(rows))
+        out.append(
+            [
+                *(size, model, mean_and_spread([r["loss"] for r in rows])),
+                "" if is_base else mean_and_spread(absolute),
+                "" if is_base else mean_and_spread(relative, 2) + " %" * bool(relative),
+                "" if error is None else f"± {error:.2f} %",
+                mean_and_spread(bits),
+                *(f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}"),
+                *(f"{rows[0]['flops']:.3g}", seeds),
+            ]
+        )
     return out
 
 
@@ -224,29 +232,21 @@ def seed_table(results: dict[str, Any]) -> Table:
     baseline = results["suite"]["baseline"]
     seeds = sorted({r["seed"] for r in results["rows"]})
     out = [["size", "model", *(f"seed {seed}" for seed in seeds)]]
-    for size in results["suite"]["sizes"]:
-        base = {r["seed"]: r["loss"] for r in _of(results, size, baseline)}
-        for model in results["suite"]["models"]:
-            own = {r["seed"]: r["loss"] for r in _of(results, size, model)}
-            gain = {s: f" ({base[s] - own[s]:+.4f})" for s in own.keys() & base.keys()}
-            if model == baseline:
-                gain = {}
-            if own:
-                shown = [f"{own[s]:.4f}{gain.get(s, '')}" if s in own else "" for s in seeds]
-                out.append([size, model, *shown])
+    for size, model, rows in _sides(results):
+        shown = {r["seed"]: f"{r['loss']:.4f}" for r in rows}
+        for own, base in _pairs(results, size, model) if model != baseline else ():
+            shown[own["seed"]] += f" ({base['loss'] - own['loss']:+.4f})"
+        out.append([size, model, *(shown.get(seed, "") for seed in seeds)])
     return out
 
 
 def cost_table(results: dict[str, Any]) -> Table:
     """Return what each model costs here: speed, state, and the learning rate it got."""
     out = [["size", "model", "lr", "tokens/s here", "state bytes (one row)"]]
-    for size in results["suite"]["sizes"]:
-        for model in results["suite"]["models"]:
-            rows = _of(results, size, model)
-            if rows:
-                speed = statistics.fmean(r["tokens_per_s"] for r in rows)
-                figures = f"{rows[0]['lr']:.3g}", f"{speed:,.0f}", f"{rows[0]['state_bytes']:,}"
-                out.append([size, model, *figures])
+    for size, model, rows in _sides(results):
+        speed = statistics.fmean(r["tokens_per_s"] for r in rows)
+        figures = f"{rows[0]['lr']:.3g}", f"{speed:,.0f}", f"{rows[0]['state_bytes']:,}"
+        out.append([size, model, *figures])
     return out
 
 
