@@ -6,18 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 import zero_shot_files as files
 from lm_eval_stand_in import ADAPTER, load_adapter
-from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import ConfigError, DataError, ShapeError
 from metastate.eval.zero_shot import evaluate_items, loglikelihoods
 from metastate.eval.zero_shot_data import TASKS, load_items
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
-from metastate.model.lm import LanguageModel
+from tiny_models import tiny
 
 BYTES = ByteTokenizer()
 
@@ -47,15 +45,7 @@ def adapter(request, monkeypatch):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    model = LanguageModel(
-        ModelConfig(vocab_size=256, hidden_size=16, num_layers=2, num_heads=2)
-    ).eval()
-    model.backend = "reference"
-    for p in model.parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, std=0.3)
-    return model
+    return tiny(std=0.3).eval()
 
 
 @pytest.fixture

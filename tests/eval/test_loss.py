@@ -9,14 +9,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data_files import write_dataset
-from metastate.config import ModelConfig
 from metastate.data.indexed import IndexedDataset
 from metastate.data.loader import Split, permute
 from metastate.errors import ConfigError, DataError
 from metastate.eval import loss
 from metastate.eval.loss import evaluate
-from metastate.model.lm import LanguageModel
 from ranks import run_ranks
+from tiny_models import tiny
 
 LENGTHS = [1, 7, 40, 3, 25, 40, 12]
 DOMAINS = [0, 1, 1, 0, 2, 2, 0]
@@ -44,16 +43,7 @@ def model(request, monkeypatch):
 
 
 def model_of(architecture):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        architecture=architecture, vocab_size=50, hidden_size=16, num_layers=2, num_heads=2
-    )
-    model = LanguageModel(config)
-    model.backend = "reference"
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.3)
-    return model
+    return tiny(std=0.3, architecture=architecture, vocab_size=50)
 
 
 def token_losses(model, split, context=None):

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 import zero_shot_files as files
-from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import CheckpointError, ConfigError, DataError
 from metastate.eval import loss, zero_shot
 from metastate.eval.zero_shot import evaluate_items, loglikelihoods, score_tokens, stderr
 from metastate.eval.zero_shot_data import TASKS, Item, load_items
-from metastate.model.lm import LanguageModel
+from tiny_models import tiny
 
 BYTES = ByteTokenizer()
 PAIRS = [
@@ -38,15 +37,7 @@ def data(tmp_path):
 def model(request, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 8)  # so that the state is carried and rows leave
     monkeypatch.setattr(zero_shot, "LOGITS", 256 * 5)
-    config = ModelConfig(
-        architecture=request.param, vocab_size=256, hidden_size=16, num_layers=2, num_heads=2
-    )
-    model = LanguageModel(config)
-    model.backend = "reference"
-    for p in model.parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, std=0.3)
-    return model
+    return tiny(std=0.3, architecture=request.param)
 
 
 def log_softmax_of(model, ids):

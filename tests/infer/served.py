@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import httpx
 import torch
 
-from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.infer.engine import Engine
 from metastate.infer.gate import ServerConfig
 from metastate.infer.generate import Draft
 from metastate.infer.server import create_app, make_server
 from metastate.infer.store import StateStore
-from metastate.model.lm import LanguageModel
+from tiny_models import tiny
 
 TOKENIZER = ByteTokenizer()
 KEYS = ("first-key-0123456789", "second-key-0123456789")
@@ -39,22 +38,13 @@ def paced(monkeypatch, s):
 
 def make(architecture="metastate", seed=0):
     """A model of bytes that never ends a document, however it is drawn, far from uniform."""
-    torch.manual_seed(seed)
-    model = LanguageModel(
-        ModelConfig(
-            architecture=architecture, vocab_size=256, hidden_size=16, num_layers=2, num_heads=2
-        )
-    )
-    model.backend = "reference"
+    model = tiny(seed, architecture=architecture).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                torch.nn.init.normal_(p, std=0.25)
         model.head.weight[128:] = 0  # ASCII mostly: a logit of 0 is seldom the largest
         model.ln_out.weight[0], model.ln_out.bias[0] = 0, 1  # a bias for the head
         model.head.weight[:, 0] = 0
         model.head.weight[0, 0] = -1e4
-    return model.eval()
+    return model
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metastate.config import MetaStateConfig, ModelConfig
+from metastate.config import MetaStateConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import BusyError, ConfigError, EngineError, ShapeError, StateError
 from metastate.infer.engine import Engine
 from metastate.infer.generate import generate
 from metastate.infer.sampling import SamplingConfig
 from metastate.model.decode import NativeDecoder
-from metastate.model.lm import LanguageModel
+from tiny_models import tiny
 
 TOKENIZER = ByteTokenizer()
 GREEDY = SamplingConfig(temperature=0)
@@ -26,26 +26,14 @@ CHUNK = 4
 
 @functools.cache
 def make(architecture):
-    torch.manual_seed(0)
     fields = {} if architecture == "transformer" else {"ffn_size": 24}
     if architecture == "both":
         architecture, fields["meta_state"] = "metastate", MetaStateConfig(readout="both")
     if architecture == "metastate":
         fields["ffn_order"] = "after"
-    model = LanguageModel(
-        ModelConfig(
-            architecture=architecture,
-            vocab_size=256,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=2,
-            **fields,
-        )
-    )
-    for p in model.parameters():  # far from uniform, so that every token matters
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.25)
-    return model.eval()
+    model = tiny(architecture=architecture, hidden_size=32, **fields).eval()
+    model.backend = "auto"
+    return model
 
 
 @pytest.fixture

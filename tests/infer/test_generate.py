@@ -9,40 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer
 from metastate.errors import ConfigError, StateError
 from metastate.infer.generate import Continuation, generate, num_real_tokens
 from metastate.infer.sampling import Sampler, SamplingConfig
 from metastate.infer.stops import StopMatcher
-from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
+from tiny_models import tiny
 
 TOKENIZER = ByteTokenizer()
 TEXT = "größer → 日本語 🙂 end."  # characters of 1, 2, 3 and 4 bytes
 
 
-def make(architecture, seed=0, vocab_size=256):
-    torch.manual_seed(seed)
-    model = LanguageModel(
-        ModelConfig(
-            architecture=architecture,
-            vocab_size=vocab_size,
-            hidden_size=16,
-            num_layers=2,
-            num_heads=2,
-        )
-    )
-    model.backend = "reference"
-    for p in model.parameters():  # far from uniform, so that every token matters
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.25)
-    return model
-
-
 @pytest.fixture(params=["metastate", "transformer"])
 def model(request):
-    return make(request.param)
+    return tiny(architecture=request.param)
 
 
 @pytest.fixture
@@ -217,7 +198,7 @@ def words():
 
 @pytest.mark.parametrize("cut", range(4))
 def test_prompt_and_text_are_what_one_text_would_be(words, monkeypatch, cut):
-    model, ids = make("metastate", vocab_size=words.vocab_size), iter([3, 5, 4] * 2)
+    model, ids = tiny(architecture="metastate", vocab_size=words.vocab_size), iter([3, 5, 4] * 2)
     monkeypatch.setattr(Sampler, "sample", lambda self, logits: next(ids))
     assert "".join(generate(model, words, "Hello", max_tokens=3)) == " world! again"
     first = generate(model, words, "Hello", max_tokens=cut)
@@ -321,7 +302,7 @@ def test_empty_prompt_starts_a_document(model):
 
 
 def test_padding_of_the_vocabulary_is_never_sampled():
-    model = make("transformer", vocab_size=300)
+    model = tiny(architecture="transformer", vocab_size=300)
     with torch.no_grad():
         model.head.weight[256:] *= 50
     run = generate(
@@ -344,11 +325,11 @@ def test_training_mode_and_gradients_are_left_alone(model):
 def test_refusals(model):
     with pytest.raises(ConfigError, match="max_tokens"):
         greedy(model, max_tokens=-1)
-    small = make("transformer", vocab_size=200)
+    small = tiny(architecture="transformer", vocab_size=200)
     with pytest.raises(ConfigError, match="256 ids"):
         greedy(small)
     other = "transformer" if model.config.architecture == "metastate" else "metastate"
-    run = greedy(make(other), max_tokens=1).drain()
+    run = greedy(tiny(architecture=other), max_tokens=1).drain()
     with pytest.raises(StateError):
         greedy(model, "", state=run.continuation)
 
@@ -382,7 +363,7 @@ def test_broken_notes_are_a_clear_error(model, tmp_path):
     ids=str,
 )
 def test_notes_that_no_generation_left_are_refused(tmp_path, change):
-    model = make("metastate")
+    model = tiny(architecture="metastate")
     continuation = greedy(model, max_tokens=2).drain().continuation
     continuation.save(tmp_path / "s", model.config)
     state = ModelState.load(tmp_path / "s", model)

@@ -7,23 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metastate.config import ModelConfig
 from metastate.data.tokenizer import ByteTokenizer, StreamDecoder
 from metastate.errors import StateError
 from metastate.infer.generate import Continuation, generate
 from metastate.infer.sampling import SamplingConfig
-from metastate.model.lm import LanguageModel
 from metastate.model.state import ModelState
+from tiny_models import tiny
 
 
 @pytest.fixture
 def model():
-    model = LanguageModel(ModelConfig(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2))
-    model.backend = "reference"
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.25)
-    return model.eval()
+    return tiny(num_layers=1).eval()
 
 
 @pytest.mark.parametrize("prompt", ["", "ab"])

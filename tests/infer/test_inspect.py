@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metastate.config import MetaStateConfig, ModelConfig
+from metastate.config import MetaStateConfig
 from metastate.data.tokenizer import ByteTokenizer
 from metastate.errors import ConfigError, StateError
 from metastate.infer.inspect import (
@@ -21,6 +21,7 @@ from metastate.infer.inspect import (
     readers,
 )
 from metastate.model.lm import LanguageModel
+from tiny_models import tiny
 from tolerance import TOLERANCE, relative_error
 
 TOKENIZER = ByteTokenizer()
@@ -29,22 +30,8 @@ DIGITS = 1e-4  # relative; the answers are rounded to five digits
 
 
 def make(architecture="metastate", dtype=torch.float32, memory_heads=None, **options):
-    model = LanguageModel(
-        ModelConfig(
-            architecture=architecture,
-            vocab_size=256,
-            hidden_size=16,
-            num_layers=2,
-            num_heads=2,
-            memory_heads=memory_heads,
-            meta_state=MetaStateConfig(**options),
-        )
-    )
-    model.backend = "reference"
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.25)
-    return model.to(dtype).eval()
+    fields = {"memory_heads": memory_heads, "meta_state": MetaStateConfig(**options)}
+    return tiny(architecture=architecture, **fields).to(dtype).eval()
 
 
 @pytest.fixture(params=["encoding", "both", "memory", "rwkv7"])

@@ -10,12 +10,12 @@ import torch
 from browsing import TIMEOUT_MS, Column, Watch, chromium, expect
 from served import KEYS, TOKENIZER, served, wait
 
-from metastate.config import MetaStateConfig, ModelConfig
+from metastate.config import MetaStateConfig
 from metastate.infer import server as server_module
 from metastate.infer.generate import generate
 from metastate.infer.inspect import inspect_prompt
 from metastate.infer.sampling import Sampler, SamplingConfig
-from metastate.model.lm import LanguageModel
+from tiny_models import tiny
 
 PAGE = Path(server_module.__file__).parent / "page"
 
@@ -28,25 +28,12 @@ def browser():
 
 def make(readout, memory_heads=None):
     """A model of bytes that writes printable ASCII only, so that a token is a character."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=256,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        memory_heads=memory_heads,
-        meta_state=MetaStateConfig(readout=readout),
-    )
-    model = LanguageModel(config)
-    model.backend = "reference"
+    model = tiny(memory_heads=memory_heads, meta_state=MetaStateConfig(readout=readout)).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                torch.nn.init.normal_(p, std=0.25)
         model.embedding.weight[:, 0] = 1  # the first channel of ln_out is a bias for the head
         model.ln_out.weight[0], model.ln_out.bias[0] = 0, 1
         model.head.weight[:, 0] = torch.tensor([0.0 if 32 < i < 127 else -1e4 for i in range(256)])
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
