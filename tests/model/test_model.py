@@ -12,7 +12,7 @@ from metastate.layers.common import DECAY_BASE, MATRIX, VECTOR
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.state import ModelState
-from tolerance import TOLERANCE, relative_error
+from tolerance import TOLERANCE, relative_error, slopes
 
 T = 12
 EXACT = TOLERANCE[torch.float64]
@@ -231,16 +231,8 @@ def test_gradient_by_finite_differences(name):
         n: p for n, p in model.named_parameters() if n.startswith(named) and "token_" not in n
     }
     for key, p in checked.items():
-        where = p.grad.abs().argmax()
-        value, size = p.detach().view(-1)[where].item(), 1e-5
-        with torch.no_grad():
-            p.view(-1)[where] = value + size
-            above = loss().item()
-            p.view(-1)[where] = value - size
-            below = loss().item()
-            p.view(-1)[where] = value
-        slope = p.grad.view(-1)[where].item()
-        assert (above - below) / (2 * size) == pytest.approx(slope, rel=2e-4, abs=1e-8), key
+        measured, slope = slopes(loss, p)
+        assert measured == pytest.approx(slope, rel=2e-4, abs=1e-8), key
 
 
 @pytest.mark.parametrize(
