@@ -23,25 +23,12 @@ def rows(n):
     return [*out, {"kind": "valid", "step": n, "tokens": 64 * n, "nats_per_token": 0.5}]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Catch the axes that are written."""
-    pytest.importorskip("matplotlib")
-    from metastate.eval import plots
-
-    found, write = [], plots._write
-    monkeypatch.setattr(
-        plots, "_write", lambda figure, out: found.append(figure.axes[0]) or write(figure, out)
-    )
-    return found
-
-
 @pytest.mark.parametrize("n", [1, 5, 100])
 def test_loss_curve_holds_every_point(tmp_path, drawn, n):
     log = write_log(tmp_path / "log.jsonl", rows(n))
     loss_curve(log, tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
-    axes = drawn[0]
+    axes = drawn[0].axes[0]
     assert axes.get_title() == "a run" and axes.get_xlabel() == "tokens"
     assert list(axes.lines[0].get_xdata()) == [64 * s for s in range(1, n + 1)]
     assert list(axes.lines[-1].get_ydata()) == [0.5]
@@ -65,7 +52,7 @@ def test_a_resumed_run_draws_each_step_once(tmp_path, drawn):
         ],
     )
     loss_curve(log, tmp_path / "loss.png")
-    assert list(drawn[0].lines[0].get_ydata()) == [3.0, 2.0]
+    assert list(drawn[0].axes[0].lines[0].get_ydata()) == [3.0, 2.0]
 
 
 def test_log_cut_off_while_writing(tmp_path):
@@ -99,7 +86,7 @@ def test_a_huge_loss_is_forgotten_where_the_window_has_left_it():
 def test_any_name_is_shown_as_it_is(name, tmp_path, drawn):
     log = write_log(tmp_path / "log.jsonl", rows(3))
     loss_curve(log, tmp_path / "loss.png", name)
-    title = drawn[0].title
+    title = drawn[0].axes[0].title
     drawable, formula = title._preprocess_math(title.get_text())
     assert (drawable.strip(), formula) == (name, False)
 

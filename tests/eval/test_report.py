@@ -195,14 +195,6 @@ def test_a_name_with_a_bar_stays_in_its_column():
     assert line == r"| small | a\|b |"
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Catch the figures that are drawn."""
-    found, plain = [], plots._bytes
-    monkeypatch.setattr(plots, "_bytes", lambda fig, kind: found.append(fig) or plain(fig, kind))
-    return found
-
-
 def test_points_are_means_with_the_spread_of_a_sample(results, drawn):
     comparison_figure(results, "parameters", {}, "a title")
     bars = {b.get_label(): b.lines[2][0].get_segments() for b in drawn[0].axes[0].containers}

@@ -297,17 +297,6 @@ def cell(problem, architecture, layers, accuracy, by_length):
     return {"problem": problem, "length": 2, "architecture": architecture, "model": model} | scores
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Catch the figures that are written."""
-    pytest.importorskip("matplotlib")
-    found, write = [], plots._write
-    monkeypatch.setattr(
-        plots, "_write", lambda figure, out: found.append(figure) or write(figure, out)
-    )
-    return found
-
-
 def test_figure_of_word_problems(tmp_path, drawn):
     cells = [
         cell("S5", "rwkv7", 1, 0.5, [1.0, 0.5, 0.25]),
