@@ -70,7 +70,11 @@ def atomic_write(
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as cause:
-        raise error(_refusal(cause, path)) from cause
+        what = f"cannot write {path}: {cause.strerror or cause}"
+        if is_full(cause):
+            what = f"disk full while writing {path}; free room and run again"
+        kept = "; the previous file is untouched" if os.path.exists(path) else ""
+        raise error(what + kept) from cause
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -197,13 +201,6 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as cause:
         raise ConfigError(f"no file {os.fspath(path)!r}: {cause}") from None
-
-
-def _refusal(cause: OSError, path: Path) -> str:
-    kept = "; the previous file is untouched" if os.path.exists(path) else ""
-    if is_full(cause):
-        return f"disk full while writing {path}; free room and run again{kept}"
-    return f"cannot write {path}: {cause.strerror or cause}{kept}"
 
 
 def sync_folder(folder: Path) -> None:

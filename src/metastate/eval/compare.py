@@ -98,7 +98,9 @@ def compare(
             except BusyError:
                 continue
             worked = True
-            say(f"{cell.title}: {_told(cell)}")
+            loss = last_loss(cell)
+            ended = f"{loss:.4f} nats a token of held-out text" if loss < math.inf else "diverged"
+            say(f"{cell.title}: {ended}")
         if not worked:
             if not told:
                 say(f"{len(left)} cells are being run by other processes; waiting for them")
@@ -124,12 +126,6 @@ def _hopeless(cells: list[Cell], cell: Cell) -> str | None:
         return None
     rates = ", ".join(f"{c.rate:g}" for c in sweep)
     return f"every learning rate of the sweep diverged ({rates}); give lr.values lower ones"
-
-
-def _told(cell: Cell) -> str:
-    """Return how a finished cell ended."""
-    loss = last_loss(cell)
-    return f"{loss:.4f} nats a token of held-out text" if math.isfinite(loss) else "diverged"
 
 
 def _finished(cell: Cell) -> bool:

@@ -42,10 +42,6 @@ MAX_TOKENS = 256  # tokens to write where a task does not say
 Watch = Callable[[str, str], contextlib.AbstractContextManager[Callable[..., None]]]
 
 
-def _unwatched(what: str, unit: str) -> contextlib.AbstractContextManager[Callable[..., None]]:
-    return contextlib.nullcontext(lambda *_: None)
-
-
 @register_model("metastate")
 class MetaStateLM(TemplateLM):
     """A LanguageModel and its tokenizer, as lm-evaluation-harness asks them.
@@ -87,7 +83,7 @@ class MetaStateLM(TemplateLM):
             tokenizer = tokenizer or tokenizer_of(self._model, checkpoint)
         check_tokenizer(self._model, tokenizer)
         self._tokenizer: Tokenizer = tokenizer
-        self.watch: Watch = _unwatched
+        self.watch: Watch = lambda *_: contextlib.nullcontext(lambda *_: None)
         if str(batch_size) != "auto" and not str(batch_size).isdigit():
             raise ConfigError(f"batch_size is {batch_size!r}; it must be a number, or auto")
         self.batch_size = 16 if str(batch_size) == "auto" else int(batch_size)

@@ -109,13 +109,8 @@ def upgrade(
                     block.ln3 = copy.deepcopy(block.ln2)
     both = (model.config, config)
     step: dict[str, Any] = {
-        name: [_layers_with(c, which) for c in both]
+        name: [[i for i in range(c.num_layers) if c.second_layers(i)[which]] for c in both]
         for which, name in enumerate(("meta_layers", "ffn_layers"))
     }
     inherit(upgraded, model, step | {"seed": seed})
     return upgraded.train(model.training)
-
-
-def _layers_with(config: ModelConfig, which: int) -> list[int]:
-    """Return the blocks that have a Meta-State layer (`which` 0) or a feed-forward layer (1)."""
-    return [i for i in range(config.num_layers) if config.second_layers(i)[which]]

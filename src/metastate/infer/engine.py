@@ -51,11 +51,8 @@ class Engine:
             if size < 1:
                 raise ConfigError(f"{name} is {size}; it must be at least 1")
         self.model, self.tokenizer = model, tokenizer
-        self.max_slots, self.max_waiting, self.prefill_chunk = (
-            max_slots,
-            max_waiting,
-            prefill_chunk,
-        )
+        self.max_slots, self.max_waiting = max_slots, max_waiting
+        self.prefill_chunk = prefill_chunk
         self.totals: Counter[str] = Counter()
         self.fault: BaseException | None = None
         self._unfinished: set[Job] = set()  # wherever a job is, also between two places
@@ -268,7 +265,8 @@ class Engine:
             self._share(job)
             piece = draft.end_if_full()
             if draft.finish_reason is None:
-                self._join(job)
+                draft.enter(self._decoder, len(self._running))
+                self._running.append(job)
             else:
                 self._finish(job, piece)
         return True
@@ -282,10 +280,6 @@ class Engine:
                 if draft.state is state and draft.pending == prompt and scored:
                     draft.stand_beside(job.draft)
                     other.read_logprobs = job.read_logprobs
-
-    def _join(self, job: Job) -> None:
-        job.draft.enter(self._decoder, len(self._running))
-        self._running.append(job)
 
     def _leave(self, job: Job) -> None:
         """Free the row of `job`; the last row moves there."""

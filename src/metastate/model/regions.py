@@ -72,10 +72,11 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
     axes, out = model.growth_axes(), {}
     for name, p in model.named_parameters():
         whole = Region(tuple(p.shape), tuple((0, n) for n in p.shape))
+        layer = name[: name.rindex(".") + 1]  # what the names of its parameters begin with
         letters, rule = axes.get(name, (VOCABULARY.get(name, ""), ""))
         if name in before:
             old = _apart(before[name], letters.split(), old_sizes)
-        elif rule == IDENTITY and any(n.startswith(_layer_of(name)) for n in before):
+        elif rule == IDENTITY and any(n.startswith(layer) for n in before):
             old = (p.shape[0], old_sizes["N"])
         else:
             out[name] = Regions(None, {"": whole})
@@ -93,11 +94,6 @@ def regions(model: LanguageModel, parent: ModelConfig) -> dict[str, Regions]:
         }
         out[name] = Regions(Region(shape, box), new)
     return out
-
-
-def _layer_of(name: str) -> str:
-    """Return what the names of the parameters of the same layer begin with."""
-    return name[: name.rindex(".") + 1]
 
 
 def _apart(p: Tensor, letters: list[str], sizes: dict[str, int]) -> tuple[int, ...]:
