@@ -1,11 +1,9 @@
 """Training a grown model: frozen, slowed or free; growth inside a run; resume."""
 
-import json
 import os
 import shutil
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +24,8 @@ from metastate.train.optim import (
     moments,
     whole_moments,
 )
-from metastate.train.trainer import WALL_CLOCK, train
+from metastate.train.trainer import train
+from train_runs import evaluate, read_log, short_run
 
 SIZES = {
     "hidden_size": 8,
@@ -40,30 +39,8 @@ SIZES = {
 
 @pytest.fixture
 def config(few_words, tmp_path):
-    def make(out="run", **changes):
-        settings = {
-            "data": str(few_words),
-            "out": str(tmp_path / out),
-            "model": SIZES,
-            "steps": 10,
-            "batch_size": 2,
-            "context": 16,
-            "warmup": 2,
-            "lr": 1e-2,
-            "weight_decay": 0.5,
-            "backend": "chunked",
-            "log_every": 2,
-            "valid_every": 4,
-            "checkpoint_every": 4,
-        }
-        return TrainConfig(**settings | changes)
-
-    return make
-
-
-def evaluate(model):
-    tokens = torch.tensor([list(b"the state reads the state")])
-    return {"nats_per_token": float(lm_loss(model, tokens[:, :-1], tokens[:, 1:]).nll)}
+    asked = {"model": SIZES, "steps": 10, "warmup": 2, "lr": 1e-2, "weight_decay": 0.5}
+    return short_run(few_words, tmp_path, **asked, log_every=2, checkpoint_every=4)
 
 
 def fresh(**changes):
@@ -246,17 +223,12 @@ SCHEDULE = (
 )
 
 
-def log_of(out):
-    lines = (Path(out) / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(r).items() if k not in WALL_CLOCK} for r in lines]
-
-
 def test_growth_inside_a_run(config):
     result = train(config(growth=SCHEDULE), evaluate=evaluate, grow=grow_in_training)
     model = metastate.load(result.out)
     assert (model.config.head_size, model.config.num_heads, model.config.num_layers) == (6, 3, 3)
     assert [step["step"] for step in model.lineage] == [3, 6]
-    rows = [row for row in log_of(result.out) if row["kind"] == "growth"]
+    rows = [row for row in read_log(result.out) if row["kind"] == "growth"]
     assert [row["step"] for row in rows] == [3, 6]
     for row in rows:
         before, after = row["nats_per_token"]
@@ -273,7 +245,7 @@ def test_a_memory_comes_inside_a_run_and_learns(config):
     model = metastate.load(result.out)
     assert model.config.memory_heads == 2
     assert model.surprise_memory.gain.all() and model.surprise_memory.place.all()
-    (row,) = (row for row in log_of(result.out) if row["kind"] == "growth")
+    (row,) = (row for row in read_log(result.out) if row["kind"] == "growth")
     assert row["sizes"] == {"memory_heads": 2}
     before, after = row["nats_per_token"]
     assert after == pytest.approx(before, rel=1e-5)
@@ -355,7 +327,7 @@ def test_resume_around_growth_is_exact(config, schedule, stop, carry):
     first = train(part, evaluate=evaluate, grow=grow_in_training, progress=interrupt)
     assert (first.step, first.interrupted) == (stop, signal.SIGINT)
     again = train(part, evaluate=evaluate, grow=grow_in_training, resume=True)
-    assert log_of(whole.out) == log_of(again.out)
+    assert read_log(whole.out) == read_log(again.out)
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = (read_tensors(r.out / "last" / name) for r in (whole, again))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name

@@ -28,8 +28,9 @@ from metastate.mapping import from_dict, to_dict
 from metastate.model.io import read_tensors
 from metastate.train import checkpoint, distributed
 from metastate.train.checkpoint import Writer, read_trainer
-from metastate.train.trainer import WALL_CLOCK, train
+from metastate.train.trainer import train
 from ranks import PATIENCE_S, run_ranks
+from train_runs import read_log, short_run
 
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
 VARIANTS = {
@@ -64,24 +65,8 @@ FAST = ("ddp_growth", "fsdp", "context")
 
 @pytest.fixture
 def config(few_words, tmp_path):
-    def make(out="run", **changes):
-        settings = {
-            "data": str(few_words),
-            "out": str(tmp_path / out),
-            "model": MODEL,
-            "steps": 8,
-            "batch_size": 4,
-            "context": 16,
-            "warmup": 3,
-            "schedule": "constant",
-            "backend": "chunked",
-            "log_every": 1,
-            "valid_every": 4,
-            "checkpoint_every": 3,
-        }
-        return TrainConfig(**settings | changes)
-
-    return make
+    asked = {"model": MODEL, "steps": 8, "batch_size": 4, "schedule": "constant"}
+    return short_run(few_words, tmp_path, **asked, log_every=1, checkpoint_every=3)
 
 
 def evaluate(model):
@@ -95,11 +80,6 @@ def evaluate(model):
 def run(config, resume=False):
     grow = grow_in_training if config.growth else None
     return train(config, evaluate=evaluate, resume=resume, grow=grow)
-
-
-def read_log(out):
-    records = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
 
 
 def assert_close(a, b, rel=1e-5):

@@ -42,44 +42,16 @@ from metastate.train import checkpoint, distributed, log, trainer
 from metastate.train.checkpoint import find_checkpoint, read_trainer, saved_config
 from metastate.train.optim import set_learning_rate
 from metastate.train.signals import signals
-from metastate.train.trainer import WALL_CLOCK, train
+from metastate.train.trainer import train
 from tolerance import TOLERANCE, relative_error
+from train_runs import evaluate, read_log, short_run
 
 MODEL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_size": 4, "ffn_size": 8}
 
 
 @pytest.fixture
 def config(few_words, tmp_path):
-    def make(out="run", **changes):
-        settings = {
-            "data": str(few_words),
-            "out": str(tmp_path / out),
-            "model": MODEL,
-            "steps": 12,
-            "batch_size": 2,
-            "context": 16,
-            "warmup": 3,
-            "backend": "chunked",
-            "log_every": 3,
-            "valid_every": 4,
-            "checkpoint_every": 5,
-        }
-        return TrainConfig(**settings | changes)
-
-    return make
-
-
-def evaluate(model):
-    """Score a fixed line; draws random numbers, as no evaluation may disturb the training."""
-    torch.rand(3)
-    tokens = torch.tensor([list(b"the state reads the state")])
-    return {"nats_per_token": float(lm_loss(model, tokens[:, :-1], tokens[:, 1:]).nll)}
-
-
-def read_log(out):
-    lines = (Path(out) / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
+    return short_run(few_words, tmp_path, model=MODEL, steps=12, log_every=3, checkpoint_every=5)
 
 
 def assert_same_run(a, b):
@@ -582,8 +554,8 @@ def test_tensorboard_gets_the_same_figures(config):
 
 SCRIPT = """
     import json, sys, torch
-    sys.path[:0] = [sys.argv[2] + "/train", sys.argv[2]]
-    from test_train_trainer import evaluate
+    sys.path[:0] = [sys.argv[2]]
+    from train_runs import evaluate
     from metastate.config import TrainConfig
     from metastate.mapping import from_dict
     from metastate.errors import TrainingError
