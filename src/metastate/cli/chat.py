@@ -25,6 +25,7 @@ TURN = "\n\n"  # between a reply and the next message
 UNDO = 32  # places that a conversation keeps for /undo, each of the size of a state
 TAIL = "chat_tail"  # note in a saved state
 
+COMMANDS = ("fork", "switch", "undo", "reset", "save", "load", "set", "help")
 HELP = """\
 /fork NAME         copy this conversation as NAME and go on in the copy
 /switch NAME       go on in another one; /switch alone lists them
@@ -171,22 +172,12 @@ class Chat:
         self.go_to(Place(at, tail))
 
     def command(self, name: str, rest: str) -> None:
-        """Run `/name rest`."""
-        commands = {
-            "fork": self.fork,
-            "switch": self.switch,
-            "undo": self.undo,
-            "reset": self.reset,
-            "save": self.save,
-            "load": self.load,
-            "set": self.set,
-            "help": self.help,
-        }
-        if name not in commands:
-            near = difflib.get_close_matches(name, [*commands, "exit"], n=1, cutoff=0.5)
+        """Run `/name rest`: the method of that name."""
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, [*COMMANDS, "exit"], n=1, cutoff=0.5)
             hint = f"did you mean /{near[0]}?" if near else "/help lists them"
             raise ConfigError(f"unknown command /{name}; {hint}")
-        commands[name](rest)
+        getattr(self, name)(rest)
 
     def help(self, _: str) -> None:
         """List the commands."""
