@@ -235,22 +235,16 @@ class Writer:
 
 
 def load_checkpoint(
-    out: str | os.PathLike[str],
-    model: LanguageModel,
-    optimizer: GroupedAdamW,
-    folder: Path | None = None,
-    *,
-    repair: bool = True,
+    folder: Path, model: LanguageModel, optimizer: GroupedAdamW, *, repair: bool = True
 ) -> tuple[TrainerState, ModelState | None]:
-    """Load a checkpoint of `out` into `model` and `optimizer`, in place.
+    """Load a checkpoint of a run into `model` and `optimizer`, in place.
 
     A sharded model takes its parts out of the whole tensors, whatever processes wrote them.
 
     Args:
-        out: folder of the run.
+        folder: the checkpoint, one that `find_checkpoint` names.
         model: of the checkpoint's shape.
         optimizer: of `make_optimizer` on it.
-        folder: the checkpoint; None means the newest.
         repair: set the links right where a kill came between the folder's rename and theirs; one
             process does it.
 
@@ -258,12 +252,9 @@ def load_checkpoint(
         The trainer's state and the carried state, if there was one.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, newer than this program or of another
-            model; or the links cannot be set right.
+        CheckpointError: it is damaged, newer than this program or of another model; or the links
+            cannot be set right.
     """
-    folder = folder or find_checkpoint(out)
-    if folder is None:
-        raise CheckpointError(f"{out} holds no checkpoint; start the run without --resume")
     trainer = read_trainer(folder)
     tensors, own = io.read_tensors(folder / MODEL), model.state_dict()
     io.check_tensors(tensors, own, folder / MODEL)
@@ -277,8 +268,9 @@ def load_checkpoint(
     except StateError as cause:
         raise CheckpointError(f"{cause}") from None
     if repair:
+        out = folder.parents[1]
         try:
-            _publish(Path(out), trainer)
+            _publish(out, trainer)
         except (OSError, TrainingError) as cause:
             raise CheckpointError(
                 f"{out} cannot be written, where `last` is to lead to {folder} ({cause}); "

@@ -268,7 +268,7 @@ class _Run:
         first = self.team.rank == 0
         if self.found is not None:
             folder, model, optimizer = self.found, self.model, self.optimizer
-            at, carried = load_checkpoint(self.out, model, optimizer, folder, repair=first)
+            at, carried = load_checkpoint(folder, model, optimizer, repair=first)
             self.at = continued(at, self.config)
             self.carried = self.team.own_rows(carried)
             self.team.check_shared(folder, at.step, at.tokens, at.window_nats)
