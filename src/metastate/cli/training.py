@@ -28,7 +28,7 @@ from metastate.train.checkpoint import find_checkpoint, saved_config, step_of
 from metastate.train.distributed import is_first
 from metastate.train.optim import learning_rate
 from metastate.train.trainer import LOG, TrainResult, train
-from metastate.train.tune import TuneResult, tune
+from metastate.train.tune import tune
 
 CURVE = "loss.png"
 LR = {"tokens": 0.3, "state": 1.0}  # what did best in the first hundred steps (docs/results.md)
@@ -77,7 +77,7 @@ def run_train(args: argparse.Namespace) -> int:
     return code if config.parallel == "none" else 0  # torchrun starts again what ends with an error
 
 
-def exit_code(result: TrainResult | TuneResult) -> int:
+def exit_code(result: TrainResult) -> int:
     """Return the exit code of a run, 0 where it came to its end; say where it was stopped."""
     if result.interrupted is None:
         return 0

@@ -72,7 +72,8 @@ class TrainResult:
         out: folder of the run; its newest checkpoint is out/last, the best one out/best.
         step: finished updates.
         tokens: tokens read.
-        loss: training loss of the last line of the log, nats a token, None if none was written.
+        loss: training loss of the last line of the log (of the last step, in state tuning), nats a
+            token, None if none was written.
         best_loss: lowest held-out loss, None without validation.
         best_step: its step.
         interrupted: number of the signal that ended the run early, None if it is complete.

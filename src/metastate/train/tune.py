@@ -34,6 +34,7 @@ from metastate.train.optim import (
     moments,
 )
 from metastate.train.signals import signals
+from metastate.train.trainer import TrainResult
 
 FORMAT, VERSION = "metastate-tuning", 1
 WHAT = ("tokens", "state")
@@ -109,30 +110,16 @@ class Start(nn.Module):
 
 
 @dataclass(frozen=True)
-class TuneResult:
-    """How tuning ended.
+class TuneResult(TrainResult):
+    """How tuning ended; `out` is the file of the state of the best validation.
 
     Attributes:
-        out: the state file; it holds the state of the best validation.
-        step: finished updates.
-        tokens: tokens read.
-        loss: training loss of the last update, nats a token.
         before: held-out loss from the model's own start, None without validation.
-        best_loss: lowest held-out loss of a tuned start.
-        best_step: its step.
         file_bytes: size of the file.
-        interrupted: number of the signal that ended it early, None if it is complete.
     """
 
-    out: Path
-    step: int
-    tokens: int
-    loss: float | None
     before: float | None
-    best_loss: float | None
-    best_step: int | None
     file_bytes: int
-    interrupted: int | None
 
 
 def tune(
@@ -251,11 +238,11 @@ class _Tuning:
             at.step,
             at.tokens,
             self.loss,
-            self.before,
             at.best_loss,
             at.best_step,
-            file_bytes,
             None if complete else self.signal,
+            self.before,
+            file_bytes,
         )
         if complete:  # and the state is in its file
             with contextlib.suppress(OSError):
