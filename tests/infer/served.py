@@ -5,6 +5,7 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -80,6 +81,11 @@ def served(
         server.should_exit = True
         thread.join(120)
         assert not thread.is_alive()
+
+
+def posting(server, body):
+    """Ask for a completion in a thread; return the future of its answer."""
+    return ThreadPoolExecutor(1).submit(server.client.post, "/v1/completions", json=body)
 
 
 def wait(condition, timeout_s=120):

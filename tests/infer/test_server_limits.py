@@ -12,7 +12,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import KEYS, LONG, SECOND, error_of, paced, served, wait
+from served import KEYS, LONG, SECOND, error_of, paced, posting, served, wait
 
 from metastate.infer.store import StateStore
 from metastate.model.lm import LanguageModel
@@ -327,18 +327,14 @@ def test_stopping_ends_streams_with_a_reason(tmp_path, pace):
 def test_stopping_lets_what_is_nearly_done_finish(tmp_path, pace):
     pace.s = 0.05
     with served(tmp_path, grace_s=120) as server:
-        answers = []
         body = {"prompt": "a", "max_tokens": 40, "store_state": True}
-        poster = threading.Thread(
-            target=lambda: answers.append(server.client.post("/v1/completions", json=body))
-        )
-        poster.start()
+        answer = posting(server, body)
         wait(lambda: server.engine.num_running == 1)
         server.server.should_exit = True
-        poster.join(120)
-    assert answers[0].status_code == 200
+        answer = answer.result(120)
+    assert answer.status_code == 200
     (stored,) = tmp_path.rglob("*.safetensors")
-    assert stored.stem == answers[0].json()["choices"][0]["state"]
+    assert stored.stem == answer.json()["choices"][0]["state"]
 
 
 JSON = st.recursive(

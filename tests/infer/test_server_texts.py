@@ -4,14 +4,13 @@ import asyncio
 import contextlib
 import json
 import os
-import threading
 import time
 import types
 
 import httpx
 import pytest
 import torch
-from served import KEYS, LONG, SECOND, TOKENIZER, error_of, make, paced, served, wait
+from served import KEYS, LONG, SECOND, TOKENIZER, error_of, make, paced, posting, served, wait
 
 from metastate.cli.serving import warm_up
 from metastate.errors import EngineError, StateError
@@ -112,16 +111,11 @@ def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stre
     with served(tmp_path) as server:
         stop, shown = stop_within(server, **LONG | {"max_tokens": 60})
         pace.s = 0.05
-        answers = []
         body = LONG | {"stop": stop, "stream": stream, "store_state": True}
-        poster = threading.Thread(
-            target=lambda: answers.append(server.client.post("/v1/completions", json=body))
-        )
-        poster.start()
+        answer = posting(server, body)
         wait(lambda: server.engine.num_running == 1)
         server.engine.max_waiting = 0  # as if as many waited by now
-        poster.join(120)
-        (choice,) = choices_of(answers[0])
+        (choice,) = choices_of(answer.result(120))
         assert (choice["text"], choice["finish_reason"]) == (shown, "stop")
         assert server.store.info("open", choice["state"]).tokens_seen == len("ab" + shown)
 
@@ -130,17 +124,12 @@ def test_a_full_queue_does_not_take_a_text_that_was_written(tmp_path, pace, stre
 def test_a_store_that_fills_meanwhile_does_not_take_the_text(tmp_path, pace, stream):
     pace.s = 0.05
     with served(tmp_path, store={"max_states": 2}) as server:
-        answers = []
         body = LONG | {"max_tokens": 40, "n": 2, "stream": stream, "store_state": True}
-        poster = threading.Thread(
-            target=lambda: answers.append(server.client.post("/v1/completions", json=body))
-        )
-        poster.start()
+        answer = posting(server, body)
         wait(lambda: server.engine.num_running == 2)
         httpx.post(f"{server.url}/v1/states", json={"prompt": "a"}, timeout=120)
         pace.s = 0
-        poster.join(120)
-        found = choices_of(answers[0])
+        found = choices_of(answer.result(120))
         assert [len(c["text"]) > 9 for c in found] == [True, True]
         assert [c["finish_reason"] for c in found] == ["length", "length"]
         (refused,) = [c for c in found if c["state"] is None]
