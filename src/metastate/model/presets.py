@@ -67,20 +67,10 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         "memory_heads": fewest_memory_heads(D) if architecture == "metastate" else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }
-    return override(ModelConfig(**fields), overrides)  # type: ignore[arg-type]
-
-
-def override(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """Return `config` with the fields of `changes` replaced, checked as `from_dict` checks them.
-
-    Raises:
-        ConfigError: a key is unknown or a value is not allowed.
-    """
-    changes = dict(changes)
-    meta = changes.get("meta_state")
-    if isinstance(meta, dict):
-        changes["meta_state"] = merge(to_dict(config.meta_state), meta)
-    return config.replace(**coerce_fields(ModelConfig, changes, "model"))
+    config = ModelConfig(**fields)  # type: ignore[arg-type]
+    if isinstance(meta := overrides.get("meta_state"), dict):
+        overrides["meta_state"] = merge(to_dict(config.meta_state), meta)
+    return config.replace(**coerce_fields(ModelConfig, overrides, "model"))
 
 
 def near(name: str) -> str | None:
