@@ -4,8 +4,8 @@
 
 flash-linear-attention compiles and times hundreds of forms of its kernels before its first result
 (version 0.6: 424 at one head size), which takes one process many minutes. Here as many processes as
-there are cores compile a share each; then one call, at the size that bench/gpu.py times, lets it
-choose. Triton keeps both on the disk. Without fla there is nothing to do.
+there are cores compile a share each; then calls at the size that bench/gpu.py times let
+it choose. Triton keeps both on the disk. Without fla there is nothing to do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metastate import ops
 from metastate.cli import exit_code
 from metastate.cli.options import positive
 from metastate.errors import ConfigError
@@ -58,10 +59,20 @@ def bare_calls(x: dict[str, Tensor], calls: int) -> list[Tensor]:
     return [function(r=r, w=w, k=k, v=v, a=a, b=b, **options)[0] for r, k, v in asked]
 
 
-def one_call(shape: tuple[int, ...], device: torch.device | str) -> None:
-    """Call fla once, forward and backward."""
-    out = bare_calls(as_fla_wants(draw(shape, device)), 1)
-    torch.autograd.backward(out, [torch.randn_like(t) for t in out])
+def all_calls(shape: tuple[int, ...], device: torch.device | str) -> None:
+    """Call fla in every way that tests, doctor and benchmark do, forward and backward.
+
+    Its choices depend on which arguments are there: bare, from a state, with its gradient.
+    """
+    x = draw(shape, device)
+    y = bare_calls(as_fla_wants(x), 1)[0]
+    y.backward(torch.randn_like(y))
+    for whole in (False, True):
+        leaves = {n: t.detach().requires_grad_() for n, t in x.items()}
+        state = torch.randn(shape[0], *shape[2:], shape[3], device=device, requires_grad=whole)
+        y, final = ops.wkv7(*(leaves[n] for n in NAMES[:-1]), state, backend="fla")
+        out = (y, final) if whole else (y,)
+        torch.autograd.backward(out, [torch.randn_like(t) for t in out])
 
 
 def choose(shape: tuple[int, ...], device: torch.device) -> None:
@@ -73,7 +84,7 @@ def choose(shape: tuple[int, ...], device: torch.device) -> None:
         return
     print("fla chooses its kernels: minutes, unless bench/fla_ready.py did that", flush=True)
     try:
-        one_call(shape, device)
+        all_calls(shape, device)
     except Exception as error:  # its rows will say so; ours are none the worse
         print(f"fla failed: {type(error).__name__}: {error}")
 
@@ -92,7 +103,7 @@ def compile_share(share: int, shares: int, shape: tuple[int, ...], device: str) 
                 print(f"not compiled: {str(error)[:100]!r}", file=sys.stderr)
 
     Autotuner.run = compile_some
-    one_call(shape, device)
+    all_calls(shape, device)
 
 
 def main() -> int:
@@ -118,7 +129,7 @@ def main() -> int:
     compiled = time.monotonic()
     failed = sum(task.exitcode != 0 for task in tasks)
     print(f"fla: compiled in {compiled - begin:.0f} s, {failed} processes failed", flush=True)
-    one_call(shape, args.device)
+    all_calls(shape, args.device)
     print(f"fla: chose in {time.monotonic() - compiled:.0f} s")
     return 0
 

@@ -299,7 +299,7 @@ def test_a_model_with_documents(options, short_chunks):
 
 
 def check_training_under_autocast(device, **fields):
-    """Hold what bench/gpu.py times to float32: the worst gradient within twice that of `chunked`."""
+    """Hold it to float32: the worst gradient is off by less than twice what `chunked` is."""
     model = LanguageModel(preset("metastate-150m", vocab_size=97, **fields)).to(device)
     for p in model.parameters():
         if not p.any():
