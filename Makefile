@@ -28,7 +28,7 @@ explore: $(DEV)
 
 gpu: $(DEV)
 	@export PYTHONPATH=src; status=0; $(BIN)/python bench/fla_ready.py || status=$$?; \
-	$(BIN)/python -m pytest -m gpu -n 8 $$(grep -rl --include='test_*.py' mark.gpu tests) || \
+	$(BIN)/python -m pytest -m gpu -n 8 -rs $$(grep -rl --include='test_*.py' mark.gpu tests) || \
 	status=$$?; $(BIN)/python bench/gpu.py $(OPTIONS) || status=$$?; exit $$status
 
 bench: $(DEV)

@@ -1,7 +1,7 @@
 """GPU: the layer's kernels against flash-linear-attention, training and decoding speed.
 
     python bench/fla_ready.py                   before it, where fla is installed
-    python bench/gpu.py [--minutes 5] [--out rows.jsonl] [--tables kernels training decoding]
+    python bench/gpu.py [--minutes 4] [--out rows.jsonl] [--tables kernels training decoding]
     python bench/gpu.py --device cpu --dry      tiny shapes, anywhere; its figures mean nothing
 
 First `metastate doctor`'s checks of the device: where they fail there are no figures. Every row is
@@ -193,16 +193,17 @@ class Bench:
         return (time.perf_counter() - begin) / calls
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Return the median seconds of a call, over rounds of about a tenth of a second.
+        """Return the median seconds of a call, over rounds of a tenth of a second or more.
 
-        Two calls before them compile and warm up.
+        Two calls before them compile and warm up; of long ones there are three rounds at most.
         """
         self.timed(run, 1)
         once = self.timed(run, 1)
         calls = 1 if self.dry else max(1, min(100, int(0.1 / once)))
-        if once * calls * self.rounds > self.report.left():
+        rounds = self.rounds if once < 0.5 else min(3, self.rounds)
+        if once * calls * rounds > self.report.left():
             raise OutOfTimeError
-        return statistics.median(self.timed(run, calls) for _ in range(self.rounds))
+        return statistics.median(self.timed(run, calls) for _ in range(rounds))
 
 
 def document_lengths(tokens: int, longest: int) -> list[int]:
@@ -408,7 +409,7 @@ def decoding(bench: Bench, args: argparse.Namespace) -> None:
     `eager` launches kernel by kernel; `in place` is the decoder of `metastate generate`, which
     replays a captured graph, and here hands one token a row to the host every step.
     """
-    prompt, steps = (32, 4) if bench.dry else (1024, 64)
+    prompt, steps = (32, 4) if bench.dry else (1024, 32)
     about = f"decoding, {args.size}, matrices in bfloat16, states in float32, after {prompt} tokens"
     columns = {"architecture": "{}", "way": "{}", "batch": "{}", "tokens/s": "{:,.0f}"}
     columns |= {"ms a step": "{:.2f}", "of copy": "{:.1%}", "error": "{:.1e}"}
@@ -446,7 +447,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--minutes", type=positive, default=5, help="in which it ends")
+    parser.add_argument("--minutes", type=positive, default=4, help="in which it ends")
     parser.add_argument("--out", help="file to append every row to, as JSON")
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that it runs")
