@@ -361,7 +361,13 @@ def test_compiled_kernels_are_not_for_a_cpu(monkeypatch):
         ops.wkv7(*(make(1, 2, 1, 16)[n] for n in NAMES), backend="triton")
 
 
-COMPILE = Path(__file__).with_name("compile_kernels.py")
+def run_compiled(script, *arguments):
+    """Run a script of this folder whose kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-W", "ignore", Path(__file__).with_name(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -372,10 +378,13 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, size):
 
     A thread's stack holds what its registers could not: it was 10 KB in a kernel of head size 64.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", COMPILE, str(capability), str(size)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_compiled("compile_kernels.py", str(capability), str(size))
+
+
+@pytest.mark.slow
+def test_another_batch_compiles_nothing_anew():
+    """Nor do other documents, lengths and numbers of heads: a GPU would wait for seconds."""
+    run_compiled("launch_kernels.py")
 
 
 # On a GPU every dtype, head size and length of chunk is compiled, for seconds a kernel: here by one
