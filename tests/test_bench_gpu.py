@@ -57,16 +57,16 @@ def test_every_row_is_measured_and_kept(bench, monkeypatch, tmp_path, capsys):
     assert not [row for row in rows if "left_out" in row]
     tables = {name: [r for r in rows if r["table"] == name] for name in {r["table"] for r in rows}}
     assert {name: len(found) for name, found in tables.items()} == {
-        **{"ceilings": 2, "kernels": 3 * 3 + 1},
+        **{"ceilings": 2, "kernels": 3 * 3 + 2},
         **{"training": 2 * 2, "decoding": 2 + 3 * 2},
     }
     sides = {r["backend"] for r in tables["kernels"] if r["operation"].startswith("layer: ")}
-    assert sides == {"chunked", "fla", "fla, bare calls"}
-    figures = {"kernels": "of matrix product", "training": "MFU", "decoding": "of copy"}
+    assert sides == {"chunked", "fla", "fla, bare calls", "fla, one bare call"}
+    figures = {"kernels": "times own", "training": "MFU", "decoding": "of copy"}
     for name, column in figures.items():
         assert all(r[column] > 0 for r in tables[name] if r.get("way") != "checked")
     text = [line for line in printed if line.startswith("| layer")]
-    assert len(text) == 4 and all(line.count("|") == 8 for line in text)
+    assert len(text) == 5 and all(line.count("|") == 8 for line in text)
 
 
 def test_a_row_that_fails_or_has_no_time_leaves_the_others(report, tmp_path, capsys):
@@ -140,3 +140,24 @@ def test_fla_that_fails_is_said(bench, monkeypatch, capsys):
     monkeypatch.setattr(fla_ready, "all_calls", lambda *_: 1 / 0)
     fla_ready.choose((1, 3, 1, 16), torch.device("cpu"))
     assert "fla failed: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_fla_is_made_ready_by_every_process(bench, monkeypatch, capsys):
+    import fla_ready
+
+    class Here:
+        """A context whose processes are calls."""
+
+        def Process(self, target, args):
+            self.start, self.join, self.exitcode = (lambda: target(*args)), lambda: None, 0
+            return self
+
+    shares = []
+    monkeypatch.setattr(fla_ready.multiprocessing, "get_context", lambda kind: Here())
+    monkeypatch.setattr(fla_ready, "compile_share", lambda *given: shares.append(given))
+    monkeypatch.setattr(fla_ready.importlib.util, "find_spec", lambda name: object())
+    options = ["--device", "cpu", "--layer", "1", "3", "--head-size", "16", "--processes", "1"]
+    monkeypatch.setattr(sys, "argv", ["fla_ready.py", *options])
+    assert fla_ready.main() == 0
+    assert shares == [(0, 1, (1, 3, 12, 16), "cpu")]
+    assert "0 processes failed" in capsys.readouterr().out
