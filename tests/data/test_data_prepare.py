@@ -306,6 +306,17 @@ def test_a_split_that_was_given_no_text_is_said(tmp_path):
     assert said == ["the inputs given for valid hold no text: that split is empty"]
 
 
+def test_a_split_that_is_far_too_small_is_said(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "book.txt").write_text("word " * 10_000)
+    (tmp_path / "in" / "SOURCE.txt").write_text("where it is from")
+    said = []
+    run(tmp_path / "in", tmp_path / "out", fractions=(0.9, 0.1, 0.0), say=said.append)
+    assert len(said) == 1 and "valid holds 17 of 50,018 tokens, where 0.1 of all" in said[0]
+    run(tmp_path / "in" / "book.txt", tmp_path / "one", fractions=(0.9, 0.1, 0.0), say=said.append)
+    assert len(said) == 1  # one document is cut
+
+
 def test_a_preparation_that_kept_nothing_is_not_in_the_way(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(DataError, match="a record needs a field 'body'"):

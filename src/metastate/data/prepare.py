@@ -36,6 +36,7 @@ from metastate.errors import ConfigError, DataError
 BLOCK_CHARACTERS = 1 << 22  # a block of text that is tokenised, and lost by a kill, at once
 PIECE_CHARACTERS = 1 << 20  # a longer document is tokenised in pieces, cut at line ends
 SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
+SMALL = 0.25  # part of its share below which a split is said to be too small
 MIN_DOMAIN_DOCUMENTS = 20  # a domain of so many documents gets one into every split
 BY_HASH = -1
 Item = TypeVar("Item")
@@ -80,7 +81,8 @@ def prepare(
         overwrite: replace what `out` holds, whatever settings it was made with.
         progress: called with (bytes read, bytes in all or None where that is not known).
         say: is told, in one line, what of the inputs' folders is left out or read otherwise than
-            its name says; data.json has it as `notes`. Also of `valid` or `test` without any text.
+            its name says; data.json has it as `notes`. Also of `valid` or `test` without any text,
+            or with far less of it than `fractions` say.
 
     Returns:
         The prepared data. If `out` was finished with the same inputs and settings: at once.
@@ -134,11 +136,26 @@ def prepare(
         for name, given in (("valid", valid), ("test", test)):
             if given and not record["splits"][name]["documents"]:
                 say(f"the inputs given for {name} hold no text: that split is empty")
+        for line in _too_small(record["splits"], fractions):
+            say(line)
         tokenizer.save(folder)
         record |= {"notes": notes, "settings": settings}
         write_json(folder / RECORD, record, error=DataError)
         shutil.rmtree(parts)
     return PreparedData.open(folder)
+
+
+def _too_small(splits: dict[str, Any], fractions: tuple[float, ...]) -> Iterator[str]:
+    """Yield a sentence for each split far below its share, as of two files the small one may be."""
+    drawn = {name: f for name, f in zip(SPLITS, fractions, strict=True) if f}
+    total = sum(splits[name]["tokens"] for name in drawn)
+    for name, fraction in drawn.items():
+        tokens = splits[name]["tokens"]
+        if name != "train" and 0 < tokens < SMALL * fraction * total:
+            yield (
+                f"{name} holds {tokens:,} of {total:,} tokens, where {fraction:.3g} of all was "
+                f"asked for: the documents are few; give texts for it with --{name}"
+            )
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> PreparedData | None:
