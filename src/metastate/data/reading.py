@@ -154,6 +154,8 @@ def text_and_domain(record: Any, where: str, text_field: str = TEXT_FIELD) -> tu
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        if isinstance(record, dict) and text_field in record:
+            keys = f"{text_field} with {json.dumps(text, ensure_ascii=False, default=str)[:60]}"
         raise DataError(
             f"{where}: a record needs a field {text_field!r} with a string (--text-field names "
             f"another); found: {keys}"
@@ -234,9 +236,10 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _not_text(name: str, offset: int, what: str) -> DataError:
+    parquet = "; a Parquet file must be written as JSONL first" * name.endswith(".parquet")
     return DataError(
         f"{name} is not text: {what} at byte {offset:,}; give UTF-8 text, JSONL, or either as "
-        f"{' '.join(COMPRESSED)}"
+        f"{' '.join(COMPRESSED)}{parquet}"
     )
 
 
