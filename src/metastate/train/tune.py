@@ -241,6 +241,7 @@ class _Tuning:
             at.best_loss,
             at.best_step,
             None if complete else self.signal,
+            self.signal,
             self.before,
             file_bytes,
         )
