@@ -35,7 +35,8 @@ def test_a_state_that_does_not_help_is_said(
     checkpoint, data, tmp_path, monkeypatch, capsys, after, said
 ):
     result = {"step": 4, "tokens": 9, "loss": 1.0, "before": 2.0, "best_loss": after}
-    result = TuneResult(out=tmp_path, best_step=4, file_bytes=9, interrupted=None, **result)
+    result |= {"best_step": 4, "file_bytes": 9, "interrupted": None, "signal": None}
+    result = TuneResult(out=tmp_path, **result)
     monkeypatch.setattr(training, "tune", lambda *_, **__: result)
     argv = ["tune-state", checkpoint, "--data", data, "--out", tmp_path / "s"]
     assert main([str(a) for a in argv]) == 0

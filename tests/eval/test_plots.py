@@ -94,10 +94,10 @@ def test_any_name_is_shown_as_it_is(name, tmp_path, drawn):
 @pytest.mark.parametrize("name", ["/home/someone/runs/" + 9 * "a-long-name/", 20 * "many words "])
 def test_a_long_name_is_not_cut_off(name, tmp_path, drawn):
     loss_curve(write_log(tmp_path / "log.jsonl", rows(3)), tmp_path / "loss.png", name)
-    box = drawn[0].title.get_window_extent()
-    most = drawn[0].figure.bbox
+    axes = drawn[0].axes[0]
+    box, most = axes.title.get_window_extent(), drawn[0].bbox
     assert box.x0 >= 0 and box.x1 <= most.x1 and box.y1 <= most.y1
-    shown = drawn[0].get_title()
+    shown = axes.get_title()
     assert shown.replace("\n", "").replace(" ", "") == name.replace(" ", "")
 
 
