@@ -284,7 +284,7 @@ def test_the_page_stands_alone_and_is_escaped(results, tmp_path):
     # Nothing is loaded from elsewhere.
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xlink:href="#', "", page))
     assert "extrapolation, not measured" in page and "1 of 8 cells" in page
-    assert "10.00" not in page and "15.00 ± 7.07 %" in page
+    assert "10.00" not in page and "15.00\u00a0±\u00a07.07\u00a0%" in page  # on one line
 
 
 def test_leads_are_paired_by_seed_and_read_off_between_points(results):

@@ -420,11 +420,15 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
          white-space: nowrap; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+th:first-child, td:first-child, .models :nth-child(2) { text-align: left; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: .9rem; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; }
 summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  table { font-size: .8rem; }
+  th, td { padding: .3rem; white-space: normal; overflow-wrap: break-word; }
+}
 """
 
 
@@ -468,8 +472,14 @@ def _page(
 
 def _table(table: Table) -> str:
     head, *body = (
-        "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+        "<tr>" + "".join(f"<{tag}>{html.escape(_unbroken(c))}</{tag}>" for c in row) + "</tr>"
         for tag, row in [("th", table[0]), *(("td", row) for row in table[1:])]
     )
     rows = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="wide"><table>{rows}</table></div>'
+    kind = ' class="models"' if table[0][1] == "model" else ""
+    return f'<div class="wide"><table{kind}>{rows}</table></div>'
+
+
+def _unbroken(cell: str) -> str:
+    """Keep a figure and its spread or unit on one line of a narrow screen."""
+    return cell.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
