@@ -22,9 +22,9 @@ from metastate.config import ModelConfig
 from metastate.layers.common import OUTPUT, VECTOR, Growth, Packing, handed_on, last_of_rows
 from metastate.ops import context, fused
 
-# Near where runs of a quarter of a million parameters ended that had begun elsewhere, the first
-# three in the older form (docs/log.md).
-FIRST_DECAY, FIRST_RATE = -6.4, -2.0  # logits: a half-life of 690 tokens, a rate of 0.12
+# Near where runs of a quarter of a million parameters ended that had begun elsewhere, rate and gain
+# in the older form; the decay where a hundred tokens a parameter took it (docs/log.md).
+FIRST_DECAY, FIRST_RATE = -10.0, -2.0  # logits: a half-life of 25,000 tokens, a rate of 0.12
 FIRST_GAIN = 1.5
 FIRST_LOGIT = -0.5  # a token surprises the less the higher its logit was
 
