@@ -31,8 +31,8 @@ def add_prepare(parser: Parser) -> None:
     """Turn text into the memory-mapped token files that train and eval read.
 
     INPUT is any of: a text file, JSON records with a `text` field (.jsonl, .json, also .gz .xz
-    .zst), a folder of such files, `stdlib` (the documentation and sources of the Python that runs
-    this; nothing to download), or the name of a data set on the Hugging Face hub. Inputs named
+    .zst .bz2), a folder of such files, `stdlib` (the documentation and sources of the Python that
+    runs this; nothing to download), or the name of a data set on the Hugging Face hub. Inputs named
     train.*, valid.* and test.* (or train-00000-of-00002.*) are those splits; otherwise each
     document goes to one by the hash of its text, so preparing again gives the same split. What of a
     folder is left out is said. Interrupted, the same command goes on where it was.
