@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import metastate
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError, StateError
-from metastate.growth import grow, grow_state, logits_change, upgrade
+from metastate.growth import grow, grow_state, growth_report, logits_change, upgrade
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import regions
 
@@ -385,9 +385,44 @@ def test_what_was_frozen_stays_so():
             assert p.requires_grad == (name != "embedding.weight"), name
 
 
+def test_a_grown_model_is_run_and_known_as_its_parent_was():
+    model = build(architecture="rwkv7")
+    model.backend, model.activation_checkpointing = "reference", True
+    model.step, model.tokenizer_info = 7, {"kind": "bytes"}
+    for larger in (grow(model, num_layers=3), upgrade(model)):
+        assert (larger.backend, larger.activation_checkpointing) == ("reference", True)
+        assert (larger.step, larger.tokenizer_info) == (7, {"kind": "bytes"})
+        assert larger.lineage[0]["step"] == 7 and not larger.training
+
+
 def test_comparing_logits_leaves_every_module_in_its_mode():
     model = build().train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     logits_change(model, model, torch.zeros(1, 3, dtype=torch.int64))
     assert [module.training for module in model.modules()] == modes
+
+
+def test_logits_of_16_bit_weights_are_compared_in_float32():
+    model = build(torch.float32).bfloat16()
+    wide = copy.deepcopy(model).float()
+    assert logits_change(model, wide, text()[0])["max_abs"] == 0
+    assert model.embedding.weight.dtype == torch.bfloat16
+
+
+def test_how_far_logits_moved_is_relative_to_the_parents():
+    model = build()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight.mul_(-3)
+    tokens = text()[0]
+    found, largest = logits_change(model, other, tokens), model(tokens)[0].abs().max().item()
+    assert found["max_abs"] == pytest.approx(4 * largest)
+    assert found["relative"] == pytest.approx(4) and found["tokens"] == 2 * 37
+
+
+def test_a_report_counts_the_cache_of_a_training_context():
+    model = build(architecture="transformer")
+    grown = grow(model, num_layers=3)
+    report = growth_report(model, grown, text()[0])
+    assert report["state_bytes"] == [2 * 1024 * 12 * 8 * layers for layers in (2, 3)]
