@@ -189,9 +189,21 @@ def test_a_model_stored_in_bfloat16_decodes_in_float32(kind):
     [
         {"architecture": "transformer"},
         {"meta_state": MetaStateConfig.paper()},
-        {"meta_state": MetaStateConfig(gate=True)},
+        {"head_size": 24},
         {"head_size": 24, "head_segments": (16, 8)},
+        {"architecture": "rwkv7", "head_size": 24, "head_segments": (16, 8)},
+        *(
+            {"meta_state": MetaStateConfig(**options)}
+            for options in (
+                *({"gate": True}, {"token_shift": True}, {"modulation": "none"}),
+                *({"readout": "both", "update": "input"}, {"readout": "both", "query": "encoding"}),
+                *({"readout": "both", "encoding_norm": "rms"}, {"output_norm": "none"}),
+                *({"read": "value"}, {"encoder_size": 5}, {"encoder": "cross"}),
+                {"activation": "silu"},
+            )
+        ),
     ],
+    ids=str,
 )
 def test_what_the_kernel_does_not_know_runs_the_forward_pass(fields):
     model = make(**fields)

@@ -147,7 +147,11 @@ def other_group_eps(model):
     model.blocks[1].time_mix.norm.eps = 0.1
 
 
-@pytest.mark.parametrize("change", [other_bias, other_eps, other_group_eps])
+def other_norm(model):
+    model.blocks[1].ln2 = nn.LayerNorm(16, bias=False)
+
+
+@pytest.mark.parametrize("change", [other_bias, other_eps, other_group_eps, other_norm])
 def test_what_the_native_decoder_does_not_compute_goes_forward(change):
     model = made()
     assert isinstance(make_decoder(model, 1), NativeDecoder)
@@ -187,6 +191,9 @@ def test_a_memory_computes_in_the_model_s_dtype(stored):
     assert relative_error(b, a) < TOLERANCE[torch.float32]
     kinds = [x.dtype for x in (*vars(after.memory).values(), *vars(other.memory).values())]
     assert kinds == [torch.float32] * 6
+    half = model.bfloat16()
+    logits, after = half(TOKENS)
+    assert logits.dtype == torch.bfloat16 and after.memory.M.dtype == torch.float32
 
 
 def test_one_head_of_one_channel_and_one_token():
