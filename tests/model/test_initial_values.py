@@ -1,6 +1,7 @@
 """Initial values of every layer, channel by channel, as RWKV-7's training code has them."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -92,6 +93,48 @@ def test_initial_meta_state(gain):
         assert not block.time_mix.initial_state().any()  # k_p random, v_p zero
         assert block.time_mix.token_keys.any()
     assert initial().blocks[0].meta_state.projection is None
+
+
+def assert_normal(weight, std):
+    assert weight.std().item() == pytest.approx(std, rel=0.1)
+    assert abs(weight.mean().item()) < 0.1 * std
+
+
+def test_initial_transformer():
+    """Normal, std 1/sqrt(fan-in), what ends in the residual stream 1/sqrt(2 L) of that."""
+    model, D = initial(architecture="transformer", vocab_size=300, hidden_size=48), 48
+    assert_normal(model.embedding.weight, 0.02)
+    assert_normal(model.head.weight, 0.02)
+    for block in model.blocks:
+        assert_normal(block.attention.qkv.weight, D**-0.5)
+        assert_normal(block.attention.output.weight, (D * 2 * L) ** -0.5)
+        assert_normal(block.mlp.key.weight, D**-0.5)
+        assert_normal(block.mlp.value.weight, (4 * D * 2 * L) ** -0.5)
+
+
+def test_initial_tokenformer():
+    """A grown one has more slots, and no weight larger for it: the first slots give the scale."""
+    fields = {"hidden_size": 48, "attention_slots": 60, "ffn_size": 80, "first_slots": (36, 40)}
+    for block in initial(architecture="tokenformer", **fields).blocks:
+        attention = block.attention
+        for part in (attention.query, attention.key, attention.value, attention.output, block.mlp):
+            slots = 40 if part is block.mlp else 36
+            ends = part is attention.output or part is block.mlp
+            assert_normal(part.keys, 48**-0.5)
+            assert_normal(part.values, (slots * (2 * L if ends else 1)) ** -0.5)
+            assert part.scale == slots**0.5
+
+
+def test_initial_surprise_memory():
+    model = initial(memory_heads=2)
+    memory = model.surprise_memory
+    assert (math.log(0.5) / memory.log_w()).tolist() == pytest.approx([25_173] * D, rel=1e-3)
+    assert memory.rate.sigmoid().tolist() == pytest.approx([0.1192] * D, rel=1e-3)
+    assert torch.equal(memory.gain, torch.full((D,), 1.5))
+    assert torch.equal(memory.logit, torch.full((2,), -0.5))
+    assert torch.equal(memory.scale, torch.ones(D))
+    for name in ("center", "place", "token", "bias"):
+        assert not getattr(memory, name).any(), name
 
 
 def test_an_untrained_model_predicts_from_the_embedding_alone():
