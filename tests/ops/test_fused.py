@@ -104,6 +104,27 @@ def test_unit(size):
     compare(lambda fuse, x: fused.unit(x, fused=fuse), *leaves(torch.randn(2, 70, H, size)))
 
 
+def test_a_zero_has_no_direction():
+    x = torch.zeros(1, 3, H, 8, requires_grad=True)
+    y = fused.unit(x, fused=True)
+    y.sum().backward()
+    assert not y.any() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_shortest_vector_has_its_direction(fuse):
+    x, vectors = torch.randn(2, 70, H, 8), [torch.randn(H * 8) for _ in range(4)]
+
+    def directions(x):
+        k = x.flatten(2)
+        args = (k, k, k, k, None, None, *vectors[:2], None, *vectors[2:])
+        kappa = fused.wkv_inputs(*args, head_size=8, fused=fuse)[2]
+        return fused.unit(x, fused=fuse), kappa
+
+    for small, whole in zip(directions(1e-9 * x), directions(x), strict=True):
+        torch.testing.assert_close(small, whole)
+
+
 @pytest.mark.parametrize("value", [float("nan"), 1e4, -1e4])
 def test_extreme_logits(value):
     k = torch.randn(1, 3, 8)
@@ -187,6 +208,7 @@ def test_kernels_on_bfloat16_give_what_they_give_on_float32():
 def test_relu_squared_on_bfloat16_is_torch_s_bit_by_bit():
     h, grad = narrow(2, 70, 24), narrow(2, 70, 24)
     h[0, 0, :8] = grad[0, 1, :8] = SPECIAL.bfloat16()
+    h[0, 2, :8], grad[0, 2, :8] = 0, SPECIAL.bfloat16()  # 0 stays 0 whatever comes
     h[0, 0, 3] = grad[0, 1, 3] = 1e18  # twice 3e38 overflows or not as the order has it
     expected = h.clone().requires_grad_()
     h.requires_grad_()

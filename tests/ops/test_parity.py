@@ -225,12 +225,16 @@ def test_wrong_arguments_are_named():
     args = [inputs[n] for n in NAMES]
     with pytest.raises(ShapeError, match=r"k is \[1, 9, 1, 16\]"):
         ops.wkv7(*args[:2], args[2][:, :9], *args[3:])
+    with pytest.raises(ShapeError, match=r"r must be \[B, T, H, N\]; got \[1, 0, 1, 16\]"):
+        ops.wkv7(*[x[:, :0] for x in args])
     with pytest.raises(ShapeError, match="state is"):
         ops.wkv7(*args, inputs["state"][:, :, :8])
     with pytest.raises(ShapeError, match="int64"):
         ops.wkv7(*[x.long() for x in args])
     with pytest.raises(ShapeError, match="cu_seqlens must rise"):
         ops.wkv7(*args, cu_seqlens=torch.tensor([0, 5, 5, 10]))
+    with pytest.raises(ShapeError, match="from 0 to B . T = 10; it runs from 1 to 10"):
+        ops.wkv7(*args, cu_seqlens=torch.tensor([1, 10]))
     with pytest.raises(ShapeError, match="cu_seqlens must be int64"):
         ops.wkv7(*args, cu_seqlens=torch.tensor([0, 10], dtype=torch.int32))
     with pytest.raises(ShapeError, match="k is on meta, but r on cpu"):
