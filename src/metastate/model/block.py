@@ -43,7 +43,7 @@ class RecurrentBlock(nn.Module):
         has_M = self.meta_state is not None and self.meta_state.has_meta
         has_shift = self.channel_mix is not None or config.meta_state.token_shift
         last, shift = (weight.new_zeros(batch_size, config.hidden_size) for _ in range(2))
-        M = torch.zeros_like(S, requires_grad=False) if has_M else None
+        M = torch.zeros_like(S) if has_M else None
         return RecurrentState(S, last, M, shift if has_shift else None)
 
     def forward(
