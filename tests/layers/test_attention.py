@@ -232,6 +232,26 @@ def test_float32_and_autocast(layer, x):
     assert (z.float() - y).norm() < 0.02 * y.norm()
 
 
+def test_half_precision_turns_by_angles_that_are_not_rounded(layer, x):
+    layer, x = layer.bfloat16(), x.bfloat16()
+    _, state = layer(x)
+    table = rotary_table(T, 0, 8, layer.theta, torch.float32, x.device)
+    expected = rotate(layer.project(x)[1].float(), *table).bfloat16()
+    assert torch.equal(state.visible()[0], expected)
+
+
+def test_a_cache_of_another_dtype_is_left_alone(layer, x):
+    layer, x = layer.float(), x.float()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            _, state = run(layer, x, [6, 1])
+        assert state.keys.dtype == torch.bfloat16 and state.keys.shape[2] > state.length
+        _, after = layer(x[:, 7:8], state)
+        _, whole = layer(x[:, :8])
+    assert torch.equal(after.visible()[0][:, :, :7], state.visible()[0].float())
+    torch.testing.assert_close(after.visible()[0][:, :, 7], whole.visible()[0][:, :, 7])
+
+
 def test_the_feed_forward_layer():
     config = ModelConfig(
         architecture="transformer", vocab_size=32, hidden_size=24, num_layers=2, num_heads=3

@@ -85,7 +85,9 @@ def test_flops_and_state_bytes_count_it():
     asked = 2 * 2 * D  # place and token
     assert forward == 10 * 2 * N * N + 2 * asked
     assert backward == 26 * 2 * N * N + 4 * asked
-    assert with_it.state_bytes(3) - without.state_bytes(3) == 8 * 3 * (2 * N * N + 2 * D)
+    for kind in ("metastate", "transformer"):  # what grows with the tokens, and what does not
+        sizes = [model_of(n, architecture=kind).state_bytes(3, 5) for n in (2, None)]
+        assert sizes[0] - sizes[1] == 8 * 3 * (2 * N * N + 2 * D)
 
 
 def test_heads_must_divide_the_width():
@@ -186,6 +188,19 @@ def test_its_gradients_are_the_same_whichever_thread_comes_first():
     finally:
         torch.set_num_threads(before)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_autocast_rounds_nothing_in_it(backend):
+    model, tokens = model_of(2).float(), torch.randint(17, (2, 9))
+    h, weight = torch.randn(2, 9, 12), model.head.weight
+    args = (h, tokens, weight, None)
+    expected, state = model.surprise_memory(*args, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, other = model.surprise_memory(*args, backend=backend)
+    assert torch.equal(found, expected)
+    for name, x in vars(state).items():
+        assert torch.equal(getattr(other, name), x), name
 
 
 def test_a_document_takes_m_of_its_start_and_no_last_token():

@@ -594,6 +594,15 @@ def test_a_state_comes_in_the_models_number_format(tmp_path):
     assert relative_error(logits, expected) < TOLERANCE[torch.float32]
 
 
+def test_a_state_in_float32_is_not_rounded_to_a_model_of_16_bits(tmp_path):
+    """Native decoding leaves such states behind."""
+    state, half = run(made("metastate", torch.float32))[1], made("metastate", torch.bfloat16)
+    state.save(tmp_path / "s", half)
+    again = ModelState.load(tmp_path / "s", half)
+    for name, x in again.tensors().items():
+        assert torch.equal(x, state.tensors()[name]), name
+
+
 def test_the_weights_hash_is_kept_until_the_weights_change(monkeypatch):
     model = made("metastate")
     made_anew = []
@@ -704,6 +713,9 @@ def test_stacked_states_are_the_batch(model):
     assert ModelState.stack([both, both[0]]).batch_size == 3
     later = replace(alone[1], tokens_seen=20)
     assert ModelState.stack([alone[0], later]).tokens_seen == 20
+    noted = [replace(part, extra={"pending": "7"}) for part in alone]
+    assert ModelState.stack(noted).extra == {"pending": "7"}
+    assert ModelState.stack([noted[0], alone[1]]).extra == {}
 
 
 def test_stacking_keeps_document_starts():

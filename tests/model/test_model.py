@@ -309,6 +309,15 @@ def test_bfloat16_autocast(name, backend):
         assert {x.dtype for x in vars(state.memory).values()} == {torch.float32}
 
 
+def test_autocast_does_not_round_the_first_state():
+    model = made("grown").float()
+    expected = model.init_state(2).tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.init_state(2).tensors()
+    assert found["layers.0.S"].any() and found["layers.0.S"].dtype == torch.float32
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
 def test_states_follow_the_models_precision(model):
     for dtype in (torch.float64, torch.float32):
         model.to(dtype)
@@ -447,3 +456,5 @@ def test_a_start_is_one_row_also_where_a_state_goes_on():
     tokens, state = torch.zeros(2, 3, dtype=torch.int64), model.init_state(2)
     with pytest.raises(StateError, match="holds 2 rows"):
         model.features(tokens, state, start=state)
+    with pytest.raises(StateError, match=r"layers\.0\.S is .1, 3, 4, 4., the model needs"):
+        model.features(tokens, state, start=build(num_heads=3).init_state(1))
