@@ -193,6 +193,8 @@ def test_its_gradients_are_the_same_whichever_thread_comes_first():
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])
 def test_autocast_rounds_nothing_in_it(backend):
     model, tokens = model_of(2).float(), torch.randint(17, (2, 9))
+    for p in (model.surprise_memory.place, model.surprise_memory.token):
+        torch.nn.init.normal_(p)
     h, weight = torch.randn(2, 9, 12), model.head.weight
     args = (h, tokens, weight, None)
     expected, state = model.surprise_memory(*args, backend=backend)

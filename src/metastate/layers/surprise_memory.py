@@ -144,14 +144,13 @@ class SurpriseMemory(nn.Module):
         dtype = ops.state_dtype(h.dtype)
         state = (self.init_state(batch) if state is None else state).map(lambda x: x.to(dtype))
         first = (self.init_state(1) if start is None else start).M[0].to(dtype)
-        with torch.autocast(h.device.type, enabled=False):  # a state is never rounded
-            exact = h.to(dtype)
-            z = ((exact + self.center) * self.scale).view(heads)
-            key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
+        exact = h.to(dtype)
+        z = ((exact + self.center) * self.scale).view(heads)
+        key = fused.unit(z, fused=fused.can_fuse(z, backend)).flatten(2)
         before = _before(key, state.key, packing).view(heads)
         # Not weight[tokens], whose gradient several threads add up in the order in which they come.
         row = F.embedding(tokens, weight).to(exact.dtype)
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):  # a state is never rounded
             s = self.surprise(_before(exact, state.features, packing), row)
         v = row.view(heads) * s[..., None]
         a = torch.sigmoid(self.rate.to(exact.dtype)).view(heads[2:]).expand(heads)
