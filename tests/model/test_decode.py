@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from small_models import build, randomise
+from small_models import build, label, randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metastate.config import MetaStateConfig, ModelConfig
@@ -203,7 +203,7 @@ def test_a_model_stored_in_bfloat16_decodes_in_float32(kind):
             )
         ),
     ],
-    ids=str,
+    ids=lambda fields: label(fields["meta_state"]) if "meta_state" in fields else str(fields),
 )
 def test_what_the_kernel_does_not_know_runs_the_forward_pass(fields):
     model = make(**fields)

@@ -125,6 +125,13 @@ def test_initial_tokenformer():
             assert part.scale == slots**0.5
 
 
+def test_initial_cross_encoder():
+    options = MetaStateConfig(encoder="cross", latent_size=6)
+    for block in initial(meta_state=options, hidden_size=96).blocks:
+        assert_normal(block.meta_state.compress, (2 * 48) ** -0.5)
+        assert_normal(block.meta_state.expand, 6**-0.5)
+
+
 def test_initial_surprise_memory():
     model = initial(memory_heads=2)
     memory = model.surprise_memory

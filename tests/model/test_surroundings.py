@@ -9,7 +9,7 @@ from small_models import randomise
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metastate.config import ModelConfig
+from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.model.decode import BatchDecoder, Decoder, NativeDecoder, make_decoder
 from metastate.model.io import load
@@ -196,8 +196,10 @@ def test_a_memory_computes_in_the_model_s_dtype(stored):
     assert logits.dtype == torch.bfloat16 and after.memory.M.dtype == torch.float32
 
 
-def test_one_head_of_one_channel_and_one_token():
-    model = LanguageModel(ModelConfig(vocab_size=5, hidden_size=1, num_layers=1, num_heads=1))
+@pytest.mark.parametrize("encoder", ["self_state", "cross"])
+def test_one_head_of_one_channel_and_one_token(encoder):
+    meta, sizes = MetaStateConfig(encoder=encoder), {"vocab_size": 5, "hidden_size": 1}
+    model = LanguageModel(ModelConfig(**sizes, num_layers=1, num_heads=1, meta_state=meta))
     model.backend = "chunked"
     assert model(torch.tensor([[3]]))[0].isfinite().all()
 
