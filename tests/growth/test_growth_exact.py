@@ -133,6 +133,8 @@ def test_a_carried_state_goes_on(architecture):
     whole, last = model(tokens[:, 20:], state, resets=resets[:, 20:])
     carried = grow_state(state, grown)
     assert carried.tokens_seen == 20
+    if architecture == "transformer":  # a new block has seen nothing
+        assert carried.layers[2].length == 20 and not carried.layers[2].keys.any()
     after, larger = grown(tokens[:, 20:], carried, resets=resets[:, 20:])
     assert change(whole, after) <= 1e-12
     # The state after the end holds the parent's as its corner.
@@ -285,6 +287,20 @@ def test_nothing_is_born_dead(architecture, reading):
     assert born and born - alive == set()
 
 
+@pytest.mark.parametrize(
+    "fields", [{"parameter_tokens": 2}, {"architecture": "transformer"}], ids=["metastate", "other"]
+)
+def test_a_new_block_is_the_top_one_that_says_nothing_yet(fields):
+    model = build(**fields)
+    grown = grow(model, num_layers=4)
+    top = dict(grown.blocks[1].named_parameters())
+    silent = ("output.weight", "channel_mix.value.weight", "mlp.value.weight")
+    for block in grown.blocks[2:]:
+        for name, p in block.named_parameters():
+            expected = torch.zeros_like(p) if name.endswith(silent) else top[name]
+            assert torch.equal(p, expected), name
+
+
 def test_random_values_do_change_the_function():
     model = build()
     tokens, _ = text()
@@ -330,6 +346,8 @@ def test_grown_saved_loaded_and_grown_again(tmp_path):
         ({"attention_slots": 99}, "cannot grow exactly"),
         ({"ffn_size": 9}, "below the present"),
         ({"num_heads": 3, "init": "one"}, "allowed"),
+        ({"num_heads": 3, "seed": 2**64}, "seed is 18446744073709551616; from 0 to"),
+        ({"num_heads": 3, "seed": -1}, "seed is -1"),
         ({"head_size": 20.5}, "growth.head_size is 20.5; int is needed"),
         ({"num_layers": "3"}, "growth.num_layers is '3'; int is needed"),
     ],
@@ -337,6 +355,14 @@ def test_grown_saved_loaded_and_grown_again(tmp_path):
 def test_refused(sizes, word):
     with pytest.raises(ConfigError, match=word):
         grow(build(), **sizes)
+
+
+def test_a_feed_forward_layer_of_the_usual_width_is_as_wide_as_it_is():
+    model = build(architecture="rwkv7", ffn_size=None)  # 4 D
+    for n, word in ((40, "below the present 48"), (48, "nothing grows")):
+        with pytest.raises(ConfigError, match=word):
+            grow(model, ffn_size=n)
+    assert grow(model, ffn_size=50).blocks[0].channel_mix.key.out_features == 50
 
 
 def test_refused_where_it_cannot_be_exact():

@@ -60,6 +60,14 @@ def test_the_upgraded_model_is_bit_by_bit_the_same(options, dtype):
         assert has == [layers is None or i in layers for i in range(4)]
 
 
+def test_a_feed_forward_layer_of_the_usual_width_stays():
+    model = rwkv7(ffn_size=None)  # 4 D
+    upgraded = upgrade(model)
+    assert upgraded.config.ffn_size == 48
+    tokens, _ = text()
+    assert torch.equal(model(tokens)[0], upgraded(tokens)[0])
+
+
 def test_a_model_that_grew_before_and_one_that_grows_afterwards():
     model = grow(rwkv7(torch.float64), head_size=9, num_heads=3, parameter_tokens=2)
     tokens, resets = text()
@@ -127,7 +135,13 @@ def test_replaced_layers_are_gone():
 def test_in_two_steps_beside_and_then_alone():
     options = MetaStateConfig(readout="both")
     beside = upgrade(rwkv7(), [0, 1], meta_state=options)
+    with torch.no_grad():  # the first layers have learned
+        for p in beside.parameters():
+            p.add_(0.1 * torch.randn_like(p))
     more = upgrade(beside, [2])
+    tokens, _ = text()
+    assert torch.equal(more(tokens)[0], beside(tokens)[0])
+    assert upgrade(beside, [2], meta_state=options).config == more.config
     assert more.config.meta_layers == (0, 1, 2) and more.config.meta_state == options
     alone = upgrade(more, [0, 1, 2], replace=True)
     assert (alone.config.meta_layers, alone.config.ffn_layers) == ((0, 1, 2), (3,))
