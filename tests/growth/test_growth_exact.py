@@ -12,6 +12,7 @@ import metastate
 from metastate.config import MetaStateConfig, ModelConfig
 from metastate.errors import ConfigError, StateError
 from metastate.growth import grow, grow_state, growth_report, logits_change, upgrade
+from metastate.layers.common import IDENTITY, KEY, OUTPUT, ZERO
 from metastate.model.lm import LanguageModel
 from metastate.model.regions import regions
 
@@ -306,6 +307,19 @@ def test_random_values_do_change_the_function():
     tokens, _ = text()
     grown = grow(model, head_size=9, init="random")
     assert logits_change(model, grown, tokens)["relative"] > 1e-4
+
+
+def test_random_values_stand_wherever_zeros_would():
+    model = build(meta_state=WITH_M, parameter_tokens=1)
+    grown = grow(model, head_size=9, parameter_tokens=3, init="random")
+    rules, seen = {name: rule for name, (_, rule) in grown.growth_axes().items()}, set()
+    for name, part in regions(grown, model.config).items():
+        for axis, region in part.new.items():
+            if rules[name] in (OUTPUT, ZERO) or (rules[name] in (KEY, IDENTITY) and axis == "N"):
+                x = region.of(grown.get_parameter(name)).abs()
+                assert x.min() > 0 and x.max() < 0.1, (name, axis)
+                seen.add(rules[name])
+    assert seen == {OUTPUT, ZERO, KEY, IDENTITY}
 
 
 def test_the_parent_is_not_changed_and_the_seed_decides():

@@ -144,6 +144,8 @@ def test_rows_are_replaced_and_read_without_touching_others():
     out = decode(decoder, tokens[[1, 1, 2], 4:])
     assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
     assert all(torch.equal(x, before[name]) for name, x in kept.tensors().items())
+    decoder.put(0, model.init_state(1))
+    assert [decoder.get(row).tokens_seen for row in range(3)] == [0, 8, 8]
 
 
 def test_a_row_that_is_not_finite_stays_alone():
@@ -166,6 +168,7 @@ def test_bfloat16_matrices_round_the_weights_and_nothing_else():
     stored = {name: p.dtype for name, p in model.named_parameters()}
     assert stored["head.weight"] == stored["blocks.0.time_mix.key.weight"] == torch.bfloat16
     assert stored["embedding.weight"] == stored["blocks.0.time_mix.mu"] == torch.float32
+    assert not model.head.weight.requires_grad and model.embedding.weight.requires_grad
     assert make_decoder(model, 1).get(0).layers[0].S.dtype == torch.float32
 
 
