@@ -76,6 +76,18 @@ def test_equals_the_forward_pass(kind, hidden_size):
             assert relative_error(ours.tensors()[name], x) < TOLERANCE[torch.float32], name
 
 
+def test_what_is_read_with_zeros_is_written_as_zeros():
+    """Natively too: a vector of length 0 has no direction, and is no division by 0."""
+    model, tokens = make(**KINDS["both"]), torch.randint(77, (2, 4))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.time_mix.receptance.weight.zero_()
+        logits, _ = copy.deepcopy(model).double()(tokens)
+    decoder = make_decoder(model, 2)
+    assert isinstance(decoder, NativeDecoder)
+    assert relative_error(decode(decoder, tokens), logits) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "transformer", "tokenformer", "shifted"])
 def test_reading_leaves_the_state_of_a_forward(kind, half):

@@ -171,6 +171,13 @@ def test_a_state_holds_no_more_than_it_says(model):
     assert sum(storage.nbytes() for storage in held.values()) <= state.num_bytes
 
 
+def test_nor_does_that_of_a_meta_state_layer_alone():
+    with torch.no_grad():
+        _, state = made("encoding", ffn_size=None)(some_tokens(2, 64))
+    shift = state.layers[0].channel_shift
+    assert shift.untyped_storage().nbytes() == shift.nbytes
+
+
 def test_every_parameter_gets_a_gradient(model):
     model.train()
     lm_loss(model, some_tokens(), some_tokens(seed=5), z_loss=1e-3).loss.backward()

@@ -1,5 +1,7 @@
 """The model against the NumPy oracle: every option of the layer, states and documents."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,18 @@ def test_variational_encoder_draws_only_in_training(monkeypatch):
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     assert torch.equal(model(tokens)[0], expected)
+
+
+def test_variational_encoder_draws_by_its_own_deviation(monkeypatch):
+    options = MetaStateConfig(encoder="cross", latent_size=2, variational=True)
+    layer = build(meta_state=options).blocks[0].meta_state.train()
+    x, e = torch.randn(2, 1, 4, 2, 6, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    found, _ = layer.encode(x, x, SimpleNamespace(read=lambda x, by: e))
+    z = torch.einsum("bthn,hnr->bthr", torch.cat([x, e], -1), layer.compress)
+    z = z[..., :2] + (z[..., 2:] / 2).exp()
+    expected = torch.einsum("bthr,hrn->bthn", z, layer.expand)
+    assert relative_error(found, expected) < TOLERANCE[torch.float64]
 
 
 def test_a_meta_state_layer_alone():
