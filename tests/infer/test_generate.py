@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer
+from metastate.data.tokenizer import ByteTokenizer, JsonTokenizer, WorldTokenizer
 from metastate.errors import ConfigError, StateError
 from metastate.infer.generate import Continuation, generate, num_real_tokens
 from metastate.infer.sampling import Sampler, SamplingConfig
@@ -310,6 +310,13 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     ).drain()
     assert max(run.tokens) < 256
     assert num_real_tokens(TOKENIZER) == 256
+
+
+def test_ids_that_a_tokenizer_counts_and_has_no_text_for_are_padding(tmp_path):
+    path = tmp_path / WorldTokenizer.file_name
+    path.write_text("".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256)))
+    world = WorldTokenizer(path, fast=False)
+    assert num_real_tokens(world) == 257 < world.num_ids
 
 
 def test_training_mode_and_gradients_are_left_alone(model):

@@ -70,7 +70,8 @@ def test_notes_of_any_length_cost_little(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("left", "place", "whole"), [(1, 0, True), (24, 601, True), (624, 600, False)]
+    ("left", "place", "whole"),
+    [(1, 0, True), (24, 601, True), (25, 601, False), (624, 600, False)],
 )
 def test_a_generator_that_would_read_behind_its_block(model, tmp_path, left, place, whole):
     generator = torch.Generator().manual_seed(0).get_state()
