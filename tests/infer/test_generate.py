@@ -86,6 +86,15 @@ def test_pieces_are_whole_characters(model, script):
     assert run.finish_reason == "eod"
 
 
+def test_a_character_that_a_document_ends_within_is_told_once(model, script):
+    begun, rest = "ß".encode()
+    script("a", end=[begun, 0, rest, 0])
+    first = greedy(model, max_tokens=9)
+    assert "".join(first) == "a\ufffd" and first.finish_reason == "eod"
+    second = greedy(model, "", state=first.continuation, max_tokens=9)
+    assert "".join(second) == "\ufffd"  # of the byte in the next document
+
+
 @pytest.mark.parametrize("cut", range(len(TEXT.encode()) + 1))
 def test_a_character_cut_by_max_tokens_comes_whole_later(model, script, cut):
     script(TEXT, end=[0])

@@ -265,8 +265,9 @@ class Draft:
         self.pending = [token]
         self.tokens.append(token)
         self.statistics.decode_tokens += 1
-        self._history = (*self._history, token)[-StreamDecoder.LIMIT :]
         ended = token == self.tokenizer.eod_id
+        # Behind an end of document another text begins, which completes no character of this one.
+        self._history = () if ended else (*self._history, token)[-StreamDecoder.LIMIT :]
         text = self._decoder.finish() if ended else self._decoder.push(token)
         self.offsets.append(self._num_chars)
         self._num_chars += len(text)
