@@ -11,6 +11,8 @@ from metastate.data.files import (
     alone_in,
     atomic_write,
     in_turn,
+    replacing,
+    whole_folder,
     write_json,
     write_tensors,
 )
@@ -84,6 +86,25 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_retu
     atomic_write(tmp_path / "model", b"new")
     file, folder = (path.stat().st_ino for path in (tmp_path / "model", tmp_path))
     assert order == [file, "renamed", folder]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot open a folder")
+def test_renamed_folders_and_files_are_on_the_disk_before_the_return(tmp_path, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def synced(descriptor):
+        order.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with whole_folder(tmp_path / "new") as folder:
+        folder.mkdir()
+    assert order == [tmp_path.stat().st_ino] and (tmp_path / "new").is_dir()
+    with replacing(tmp_path / "new", "b") as folder:
+        (folder / "a").touch()
+        (folder / "b").touch()
+    assert order[1:] == [(tmp_path / "new").stat().st_ino]
+    assert sorted(os.listdir(tmp_path / "new")) == ["a", "b"]
 
 
 def test_what_a_killed_process_left_is_overwritten(tmp_path):

@@ -91,6 +91,13 @@ def test_every_truncation_of_the_index_is_noticed(prefix):
             IndexedDataset(prefix)
 
 
+def test_an_index_that_is_too_long_is_noticed(prefix):
+    path = prefix.with_suffix(".idx")
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(DataError, match="is too long: .* need 82 bytes, found 83"):
+        IndexedDataset(prefix)
+
+
 def test_a_truncated_bin_names_both_sizes(prefix):
     path = prefix.with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:-1])

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import json
@@ -176,6 +177,14 @@ def test_every_larger_domain_is_held_out(tmp_path):
         assert all(domain["documents"] for domain in splits[name]["domains"].values())
 
 
+@pytest.mark.parametrize(("count", "splits"), [(19, {0}), (20, {0, 1, 2})])
+def test_a_domain_is_large_from_twenty_documents_on(count, splits):
+    drawn_out = [int(share * 2**64) for share in (0.985, 0.995)]  # another domain has all it needs
+    hashes = np.array([*range(count), *drawn_out], np.uint64)
+    table = drawn(hashes, domains=np.array([0] * count + [1] * 2))
+    assert set(module._assign(table, (0.98, 0.01, 0.01))[:count]) == splits
+
+
 def test_one_document_is_cut_by_position(tmp_path):
     text = "".join(random_documents(50))
     (tmp_path / "a.txt").write_text(text)
@@ -184,6 +193,12 @@ def test_one_document_is_cut_by_position(tmp_path):
     assert [len(piece) for piece in pieces] == [1, 1, 1]
     assert "".join(sum(pieces, [])) == text
     assert 0.97 < len(pieces[0][0]) / len(text) < 0.985
+
+
+def test_a_document_of_three_characters_still_gives_every_split(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    data = run(tmp_path / "a.txt", tmp_path / "out")
+    assert [texts(data, name) for name in ("train", "valid", "test")] == [["a"], ["b"], ["c"]]
 
 
 def test_long_documents_are_tokenised_in_pieces(tmp_path, monkeypatch):
@@ -259,6 +274,10 @@ def test_a_finished_folder_is_taken_as_it_is(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["more"])
     with pytest.raises(DataError, match="inputs differ"):
         run(tmp_path / "a.jsonl", out)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a.jsonl", out, overwrite=True, tokenizer=Interrupted(0))
+    with pytest.raises(DataError, match="interrupted: run the same"):  # and not what was there
+        PreparedData.open(out)
     data = run(tmp_path / "a.jsonl", out, overwrite=True)
     assert sum(split["documents"] for split in data.record["splits"].values()) == 10
     assert (out / "notes.txt").read_text() == "mine"
@@ -282,6 +301,34 @@ def test_one_process_at_a_time_prepares_into_a_folder(tmp_path):
     assert refused == [False, True]
     with alone_in(out):  # what is finished can be taken at any time
         run(tmp_path / "a.jsonl", out)
+
+
+def test_what_another_process_has_just_finished_is_not_overwritten(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", random_documents(9))
+    out = tmp_path / "out"
+
+    @contextlib.contextmanager
+    def late(folder, **kw):
+        monkeypatch.setattr(module, "alone_in", alone_in)
+        run(tmp_path / "a.jsonl", out)  # between the look and the lock
+        with alone_in(folder, **kw):
+            yield
+
+    monkeypatch.setattr(module, "alone_in", late)
+    with pytest.raises(DataError, match=r"other settings \(fractions differ\)"):
+        run(tmp_path / "a.jsonl", out, fractions=(0.5, 0.5, 0.0))
+
+
+def test_the_record_is_the_last_to_be_written(tmp_path, monkeypatch):
+    class Unsaved(ByteTokenizer):
+        def save(self, folder):
+            raise KeyboardInterrupt
+
+    write_lines(tmp_path / "a.jsonl", random_documents(9))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=Unsaved())
+    with pytest.raises(DataError, match="interrupted: run the same"):
+        PreparedData.open(tmp_path / "out")
 
 
 def test_empty_and_missing_inputs(tmp_path):

@@ -79,9 +79,10 @@ def test_memory_of_prefill_is_bounded(model, monkeypatch):
     assert max(lengths) == 16 and sum(lengths) == 102
 
 
-def test_pieces_are_whole_characters(model, script):
+@pytest.mark.parametrize("max_tokens", [len(TEXT.encode()) + 1, 99])
+def test_pieces_are_whole_characters(model, script, max_tokens):
     script(TEXT, end=[0])
-    run = greedy(model, max_tokens=99)
+    run = greedy(model, max_tokens=max_tokens)
     assert list(run) == list(TEXT)
     assert run.finish_reason == "eod"
 
@@ -260,6 +261,21 @@ def test_saved_and_continued_is_exactly_one_run(model, tmp_path, cut):
     assert "".join(pieces) == text
     ours, theirs = second.state.tensors(), whole.state.tensors()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_an_interrupted_draw_leaves_no_token_to_be_read_twice(model, monkeypatch):
+    run, sample = greedy(model, max_tokens=9), Sampler.sample
+
+    def interrupted(self, logits):
+        if run.tokens:
+            raise KeyboardInterrupt
+        return sample(self, logits)
+
+    monkeypatch.setattr(Sampler, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.drain()
+    at = run.continuation
+    assert at.state.tokens_seen == 4 and at.pending == ()  # eod, a, b and what was drawn
 
 
 def test_a_new_seed_draws_anew(model):

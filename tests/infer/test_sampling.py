@@ -71,6 +71,7 @@ def test_window_zero_means_every_token():
 
 def test_seed():
     assert draw(seed=3) == draw(seed=3) != draw(seed=4)
+    assert draw(seed=0) == draw(seed=0)
     free = Sampler(SamplingConfig(), 5)
     again = Sampler(SamplingConfig(seed=free.seed), 5)
     assert [free.sample(LOGITS) for _ in range(50)] == [again.sample(LOGITS) for _ in range(50)]

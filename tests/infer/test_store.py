@@ -1,12 +1,15 @@
 """The folder of stored states: what in it is the store's own, and what it never touches."""
 
+import contextlib
+import os
+
 import pytest
 import torch
 from served import make
 
 from metastate.data.tokenizer import StreamDecoder
 from metastate.infer.generate import Continuation
-from metastate.infer.store import LOOKS_BACK, StateStore
+from metastate.infer.store import LOOKS_BACK, StateStore, StoreFullError
 from metastate.model.decode import store_bfloat16
 
 
@@ -68,6 +71,40 @@ def test_states_of_other_weights_are_left_out_and_take_no_room(tmp_path, caplog,
     assert [s.id for s in store.list("open")] == [old.id]
     assert torch.equal(store.get("open", old.id).state.layers[0].S, model.init_state(1).layers[0].S)
     store.close()
+
+
+def test_limits_may_be_reached_and_what_would_pass_them_leaves_no_file(tmp_path):
+    model = make()
+    start = Continuation(model.init_state(1))
+    size = store_one(tmp_path / "a", model).num_bytes
+    assert start.state.num_bytes < size  # the file is longer, which shows when it is written
+    with contextlib.closing(StateStore(tmp_path / "b", model, max_bytes=2 * size)) as store:
+        kept = [store.add("open", start) for _ in range(2)]
+        with pytest.raises(StoreFullError, match="bytes"):
+            store.add("open", start)
+    room = size + start.state.num_bytes
+    with contextlib.closing(StateStore(tmp_path / "c", model, max_bytes=room)) as store:
+        kept = [store.add("open", start)]
+        with pytest.raises(StoreFullError, match="bytes"):
+            store.add("open", start)
+    assert [p.stem for p in (tmp_path / "c" / "open").iterdir()] == [s.id for s in kept]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights and opens no folder")
+def test_the_folder_is_its_user_s_and_a_deleted_state_is_gone_for_good(tmp_path, monkeypatch):
+    with contextlib.closing(StateStore(tmp_path / "states", make())) as store:
+        state = store.add("open", Continuation(store.model.init_state(1)))
+        order, fsync = [], os.fsync
+
+        def synced(descriptor):
+            order.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        store.delete("open", state.id)
+        assert order == [(tmp_path / "states" / "open").stat().st_ino]
+    for folder in (tmp_path / "states", tmp_path / "states" / "open"):
+        assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_a_model_in_16_bits_takes_its_own_states_back(tmp_path):
