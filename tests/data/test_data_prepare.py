@@ -271,6 +271,8 @@ def test_a_finished_folder_is_taken_as_it_is(tmp_path):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"other settings \(fractions differ\).*--overwrite"):
         run(tmp_path / "a.jsonl", out, fractions=(0.5, 0.5, 0.0))
+    with pytest.raises(DataError, match=r"other settings \(tokenizer differ\)"):
+        run(tmp_path / "a.jsonl", out, tokenizer=JsonTokenizer(unigram(), "x"))
     write_lines(tmp_path / "a.jsonl", ["more"])
     with pytest.raises(DataError, match="inputs differ"):
         run(tmp_path / "a.jsonl", out)

@@ -145,6 +145,9 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
     with pytest.raises(DataError, match=r"a\.jsonl is not text: invalid UTF-8 at byte 24"):
         read(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}\n{"text": "\0"}'.encode())
+    with pytest.raises(DataError, match=r"a\.jsonl is not text: a NUL byte at byte 25"):
+        read(tmp_path / "a.jsonl")
 
 
 def test_a_folder_is_read_in_order_without_what_is_no_text(tmp_path):

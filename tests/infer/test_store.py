@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 
 import pytest
 import torch
@@ -82,12 +83,35 @@ def test_limits_may_be_reached_and_what_would_pass_them_leaves_no_file(tmp_path)
         kept = [store.add("open", start) for _ in range(2)]
         with pytest.raises(StoreFullError, match="bytes"):
             store.add("open", start)
+        store.delete("open", kept[0].id)
+        store.check_room("open", 1, size)
+        with pytest.raises(StoreFullError, match="bytes"):
+            store.check_room("open", 2, size)
     room = size + start.state.num_bytes
     with contextlib.closing(StateStore(tmp_path / "c", model, max_bytes=room)) as store:
         kept = [store.add("open", start)]
         with pytest.raises(StoreFullError, match="bytes"):
             store.add("open", start)
     assert [p.stem for p in (tmp_path / "c" / "open").iterdir()] == [s.id for s in kept]
+
+
+def test_a_full_store_writes_nothing(tmp_path, monkeypatch):
+    with contextlib.closing(StateStore(tmp_path, make(), max_states=1)) as store:
+        start = Continuation(store.model.init_state(1))
+        store.add("open", start)
+        monkeypatch.setattr(Continuation, "save", None)
+        with pytest.raises(StoreFullError, match="the limit of 1"):
+            store.add("open", start)
+
+
+def test_states_come_back_oldest_first_and_no_others_with_them(tmp_path):
+    model = make()
+    ids = [store_one(tmp_path, model).id for _ in range(4)]
+    for age, id in enumerate(sorted(ids)):
+        os.utime(tmp_path / "open" / f"{id}.safetensors", (1e9 - age, 1e9 - age))
+    shutil.copy(tmp_path / "open" / f"{ids[0]}.safetensors", tmp_path / "open/mine.safetensors")
+    with contextlib.closing(StateStore(tmp_path, model)) as store:
+        assert [s.id for s in store.list("open")] == sorted(ids, reverse=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other rights and opens no folder")
