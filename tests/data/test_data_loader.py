@@ -50,6 +50,8 @@ def test_the_fingerprint_is_of_tokenizer_and_contents_not_of_names_and_places(tm
     assert changed(name="y", path="/elsewhere/y.json").fingerprint == first.fingerprint
     for other in ({"sha256": "abc"}, {"eod_id": 1}, {"kind": "world"}):
         assert changed(**other).fingerprint != first.fingerprint
+    record["splits"]["train"]["sha256"] = "abc"
+    assert changed().fingerprint != first.fingerprint
 
 
 @settings(max_examples=60, deadline=None)
@@ -145,6 +147,14 @@ def test_carried_rows_continue_and_cover_whole_documents(tmp_path):
     assert any(order != orders[0] for order in orders[1:])
 
 
+def test_carried_rows_without_a_token_to_spare_read_documents_in_other_orders(tmp_path):
+    split, _ = make_split(tmp_path, [6, 9, 4, 12, 1, 7, 3, 7])
+    source = BatchSource(split, 2, 4, seed=3, carry_state=True)
+    assert split.num_tokens - 1 == 2 * 4 * source.num_windows
+    firsts = [source.batch(e * source.num_windows).tokens[0].tolist() for e in range(9)]
+    assert len({tuple(tokens) for tokens in firsts}) > 3
+
+
 def test_carried_rows_of_one_document_begin_elsewhere_each_epoch(tmp_path):
     """Else the end of the text, which no stream holds, would never be learned."""
     split, _ = make_split(tmp_path, [63])
@@ -216,23 +226,32 @@ def test_damaged_files_of_a_folder(tmp_path):
     with pytest.raises(DataError, match=r"truncated: expected 42 bytes, found 38"):
         data.split("train")
     (tmp_path / "train.bin").write_bytes(content)
-    np.save(tmp_path / "train.docs.npy", np.array([[7, 1]] * 3))
-    with pytest.raises(DataError, match=r"names a domain that data\.json lacks"):
-        data.split("train")
+    for domain in (-1, 1, 7):
+        np.save(tmp_path / "train.docs.npy", np.array([[domain, 1]] * 3))
+        with pytest.raises(DataError, match=r"names a domain that data\.json lacks"):
+            data.split("train")
     np.save(tmp_path / "train.docs.npy", np.array([[0, 1]] * 2))
     with pytest.raises(DataError, match="3 documents, but 2 domains"):
         data.split("train")
     np.save(tmp_path / "train.docs.npy", np.array(["x"], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"train\.docs\.npy is broken"):
         data.split("train")
+    np.save(tmp_path / "train.docs.npy", np.array([[0, 1]] * 3))
+    data.split("train")
+    data.record["splits"]["train"]["tokens"] = 22
+    with pytest.raises(DataError, match=r"train\.bin has 21 tokens, data\.json says 22"):
+        data.split("train")
 
 
 def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
     split, _ = make_split(tmp_path, [9, 9])
-    split.num_ids = 12
     source = BatchSource(split, 4, 4)
-    with pytest.raises(DataError, match="token outside the vocabulary of 12"):
-        source.batch(0)
+    for num_ids in (12, 16):  # the largest token is 16
+        split.num_ids = num_ids
+        with pytest.raises(DataError, match=f"token outside the vocabulary of {num_ids}"):
+            source.batch(0)
+    split.num_ids = 17
+    source.batch(0)
 
 
 def test_check_vocab(tmp_path):
