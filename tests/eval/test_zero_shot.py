@@ -260,6 +260,13 @@ def test_accuracy_and_its_length_normalised_kind(monkeypatch):
     assert acc.chance == norm.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
 
 
+def test_the_space_before_a_choice_is_no_character_of_it(monkeypatch):
+    items = [Item((("c", " a"), ("c", " bb")), 1)]
+    # -1 and -0.95 a character; with the space it would be -0.5 and -0.63
+    found = evaluate_items(given(monkeypatch, [(-1.0, False), (-1.9, False)]), BYTES, "piqa", items)
+    assert found.metrics["acc_norm"].value == 1.0
+
+
 def test_lambada_by_hand(monkeypatch):
     items = [Item((("a b", " c"),)), Item((("a b", " cde"),))]
     scores = [(-1.0, True), (-3.0, False)]

@@ -14,7 +14,9 @@ import torch
 
 import metastate
 from metastate.config import ModelConfig, TrainConfig
+from metastate.data.files import write_tensors
 from metastate.errors import CheckpointError, StateError, TrainingError
+from metastate.model.io import read_tensors
 from metastate.model.lm import LanguageModel
 from metastate.model.loss import lm_loss
 from metastate.model.state import ModelState
@@ -99,6 +101,33 @@ def test_last_and_best_are_model_folders(tmp_path):
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004"]
     assert not (tmp_path / "best" / "optimizer.safetensors").exists()
+
+
+def test_the_newest_is_the_one_of_most_steps_however_many_digits_they_have(tmp_path):
+    for name in ("step-99999999", "step-100000000", "step-0100000001"):  # the last is not ours
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert find_checkpoint(tmp_path) == checkpoint.checkpoint_of(tmp_path, 10**8)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot open a folder")
+def test_a_checkpoint_is_on_the_disk_before_its_link_and_that_before_the_return(
+    tmp_path, monkeypatch
+):
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        order.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(old, new):
+        order.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_checkpoint(tmp_path, *make(), at(1))
+    folder, out = (path.stat().st_ino for path in (tmp_path / "checkpoints", tmp_path))
+    assert order[-4:] == ["step-00000001", folder, "last", out]
 
 
 def test_no_pickle_is_written(tmp_path):
@@ -253,6 +282,15 @@ def damage(name, change):
     return apply
 
 
+def moments(change):
+    def apply(folder):
+        file = folder / "optimizer.safetensors"
+        found = {name: x.clone() for name, x in read_tensors(file).items()}
+        write_tensors(file, found | change(found))
+
+    return apply
+
+
 def newer(content):
     return json.dumps(json.loads(content) | {"version": 99}).encode()
 
@@ -263,6 +301,11 @@ def newer(content):
         (damage("model.safetensors", lambda b: b[:-1]), "model.safetensors"),
         (damage("optimizer.safetensors", lambda b: b[:50]), "optimizer.safetensors"),
         (damage("optimizer.safetensors", lambda b: b.replace(b"exp_avg:", b"exp_abc:")), "lacks"),
+        (
+            moments(lambda t: {"exp_avg:ln0.bias": t["exp_avg:ln0.bias"][:1]}),
+            r"exp_avg of ln0.bias is \[1\], the model needs \[8\]",
+        ),
+        (moments(lambda t: {"step:x": t["step:ln0.bias"]}), "holds 'step:x', which this model"),
         (damage("trainer.json", lambda b: b[:-5]), "trainer.json is missing or broken"),
         (damage("trainer.json", lambda b: b"[" * 200_000), "trainer.json is missing or broken"),
         (damage("trainer.json", newer), "version 99.*newer metastate"),

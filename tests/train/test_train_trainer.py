@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -539,6 +540,41 @@ def test_held_out_loss_that_is_not_finite_is_never_the_best(config):
     train(config(), evaluate=lambda model: {"nats_per_token": next(losses)})
     last = read_trainer(Path(config().out, "last"))
     assert (last.best_step, last.best_loss) == (8, 2.0)
+
+
+def test_of_equal_held_out_losses_the_first_is_the_best_whatever_mode_it_leaves(config):
+    model = metastate.model.lm.LanguageModel(preset("metastate-tiny", vocab_size=256, **MODEL))
+    modes = []
+
+    def evaluate(model):
+        model.eval()
+        return {"nats_per_token": 2.0}
+
+    def progress(*done, **figures):
+        modes.append(model.training)
+
+    train(config(), evaluate=evaluate, model=model, progress=progress)
+    assert read_trainer(Path(config().out, "last")).best_step == 4
+    assert modes == [True] * 12
+
+
+def test_the_speed_is_of_all_batches_and_of_the_steps_alone(config, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=iter(range(99)).__next__)
+    monkeypatch.setattr(trainer, "time", clock)  # looked at twice a step
+    train(config(accumulate=3), evaluate=evaluate)
+    lines = Path(config().out, "log.jsonl").read_text().splitlines()
+    speeds = [row["tokens_per_s"] for row in map(json.loads, lines) if row["kind"] == "train"]
+    assert speeds == [3 * 2 * 16] * 4
+
+
+def test_weights_that_are_not_finite_are_no_start(config, tmp_path):
+    model = metastate.model.lm.LanguageModel(preset("metastate-tiny", vocab_size=256, **MODEL))
+    with torch.no_grad():
+        model.head.weight[3, 3] = math.nan
+    metastate.save(model, tmp_path / "broken")
+    with pytest.raises(CheckpointError, match="head.weight"):
+        train(config(from_checkpoint=str(tmp_path / "broken"), model={}))
+    assert not Path(config().out, "run.json").exists()
 
 
 def test_tensorboard_gets_the_same_figures(config):
