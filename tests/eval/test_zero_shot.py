@@ -57,6 +57,11 @@ def test_loglikelihoods_are_sums_of_log_softmax(model):
         assert len(each) - len(context.encode()) == len(continuation.encode())
 
 
+def test_a_text_begins_behind_the_end_of_document_whatever_its_id(model):
+    each, _ = log_softmax_of(model, [5, 7, 8])
+    assert score_tokens(model, [([7], [8])], 5)[0][0] == pytest.approx(float(each[1]), abs=1e-5)
+
+
 def test_greedy_means_every_token_is_the_likeliest(model):
     ids = [0, 7]
     for _ in range(12):
