@@ -367,6 +367,7 @@ def test_files_that_were_cut_off_are_refused(task, data):
     [
         ("lambada", '{"txt": "a b"}', "line 2: `text` must be text"),
         ("lambada", '{"text": "alone"}', "a last one after a space"),
+        ("lambada", '{"text": "  word"}', "needs words, and a last one"),
         ("lambada", "[1]", "line 2 is no JSON object"),
         ("piqa", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "`gold` must be 0 to 1"),
         ("piqa", '{"query": "q", "choices": ["a", "b"], "gold": true}', "`gold` must be 0 to 1"),
@@ -394,4 +395,8 @@ def test_damaged_hellaswag(data):
         load_items("hellaswag", data)
     path.write_bytes(bz2.compress(b"context\n1\na\nb\nc\n"))
     with pytest.raises(DataError, match="5 lines"):
+        load_items("hellaswag", data)
+    item = "context\n1\na\nb\nc\nd\n"  # a whole one before one of three endings
+    path.write_bytes(bz2.compress((item + item.removesuffix("d\n")).encode()))
+    with pytest.raises(DataError, match="11 lines"):
         load_items("hellaswag", data)

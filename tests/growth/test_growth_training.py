@@ -19,6 +19,7 @@ from metastate.model.loss import lm_loss
 from metastate.model.regions import regions
 from metastate.train.optim import (
     adopt_moments,
+    grown_regions,
     learning_rate,
     make_optimizer,
     moments,
@@ -268,6 +269,19 @@ def test_of_the_counts_of_steps_of_one_parameter_the_largest_stays():
     grown, name = grow(fresh(), head_size=7), "blocks.0.time_mix.key.weight"
     found = {f"step:{name}[old]": torch.tensor(9.0), f"step:{name}[N]": torch.tensor(4.0)}
     assert whole_moments(found, grown) == {f"step:{name}": torch.tensor(9.0)}
+
+
+def test_moments_of_what_was_frozen_are_those_of_new_entries():
+    grown, name = grow(fresh(), head_size=7), "blocks.0.time_mix.key.weight"
+    part = grown_regions(grown)[name]
+    ((axis, region),) = part.new.items()
+    learned = torch.rand_like(region.of(grown.get_parameter(name).detach()))
+    found = {f"{kind}:{name}[{axis}]": learned for kind in ("exp_avg", "exp_avg_sq")}
+    whole = whole_moments(found, grown)
+    for kind, start in (("exp_avg", 0.0), ("exp_avg_sq", float(learned.mean()))):
+        assert torch.equal(region.of(whole[f"{kind}:{name}"]), learned)
+        old = part.old.of(whole[f"{kind}:{name}"])
+        assert torch.equal(old, torch.full_like(old, start))
 
 
 def test_what_was_grown_twice_without_training_is_all_new(config, tmp_path):

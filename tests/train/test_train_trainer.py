@@ -540,6 +540,7 @@ def test_held_out_loss_that_is_not_finite_is_never_the_best(config):
     train(config(), evaluate=lambda model: {"nats_per_token": next(losses)})
     last = read_trainer(Path(config().out, "last"))
     assert (last.best_step, last.best_loss) == (8, 2.0)
+    assert read_trainer(Path(config().out, "best")).step == 8
 
 
 def test_of_equal_held_out_losses_the_first_is_the_best_whatever_mode_it_leaves(config):
