@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,21 @@ def few_words(tmp_path_factory):
         (folder / f"{i}.txt").write_text(text)
     prepare([folder], "bytes", folder / "data", fractions=(0.8, 0.2, 0.0))
     return folder / "data"
+
+
+@pytest.fixture
+def disk_order(monkeypatch):
+    """A list that grows by the inode of what is fsynced and the new name of what is renamed."""
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        order.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(old, new):
+        order.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    return order

@@ -69,23 +69,11 @@ def test_an_interrupt_leaves_the_old_file_and_no_litter(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot open a folder")
 def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path, monkeypatch
+    tmp_path, disk_order
 ):
-    order, fsync, replace = [], os.fsync, os.replace
-
-    def synced(descriptor):
-        order.append(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def renamed(old, new):
-        order.append("renamed")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
     atomic_write(tmp_path / "model", b"new")
     file, folder = (path.stat().st_ino for path in (tmp_path / "model", tmp_path))
-    assert order == [file, "renamed", folder]
+    assert disk_order == [file, "model", folder]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot open a folder")

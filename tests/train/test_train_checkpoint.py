@@ -111,23 +111,11 @@ def test_the_newest_is_the_one_of_most_steps_however_many_digits_they_have(tmp_p
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot open a folder")
 def test_a_checkpoint_is_on_the_disk_before_its_link_and_that_before_the_return(
-    tmp_path, monkeypatch
+    tmp_path, disk_order
 ):
-    order, fsync, replace = [], os.fsync, os.replace
-
-    def synced(descriptor):
-        order.append(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def renamed(old, new):
-        order.append(Path(new).name)
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
     save_checkpoint(tmp_path, *make(), at(1))
     folder, out = (path.stat().st_ino for path in (tmp_path / "checkpoints", tmp_path))
-    assert order[-4:] == ["step-00000001", folder, "last", out]
+    assert disk_order[-4:] == ["step-00000001", folder, "last", out]
 
 
 def test_no_pickle_is_written(tmp_path):
