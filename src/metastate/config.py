@@ -115,8 +115,8 @@ class ModelConfig:
     beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
     have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
     attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With memory_heads a
-    meta state of so many heads stands before the head of the model, of any architecture
-    (layers/surprise_memory.py).
+    meta state of so many heads stands before the block memory_layer (from 0), or before the head of
+    the model where that is None, of any architecture (layers/surprise_memory.py).
     Growth sets input_slices (slices that the Meta-State heads cut x into, H unless given; head
     h reads slice h mod input_slices), head_segments (a head's channels by growth step), and
     first_slots (attention_slots and ffn_size that a TokenFormer began with).
@@ -143,6 +143,7 @@ class ModelConfig:
     ffn_layers: tuple[int, ...] | None = field(default=None, metadata=LATER)
     ffn_order: Literal["beside", "after"] | None = field(default=None, metadata=LATER)
     memory_heads: int | None = field(default=None, metadata=LATER)
+    memory_layer: int | None = field(default=None, metadata=LATER)
     rope_theta: float = 10000.0
     version: int = CONFIG_VERSION
 
@@ -215,6 +216,14 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is not a multiple of memory_heads "
                 f"{self.memory_heads}; change one of them"
             )
+        if self.memory_layer is not None:
+            if not self.memory_heads:
+                raise ConfigError("model.memory_layer needs model.memory_heads")
+            if not 0 <= self.memory_layer < self.num_layers:
+                raise ConfigError(
+                    f"model.memory_layer is {self.memory_layer}; a block from 0 to "
+                    f"{self.num_layers - 1}, or null for before the head"
+                )
         self._check_layers()
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
@@ -283,7 +292,8 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a copy with `changes`; derived fields follow unless they are given.
 
-        So do the heads of a surprise memory, of which there are as few as may be in a new width.
+        So do the heads of a surprise memory, of which there are as few as may be in a new width,
+        and its place: what stands before the top block does so in another depth.
         """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if {"hidden_size", "attention_slots", "ffn_size"} & changes.keys():
@@ -297,6 +307,11 @@ class ModelConfig:
         width = changes.get("hidden_size")
         if isinstance(width, int) and self.memory_heads:
             data["memory_heads"] = fewest_memory_heads(width)
+        if changes.get("memory_heads", self.memory_heads) is None:
+            data["memory_layer"] = None
+        depth = changes.get("num_layers")
+        if isinstance(depth, int) and self.memory_layer == self.num_layers - 1:
+            data["memory_layer"] = depth - 1
         return ModelConfig(**(data | changes))
 
 

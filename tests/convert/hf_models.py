@@ -27,7 +27,7 @@ CONFIGS = {
     "rwkv7": ModelConfig(architecture="rwkv7", **SIZES),
     "transformer": ModelConfig(architecture="transformer", **SIZES),
     "tokenformer": ModelConfig(architecture="tokenformer", **SIZES),
-    "memory": ModelConfig(**SIZES, ffn_order="after", memory_heads=2),
+    "memory": ModelConfig(**SIZES, ffn_order="after", memory_heads=2, memory_layer=1),
 }
 RECURRENT = ("metastate", "with-M", "rwkv7", "memory")
 

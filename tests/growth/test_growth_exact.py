@@ -97,8 +97,9 @@ def test_every_axis_of_every_reading(reading, axis, dtype):
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "memory_heads"])
-def test_every_axis_with_a_surprise_memory(axis, dtype):
-    grows_exactly(build(dtype, memory_heads=2), dtype, AXES[axis])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_every_axis_with_a_surprise_memory(layer, axis, dtype):
+    grows_exactly(build(dtype, memory_heads=2, memory_layer=layer), dtype, AXES[axis])
 
 
 def grows_exactly(model, dtype, sizes):

@@ -102,7 +102,43 @@ def test_a_config_without_it_is_written_as_before():
 
 def test_a_config_takes_it_and_gives_it_up():
     none = ModelConfig()
-    assert none.replace(memory_heads=2).replace(memory_heads=None) == none
+    for layer in (None, 2):
+        given = none.replace(memory_heads=2, memory_layer=layer)
+        assert given.memory_layer == layer and given.replace(memory_heads=None) == none
+
+
+def test_before_which_block_it_stands():
+    inside = ModelConfig(num_layers=3, memory_heads=1, memory_layer=2)
+    assert inside.replace(num_layers=5).memory_layer == 4  # the top one is the top one
+    assert inside.replace(num_layers=5, memory_layer=2).memory_layer == 2
+    assert inside.replace(memory_layer=0).replace(num_layers=5).memory_layer == 0
+    assert grow(model_of(memory_layer=0), num_layers=3).config.memory_layer == 0
+    for layer in (-1, 3):
+        with pytest.raises(ConfigError, match="a block from 0 to 2, or null for before the head"):
+            inside.replace(memory_layer=layer)
+    with pytest.raises(ConfigError, match=r"memory_layer needs model\.memory_heads"):
+        ModelConfig(memory_layer=0)
+
+
+def test_it_reads_a_norm_of_what_enters_its_block():
+    model, tokens = model_of(2, memory_layer=0), torch.randint(17, (1, 6))
+    memory, u = model.surprise_memory, torch.randn(1, 6, 12, dtype=torch.float64)
+    for p in memory.norm.parameters():
+        torch.nn.init.normal_(p)
+    found, state = memory(u, tokens, model.head.weight, None)
+    h, memory.norm = memory.norm(u), None
+    corrected, other = memory(h, tokens, model.head.weight, None)
+    assert relative_error(found - u, corrected - h) < 1e-12
+    assert torch.equal(state.features, h[:, -1]) and torch.equal(state.M, other.M)
+
+
+def test_where_it_stands_inside_reading_leaves_out_what_no_state_needs():
+    model, tokens = model_of(2, memory_layer=0, ffn_size=8), torch.randint(17, (1, 6))
+    called = []
+    model.blocks[0].channel_mix.register_forward_hook(lambda *_: called.append(1))
+    read, whole = model.read(tokens), model(tokens)[1]
+    assert len(called) == 1
+    assert all(torch.equal(x, whole.tensors()[name]) for name, x in read.tensors().items())
 
 
 def test_states_of_other_models_are_refused():

@@ -186,8 +186,10 @@ class Oracle:
             state["channel"] = raw
         return y @ p("W_o")
 
-    def surprise_memory(self, h, token, state):
+    def surprise_memory(self, u, token, state):
         """Write `token` by its surprise; return the corrected features."""
+        inside = self.config.memory_layer is not None
+        h = self.layer_norm(u, "surprise_memory.norm") if inside else u
         head, shape = self.w["head"].T, state["M"].shape[:2]
 
         def p(name):
@@ -207,7 +209,7 @@ class Oracle:
             M[i] = state["M"][i] @ transition + np.outer(v[i], before[i])
             y[i] = key[i] @ M[i].T
         state |= {"M": M, "key": key.reshape(-1), "features": h}
-        return h + y.reshape(-1) * p("gain")
+        return u + y.reshape(-1) * p("gain")
 
     def output_norm(self, y, p, name):
         if self.config.meta_state.output_norm == "none":
@@ -226,6 +228,8 @@ class Oracle:
                 state = self.fresh_state()
             x, v_first = self.layer_norm(self.w["emb"][token], "ln0"), None
             for i, layer in enumerate(state[: self.config.num_layers]):
+                if i == self.config.memory_layer:
+                    x = self.surprise_memory(x, token, state[-1])
                 normed = self.layer_norm(x, f"{i}.ln1")
                 out, v_first, geometry = self.time_mix(i, normed, layer, v_first)
                 x = x + out
@@ -239,7 +243,7 @@ class Oracle:
                     x = x + self.channel_mix(i, normed, layer | {"channel": carried})
                     layer["channel"] = normed
             x = self.layer_norm(x, "ln_out")
-            if self.config.memory_heads:
+            if self.config.memory_heads and self.config.memory_layer is None:
                 x = self.surprise_memory(x, token, state[-1])
             logits.append(x @ self.w["head"])
         return np.stack(logits), state

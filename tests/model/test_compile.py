@@ -12,8 +12,8 @@ from tolerance import TOLERANCE, relative_error
     ("architecture", "backend"),
     [("metastate", "cpu"), ("metastate", "chunked"), ("rwkv7", "cpu")],
 )
-@pytest.mark.parametrize("heads", [None, 2])
-def test_a_model_is_one_graph(architecture, backend, heads):
+@pytest.mark.parametrize("memory", [{"memory_heads": None}, {"memory_heads": 2, "memory_layer": 1}])
+def test_a_model_is_one_graph(architecture, backend, memory):
     torch.compiler.reset()  # models of other tests would count against the limit of recompilations
     config = preset(
         f"{architecture}-tiny",
@@ -21,7 +21,7 @@ def test_a_model_is_one_graph(architecture, backend, heads):
         hidden_size=16,
         num_layers=2,
         num_heads=2,
-        memory_heads=heads,
+        **memory,
     )
     model = LanguageModel(config).eval()
     for p in model.parameters():

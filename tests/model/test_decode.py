@@ -37,6 +37,12 @@ KINDS = {
     },
     "memory": {"ffn_size": 20, "ffn_order": "after", "memory_heads": 2},
     "rwkv7, memory": {"architecture": "rwkv7", "memory_heads": 1},
+    "memory before a block": {
+        **{"ffn_size": 20, "ffn_order": "after", "memory_heads": 2, "memory_layer": 2}
+    },
+    "rwkv7, memory before the first": {
+        **{"architecture": "rwkv7", "memory_heads": 1, "memory_layer": 0}
+    },
 }
 
 

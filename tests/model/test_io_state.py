@@ -37,6 +37,7 @@ MODELS = {
     "rwkv7": {"architecture": "rwkv7"},
     "transformer": {"architecture": "transformer"},
     "memory": {"memory_heads": 2},
+    "memory-inside": {"memory_heads": 2, "memory_layer": 1},
 }
 TOKENS = torch.arange(24).view(2, 12) % SIZES["vocab_size"]
 

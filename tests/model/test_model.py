@@ -36,13 +36,17 @@ MODELS = {
     "transformer": {"architecture": "transformer"},
     "tokenformer": {"architecture": "tokenformer"},
     "memory": {"memory_heads": 3},
+    "memory-inside": {"memory_heads": 3, "memory_layer": 1, "ffn_order": "after"},
     "rwkv7-memory": {"architecture": "rwkv7", "memory_heads": 1},
     "transformer-memory": {"architecture": "transformer", "memory_heads": 2},
+    "transformer-memory-inside": {
+        **{"architecture": "transformer", "memory_heads": 2, "memory_layer": 1}
+    },
 }
 RECURRENT = [name for name in MODELS if "former" not in name]
 
 
-NATIVE = ["metastate", "grown", "asked", "input", "encoding", "rwkv7", "memory"]
+NATIVE = [*("metastate", "grown", "asked", "input", "encoding", "rwkv7", "memory", "memory-inside")]
 
 
 @pytest.fixture(

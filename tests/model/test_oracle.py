@@ -104,10 +104,11 @@ def test_feed_forward_layer_beside(fields):
     check(build(ffn_order="beside", **fields), backends=BACKENDS)
 
 
+@pytest.mark.parametrize("layer", [None, 0, 1])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("fields", [{}, GROWN, {"architecture": "rwkv7"}], ids=str)
-def test_surprise_memory(fields, heads):
-    check(build(memory_heads=heads, **fields), backends=BACKENDS)
+def test_surprise_memory(fields, heads, layer):
+    check(build(memory_heads=heads, memory_layer=layer, **fields), backends=BACKENDS)
 
 
 @pytest.mark.parametrize("heads", [None, 1])

@@ -139,6 +139,7 @@ MODELS = {
     "rwkv7": (MetaStateConfig(), {"architecture": "rwkv7", "parameter_tokens": 2}),
     "memory": (MetaStateConfig(), {"memory_heads": 2, "with_state": True}),
     "memory, from nothing": (MetaStateConfig(), {"memory_heads": 1}),
+    "memory inside": (MetaStateConfig(), {"memory_heads": 1, "memory_layer": 1}),
 }
 
 

@@ -87,7 +87,7 @@ def grown_config(
             raise ConfigError(f"{axis} {n} is below the present {before[axis]}; growth never drops")
     if kind == "metastate" and "head_size" in wanted and (reason := _inexact(meta)):
         raise ConfigError(f"head_size cannot grow with {reason}; grow num_heads instead")
-    changes: dict[str, Any] = dict(wanted)
+    changes: dict[str, Any] = {**wanted, "memory_layer": config.memory_layer}
     if kind == "tokenformer":  # its released code forgets how many slots there were
         changes["first_slots"] = None if init == "released" else config.first_slots
     if kind not in ATTENTION:

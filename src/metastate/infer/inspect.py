@@ -169,7 +169,7 @@ def inspect_prompt(
 
 
 def readers(config: ModelConfig) -> dict[str, list[str]]:
-    """Return by matrix who reads it, layers of a block but for `memory`, the M before the head."""
+    """Return by matrix who reads it, layers of a block but for `memory`, the M of no block."""
     reads: dict[str, list[str]] = {}
     if config.architecture == "rwkv7":
         reads["S"] = ["time mixing"]
@@ -180,7 +180,8 @@ def readers(config: ModelConfig) -> dict[str, list[str]]:
         if config.meta_state.readout != "encoding":
             reads["M"] = [layer]
     if config.memory_heads is not None:
-        reads[MEMORY] = ["what corrects the features before the head"]
+        place = "the head" if config.memory_layer is None else f"block {config.memory_layer}"
+        reads[MEMORY] = [f"what corrects the features before {place}"]
     return reads
 
 

@@ -54,12 +54,15 @@ class MemoryState:
 
 
 class SurpriseMemory(nn.Module):
-    """Correct the features before the head by what came, unexpected, after features like them.
+    """Correct features u by what came, unexpected, after features like them.
 
-    k_t  = unit((h_t + c) * d)  per head            h = ln_out(x); H = `memory_heads`, N = D / H
+    k_t  = unit((h_t + c) * d)  per head            h = ln(u); H = `memory_heads`, N = D / H
     s_t  = 2 sigmoid(l h_{t-1} . W[x_t] + p . h_{t-1} + q . W[x_t] + b)  per head: the surprise
     M_t  = M_{t-1} (diag(w) - k_{t-1}^T (a * k_{t-1})) + (s_t W[x_t])^T k_{t-1}
-    h'_t = h_t + concat_h(k_t M_t^T) * g            what the head then reads
+    u'_t = u_t + concat_h(k_t M_t^T) * g
+
+    u is what enters the block `memory_layer`, and ln a norm of the memory's own; or, where that is
+    None, what the head reads, u = h = ln_out(x).
 
     The token x_t is the last one read, so nothing looks ahead; W [V, D] are the weights of the
     head. M associates what came with the features that it came after, the more the less it was
@@ -84,6 +87,7 @@ class SurpriseMemory(nn.Module):
         assert config.memory_heads is not None
         D = config.hidden_size
         self.num_heads, self.head_size = config.memory_heads, D // config.memory_heads
+        self.norm = None if config.memory_layer is None else nn.LayerNorm(D)
         self.center = nn.Parameter(torch.zeros(D))
         self.scale = nn.Parameter(torch.ones(D))
         self.decay = nn.Parameter(torch.full((D,), FIRST_DECAY))
@@ -117,7 +121,7 @@ class SurpriseMemory(nn.Module):
 
     def forward(
         self,
-        h: Tensor,
+        u: Tensor,
         tokens: Tensor,
         weight: Tensor,
         state: MemoryState | None,
@@ -125,11 +129,11 @@ class SurpriseMemory(nn.Module):
         start: MemoryState | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, MemoryState]:
-        """Return the corrected features [B, T, D] and the state after the last token.
+        """Return u [B, T, D], corrected, and the state after the last token.
 
         Args:
-            h: ln_out(x), [B, T, D].
-            tokens: [B, T], those that led to h.
+            u: [B, T, D].
+            tokens: [B, T], those that led to u.
             weight: of the head, [V, D].
             state: before token 0; None means nothing was read.
             packing: where documents start; None means nowhere.
@@ -139,6 +143,7 @@ class SurpriseMemory(nn.Module):
         Raises:
             ConfigError: heads wider than the backend takes.
         """
+        h = u if self.norm is None else self.norm(u)
         batch, length, D = h.shape
         heads = (batch, length, self.num_heads, self.head_size)
         dtype = ops.state_dtype(h.dtype)
@@ -164,10 +169,10 @@ class SurpriseMemory(nn.Module):
 
         M = handed_on(lambda v, M: run(v, M)[1], v, state.M, first, packing)
         y, final = run(v, M if packing is None else packing.initial(M, first))
-        corrected = exact + y.flatten(2) * self.gain
+        corrected = u.to(dtype) + y.flatten(2) * self.gain
         last = (key[:, -1].clone(), exact[:, -1].clone())  # a view would keep all tokens' alive
         after = MemoryState(last_of_rows(final, packing), *last)
-        return corrected.to(h.dtype), after
+        return corrected.to(u.dtype), after
 
 
 def _before(x: Tensor, last: Tensor, packing: Packing | None) -> Tensor:

@@ -209,11 +209,11 @@ class NativeDecoder(BatchDecoder):
         ranks = [0 if x is None else x.A.shape[1] for x in low_ranks]
         self._kept: list[Tensor] = []  # what the addresses point to
         dtype = model.head.weight.dtype
-        fields = [
-            layer
-            for block, state in zip(blocks, self.state.layers, strict=True)
-            for layer in self._layers(block, state, dtype)
-        ]
+        fields: list[dict[str, Tensor]] = []
+        firsts = []  # where each block begins in the table
+        for block, state in zip(blocks, self.state.layers, strict=True):
+            firsts.append(len(fields))
+            fields += self._layers(block, state, dtype)
         names = kernels.LAYER_FIELDS
         table = [[self._address(layer.get(name)) for name in names] for layer in fields]
         self._tokens = torch.zeros(rows, dtype=torch.int64, device="cpu")
@@ -239,6 +239,7 @@ class NativeDecoder(BatchDecoder):
             *(np.array(x, np.int64) for x in arrays),
             *(self._counters, np.array(ranks, np.int64)),
             *(L, D, H, N, F, config.vocab_size, dtype.itemsize, flags, config.memory_heads or 0),
+            L if config.memory_layer is None else firsts[config.memory_layer],
         )
         # Below a few MiB of weights a second thread takes longer to wake than to help.
         self._work = 1 + sum(x.nbytes for x in self._kept) // GRAIN
@@ -259,7 +260,8 @@ class NativeDecoder(BatchDecoder):
         own["head"] = model.head.weight.data
         memory, state = model.surprise_memory, self.state.memory
         if memory is not None and state is not None:
-            own |= {name: p.float() for name, p in memory.named_parameters()}
+            named = memory.named_parameters()
+            own |= {name.replace(".", "_"): p.float() for name, p in named}
             own |= {"decay": memory.log_w().exp(), "rate": memory.rate.float().sigmoid()}
             own |= vars(state) | {"tokens": self._tokens}
         return own

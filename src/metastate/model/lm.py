@@ -17,7 +17,7 @@ from metastate.config import ATTENTION, ModelConfig
 from metastate.errors import ConfigError, ShapeError, StateError
 from metastate.layers.attention import Sight
 from metastate.layers.common import Growth, Packing, declared_groups, is_plain, linear, normal_
-from metastate.layers.surprise_memory import SurpriseMemory
+from metastate.layers.surprise_memory import MemoryState, SurpriseMemory
 from metastate.model.block import RecurrentBlock, TransformerBlock
 from metastate.model.state import ModelState
 
@@ -26,7 +26,7 @@ class LanguageModel(nn.Module):
     """A causal language model of any of our architectures, fixed by its ModelConfig.
 
     x = embedding(tokens) (then ln0 in the recurrent ones);  x = block(x), L times;
-    logits = head(ln_out(x)), of features that the surprise memory corrects, where there is one
+    logits = head(ln_out(x));  a surprise memory corrects what enters a block, or the head
 
     Attributes:
         config: the ModelConfig.
@@ -108,16 +108,16 @@ class LanguageModel(nn.Module):
                 ranks, and all call this together. `state` is then the same on every rank, and the
                 state returned is the one after this rank's tokens.
             state_only: only the state of the results is of use: leave out what it does not depend
-                on, as the last block's feed-forward layer where there is no surprise memory.
+                on, as the last block's feed-forward layer where no surprise memory follows.
 
         Returns:
-            ln_out(x) [B, T, D], corrected where there is a surprise memory, the state after the
+            ln_out(x) [B, T, D], corrected where a surprise memory stands there, the state after the
             last token, and the KL term of variational encoders, weighted, or None.
 
         Raises:
             ShapeError: tokens or resets have the wrong shape, dtype or range.
             StateError: the state is of another model or batch size, or `start` not of one row.
-            ConfigError: a `group` for a model that is not recurrent; a surprise memory before a
+            ConfigError: a `group` for a model that is not recurrent; a surprise memory beside a
                 head that is no plain nn.Linear.
         """
         self._check_tokens(tokens, resets)
@@ -141,7 +141,9 @@ class LanguageModel(nn.Module):
         kl: Tensor | None = None
         layers: list[Any] = []
         last, memory = len(self.blocks) - 1, self.surprise_memory
-        state_only = state_only and memory is None
+        place = None if memory is None else self.config.memory_layer
+        before_head = memory is not None and place is None
+        state_only = state_only and not before_head
         if group is not None and not self.recurrent:
             raise ConfigError(
                 "only a recurrent model can hand on its state; a transformer's sequences cannot be "
@@ -151,6 +153,7 @@ class LanguageModel(nn.Module):
         if (self.recurrent or memory is not None) and (resets is not None or group is not None):
             resets = tokens.new_zeros(tokens.shape, dtype=torch.bool) if resets is None else resets
             packing = Packing.from_resets(resets, group)
+        after: MemoryState | None = None
         if self.recurrent:
             assert self.config.head_size is not None
             backend = ops.resolve_backend(self.backend, tokens.device, self.config.head_size)
@@ -158,6 +161,8 @@ class LanguageModel(nn.Module):
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
                 if packing is not None and start is not None:
                     packing = replace(packing, start=start.layers[i])  # type: ignore[arg-type]
+                if i == place:
+                    x, after = self._remember(x, tokens, packing, state, start)
                 args = (x, old, v_first, packing, backend, state_only and i == last)
                 x, new, v_first, term = self._run(block, *args)
                 layers.append(new)
@@ -166,22 +171,16 @@ class LanguageModel(nn.Module):
         else:
             sight = Sight.of(length, before[0], resets, tokens.device)  # type: ignore[arg-type]
             for i, (block, old) in enumerate(zip(self.blocks, before, strict=True)):
+                if i == place:
+                    x, after = self._remember(x, tokens, packing, state, start)
                 x, new = self._run(block, x, old, sight, state_only and i == last)
                 layers.append(new)
         seen = 0 if state is None else state.tokens_seen
         if kl is not None:
             kl = kl * self.config.meta_state.kl_weight
-        h, after = self.ln_out(x), None
-        if memory is not None:
-            own, fresh = (None if s is None else s.memory for s in (state, start))
-            if type(self.head) is not nn.Linear or not is_plain(self.head):
-                raise ConfigError(
-                    "a surprise memory reads the weights of the head, and this head is not a plain "
-                    "one (an adapter, quantised, elsewhere, a bias, a hook); merge or remove that"
-                )
-            weight = self.head.weight
-            backend = ops.resolve_backend(self.backend, tokens.device, memory.head_size)
-            h, after = self._run(memory, h, tokens, weight, own, packing, fresh, backend)
+        h = self.ln_out(x)
+        if before_head:
+            h, after = self._remember(h, tokens, packing, state, start)
         return h, ModelState(tuple(layers), seen + length, memory=after), kl
 
     def forward(
@@ -199,6 +198,21 @@ class LanguageModel(nn.Module):
     def read(self, tokens: Tensor, state: ModelState | None = None) -> ModelState:
         """Return the state after the tokens, as `features` does, without what it does not need."""
         return self.features(tokens, state, state_only=True)[1]
+
+    def _remember(
+        self, u: Tensor, tokens: Tensor, packing: Packing | None, *states: ModelState | None
+    ) -> tuple[Tensor, MemoryState]:
+        """Return u corrected by the surprise memory; `states` are the one before and the start."""
+        memory = self.surprise_memory
+        assert memory is not None
+        if type(self.head) is not nn.Linear or not is_plain(self.head):
+            raise ConfigError(
+                "a surprise memory reads the weights of the head, and this head is not a plain "
+                "one (an adapter, quantised, elsewhere, a bias, a hook); merge or remove that"
+            )
+        backend = ops.resolve_backend(self.backend, tokens.device, memory.head_size)
+        own, fresh = (None if s is None else s.memory for s in states)
+        return self._run(memory, u, tokens, self.head.weight, own, packing, fresh, backend)
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():

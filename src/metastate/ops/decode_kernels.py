@@ -3,7 +3,8 @@
 Decoding reads every weight once a token; what else it does must not cost time beside that. So all
 threads enter one kernel, which goes through the phases of every layer and meets after each:
 
-    MIX_TIME      ln1, token shift and its six mixes                    a piece is a row
+    MIX_TIME      surprise memory, where it stands before this block;   a piece is a row
+                  ln1, token shift and its six mixes
     PROJECT       r, k, v and the first low-rank factors                some outputs
     HEADS         the second factors, the WKV step, norm, bonus, gate   a head
     OUTPUT        x += att W_o                                          some outputs
@@ -16,7 +17,7 @@ A layer without time mixing begins at MIX_CHANNELS: the feed-forward layer after
 with a norm of its own. At the end come
 
     NORM          ln_out                                                a row
-    CORRECT       surprise memory: move M, correct the features         a row
+    CORRECT       surprise memory, where it stands before the head      a row
     PREDICT       the head                                              some outputs
 
 Threads draw pieces from a shared counter and wait only for pieces that another thread has drawn, so
@@ -93,14 +94,15 @@ BUFFERS = (
     X, MIX, LOW_W, LOW_A, LOW_V, LOW_G, HIDDEN, LOGITS,
     R, K, V, V_FIRST, W, RATE, VALUE_MIX, G, KAPPA, REMOVAL, Y, ATT, Z, QUERY,
 ) = range(len(BUFFERS))  # fmt: skip
-# What comes after the blocks; without a surprise memory the fields of one are zero.
+# What comes after the blocks; without a surprise memory the fields of one are zero. It has a norm
+# of its own before a block.
 ENDS = (
-    *("ln_out_weight", "ln_out_bias", "head"),
+    *("ln_out_weight", "ln_out_bias", "head", "norm_weight", "norm_bias"),
     *("center", "scale", "decay", "rate", "gain", "M", "key", "tokens"),
     *("features", "logit", "place", "token", "bias"),
 )
 (
-    LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD,
+    LN_OUT_WEIGHT, LN_OUT_BIAS, HEAD, OWN_WEIGHT, OWN_BIAS,
     CENTER, SCALE, DECAY, MEMORY_RATE, GAIN, MEMORY_M, MEMORY_KEY, TOKENS,
     FEATURES, LOGIT, PLACE, TOKEN, BIAS,
 ) = range(len(ENDS))  # fmt: skip
@@ -314,9 +316,8 @@ def _surprise(ends, h, row, i, D):  # type: ignore[no-untyped-def]
 
 
 @_njit
-def _correct(ends, buf, b, size, D, A, heads):  # type: ignore[no-untyped-def]
-    """Write what came by its surprise, correct h."""
-    h = vector(buf[Z], b * D)
+def _correct(ends, buf, b, h, out, size, D, A, heads):  # type: ignore[no-untyped-def]
+    """Write what came by its surprise, add to `out`, h or what it is the norm of, what is read."""
     row, key, removal = (
         vector(buf[V], b * A),
         vector(buf[KAPPA], b * A),
@@ -348,21 +349,37 @@ def _correct(ends, buf, b, size, D, A, heads):  # type: ignore[no-untyped-def]
         M, w, y = ends[MEMORY_M] + (b * D + c) * N * 4, vector(ends[DECAY], c), vector(buf[Y], o)
         advance(M, w, last, vector(buf[REMOVAL], o), last, vector(buf[V], o), own, y, N)
         for j in range(N):
-            h[c + j] += y[j] * gain[j]
+            out[c + j] += y[j] * gain[j]
     for j in range(D):
         before[j] = key[j]
 
 
 @kernel
 def token(  # type: ignore[no-untyped-def]
-    table, ends, buf, counters, ranks, L, D, H, N, F, vocab_size, size, flags, memory_heads, rows
+    table,
+    ends,
+    buf,
+    counters,
+    ranks,
+    L,
+    D,
+    H,
+    N,
+    F,
+    vocab_size,
+    size,
+    flags,
+    memory_heads,
+    place,
+    rows,
 ):
     """Run one token of `rows` rows; every thread calls it with the same arguments.
 
     table [L, LAYER_FIELDS], ends [ENDS] and buf [BUFFERS] hold addresses, `ranks` the four low-rank
     sizes; `counters` is zero before. x of every row lies in its buffer, the logits afterwards in
     theirs. `size` is the bytes of a matrix's value, 4 float32 and 2 bfloat16; `memory_heads` is 0
-    without a surprise memory, and `tokens` of `ends` int64.
+    without a surprise memory, which stands before row `place` of the table, L: before the head;
+    `tokens` of `ends` is int64.
     """
     last = L * NUM_PHASES
     own_F, own = 0, 0
@@ -373,7 +390,7 @@ def token(  # type: ignore[no-untyped-def]
             if end == PREDICT:
                 pieces = (vocab_size + SPAN - 1) // SPAN
             else:
-                pieces = rows if end == NORM or memory_heads else 0
+                pieces = rows if end == NORM or (memory_heads and place == L) else 0
         else:
             # What a block has: some may have no feed-forward layer, some no Meta-State layer.
             own_F = F if table[layer, HIDDEN_KEY] else 0
@@ -389,11 +406,17 @@ def token(  # type: ignore[no-untyped-def]
                 weight, bias = vector(ends[LN_OUT_WEIGHT], 0), vector(ends[LN_OUT_BIAS], 0)
                 layer_norm(vector(buf[X], i * D), weight, bias, vector(buf[Z], i * D), D)
             elif p == last + CORRECT:
-                _correct(ends, buf, i, size, D, H * N, memory_heads)
+                z = vector(buf[Z], i * D)
+                _correct(ends, buf, i, z, z, size, D, H * N, memory_heads)
             elif p == last + PREDICT:
                 _span(buf[Z], D, ends[HEAD], size, vocab_size, buf[LOGITS], i, rows, 0, NONE)
             else:
                 at = table[layer]
+                if phase == MIX_TIME and layer == place and memory_heads:
+                    z = vector(buf[Z], i * D)
+                    weight, bias = vector(ends[OWN_WEIGHT], 0), vector(ends[OWN_BIAS], 0)
+                    layer_norm(vector(buf[X], i * D), weight, bias, z, D)
+                    _correct(ends, buf, i, z, vector(buf[X], i * D), size, D, H * N, memory_heads)
                 _work(at, buf, phase, layer, i, size, D, H, N, own_F, ranks, rows, own)
             _draw(finished)
             i = _draw(drawn)
