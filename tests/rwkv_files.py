@@ -47,7 +47,7 @@ class Sizes:
 
     def __init__(self, tensors):
         self.architecture, self.parameter_tokens, self.ffn_size = "rwkv7", 0, None
-        self.ffn_order = self.memory_heads = None
+        self.ffn_order = self.memory_heads = self.memory_layer = None
         self.hidden_size = tensors["emb.weight"].shape[1]
         self.num_heads, self.head_size = tensors["blocks.0.att.r_k"].shape
         self.head_segments = (self.head_size,)
