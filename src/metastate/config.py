@@ -115,8 +115,9 @@ class ModelConfig:
     beside it, on the same normed input. meta_layers and ffn_layers number the blocks (from 0) that
     have a Meta-State layer and that feed-forward layer; None means all. A TokenFormer's layers have
     attention_slots and ffn_size learned slots, 0.75 D and 3 D unless given. With memory_heads a
-    meta state of so many heads stands before the block memory_layer (from 0), or before the head of
-    the model where that is None, of any architecture (layers/surprise_memory.py).
+    meta state of so many heads stands before the block memory_layer (from 0; -1 is the top one), or
+    before the head of the model where that is None, of any architecture
+    (layers/surprise_memory.py).
     Growth sets input_slices (slices that the Meta-State heads cut x into, H unless given; head
     h reads slice h mod input_slices), head_segments (a head's channels by growth step), and
     first_slots (attention_slots and ffn_size that a TokenFormer began with).
@@ -219,11 +220,12 @@ class ModelConfig:
         if self.memory_layer is not None:
             if not self.memory_heads:
                 raise ConfigError("model.memory_layer needs model.memory_heads")
-            if not 0 <= self.memory_layer < self.num_layers:
+            if not -1 <= self.memory_layer < self.num_layers:
                 raise ConfigError(
                     f"model.memory_layer is {self.memory_layer}; a block from 0 to "
-                    f"{self.num_layers - 1}, or null for before the head"
+                    f"{self.num_layers - 1}, -1 for the top one, or null for before the head"
                 )
+            object.__setattr__(self, "memory_layer", self.memory_layer % self.num_layers)
         self._check_layers()
         size = self.meta_state.encoder_size
         if size is not None and size > self.head_size:
@@ -309,9 +311,8 @@ class ModelConfig:
             data["memory_heads"] = fewest_memory_heads(width)
         if changes.get("memory_heads", self.memory_heads) is None:
             data["memory_layer"] = None
-        depth = changes.get("num_layers")
-        if isinstance(depth, int) and self.memory_layer == self.num_layers - 1:
-            data["memory_layer"] = depth - 1
+        elif self.memory_layer == self.num_layers - 1:
+            data["memory_layer"] = -1
         return ModelConfig(**(data | changes))
 
 

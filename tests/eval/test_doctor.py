@@ -213,7 +213,10 @@ def test_models_are_of_the_kinds_that_people_decode():
     cases = [c for c in ALL_CASES if c.layers]
     for name in ("metastate-tiny", "rwkv7-tiny"):
         kinds = [
-            (c.architecture, c.ffn_order, c.memory_heads, c.meta_state)
+            (
+                *(c.architecture, c.ffn_order, c.memory_heads, c.meta_state),
+                c.memory_layer == c.num_layers - 1,
+            )
             for c in (preset(name), *(case.model().config for case in cases))
         ]
         assert kinds[0] in kinds[1:]

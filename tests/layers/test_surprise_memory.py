@@ -105,6 +105,8 @@ def test_a_config_takes_it_and_gives_it_up():
     for layer in (None, 2):
         given = none.replace(memory_heads=2, memory_layer=layer)
         assert given.memory_layer == layer and given.replace(memory_heads=None) == none
+    deeper = none.replace(memory_heads=2, memory_layer=-1).replace(memory_heads=None, num_layers=9)
+    assert deeper == none.replace(num_layers=9)
 
 
 def test_before_which_block_it_stands():
@@ -113,8 +115,11 @@ def test_before_which_block_it_stands():
     assert inside.replace(num_layers=5, memory_layer=2).memory_layer == 2
     assert inside.replace(memory_layer=0).replace(num_layers=5).memory_layer == 0
     assert grow(model_of(memory_layer=0), num_layers=3).config.memory_layer == 0
-    for layer in (-1, 3):
-        with pytest.raises(ConfigError, match="a block from 0 to 2, or null for before the head"):
+    assert inside.replace(memory_layer=-1) == inside
+    for layer in (-2, 3):
+        with pytest.raises(
+            ConfigError, match="from 0 to 2, -1 for the top one, or null for before"
+        ):
             inside.replace(memory_layer=layer)
     with pytest.raises(ConfigError, match=r"memory_layer needs model\.memory_heads"):
         ModelConfig(memory_layer=0)

@@ -53,6 +53,7 @@ class Case:
     ffn_order: Literal["after"] | None = None
     architecture: Literal["metastate", "rwkv7"] = "metastate"
     memory_heads: int | None = None
+    memory_layer: int | None = None
 
     def inputs(self) -> dict[str, Tensor]:
         """Draw inputs of realistic scale, float64 but of the dtype's precision, on the CPU."""
@@ -88,6 +89,7 @@ class Case:
                 "ffn_order": self.ffn_order,
                 "architecture": self.architecture,
                 "memory_heads": self.memory_heads,
+                "memory_layer": self.memory_layer,
             }
             if self.architecture == "metastate":
                 shape["meta_state"] = MetaStateConfig(readout=self.readout)
@@ -104,7 +106,9 @@ BF16 = torch.bfloat16
 VOCABULARY = 64  # of a model
 DECODED = 5  # tokens a row
 MODEL = "a model's loss, gradients and decoding"
-LIKE_PRESETS = Case(*("two layers", 2, 67, 2, 16), layers=2, ffn_order="after", memory_heads=1)
+LIKE_PRESETS = Case(
+    *("two layers", 2, 67, 2, 16), layers=2, ffn_order="after", memory_heads=1, memory_layer=1
+)
 CASES = (
     Case("float32", 2, 67, 2, 64),
     Case("bfloat16", 2, 67, 1, 64, BF16, query=True),

@@ -334,6 +334,7 @@ def task_model(
         ffn_size=4 * width // 3 if name == "metastate" else None,  # as in the presets
         ffn_order="after" if name == "metastate" else None,
         memory_heads=fewest_memory_heads(width) if memory else None,
+        memory_layer=-1 if memory else None,
         meta_state=MetaStateConfig.paper() if paper else MetaStateConfig(),
     )
 

@@ -5,8 +5,8 @@ H, its depth comes nearest to the name (for 150m and above with the 50,304 x D e
 counted in). The others keep D and H and meet the count by depth and FFN width: Meta-State's 1.3 to
 1.6 D, which was tried at D 128 alone (docs/log.md), the others' as near to 4 D as the depth allows;
 in `tiny` RWKV-7 has 1.8 D in 3 blocks, which did better than 4.3 D in 2, and the Transformer 3 D.
-Meta-State alone has a surprise memory, of as few heads as may be (one as wide as the model measured
-better than two of half the width: docs/log.md).
+Meta-State alone has a surprise memory, before the top block and of as few heads as may be (before
+the head, and with two heads of half the width, it measured worse: docs/log.md).
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         "attention_slots": ffn // 4 if architecture == "tokenformer" and ffn else None,
         "ffn_order": "after" if architecture == "metastate" else None,
         "memory_heads": fewest_memory_heads(D) if architecture == "metastate" else None,
+        "memory_layer": -1 if architecture == "metastate" else None,
         "meta_state": MetaStateConfig.paper() if architecture == "paper" else MetaStateConfig(),
     }
     config = ModelConfig(**fields)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").re
 
 const MEMORY = "memory";
 const MATRICES = { S: ["S", "S, the WKV state"], M: ["M", "M, the meta state"],
-  [MEMORY]: ["M of the surprise memory", "M of the surprise memory, which corrects what the head reads"] };
+  [MEMORY]: ["M of the surprise memory", "M of the surprise memory, which corrects what a block or the head reads"] };
 
 /** What an answer tells of each matrix: a record for every layer, or the surprise memory's alone. */
 function byMatrix({ layers, memory }) {
