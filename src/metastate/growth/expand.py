@@ -175,7 +175,7 @@ def grow(
         ffn_size: F, hidden channels of a feed-forward layer; where no Meta-State block has one, all
             get one.
         attention_slots: A, slots of a TokenFormer's projections.
-        memory_heads: heads of a surprise memory, of any model that has none.
+        memory_heads: heads of a surprise memory before the head, of any model that has none.
         init: "zero", and the grown model computes what the parent does; or "random", the paper's
             other choice: the entries that would be zero are normal with std 0.02; or "released", of
             a TokenFormer only: what its released code does, new keys random and the scale that of
