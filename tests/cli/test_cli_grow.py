@@ -118,7 +118,8 @@ def test_a_table_for_people_and_the_paper_s_random_choice(
         (["--attention-slots", "99"], ["--attention-slots of a metastate cannot grow"]),
         (["--hed-size", "9"], ["--head-size"]),
         (["--head-size", "9", "--init", "released"], ["--init released", "TokenFormer"]),
-        (["--head-size", "9", "--seed", "99999999999999999999"], ["seed is 9999", "2^64 - 1"]),
+        (["--head-size", "9"], ["--head-size cannot grow by one channel", "two or more"]),
+        (["--head-size", "10", "--seed", "99999999999999999999"], ["seed is 9999", "2^64 - 1"]),
     ],
 )
 def test_grow_refuses_and_writes_nothing(checkpoint, tmp_path, refused, argv, words):

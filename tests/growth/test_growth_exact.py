@@ -36,7 +36,7 @@ AXES = {
     "ffn_size": {"ffn_size": 17},
     "memory_heads": {"memory_heads": 2},
     "all": {
-        "head_size": 11,
+        "head_size": 12,
         "num_heads": 3,
         "parameter_tokens": 2,
         "num_layers": 3,
@@ -187,14 +187,14 @@ def test_a_tokenformer_grown_as_released_jumps():
 def test_several_steps_with_training_between():
     model = build(parameter_tokens=1)
     tokens, resets = text()
-    steps = [{"head_size": 8}, {"num_heads": 3, "head_size": 9}, {"num_layers": 3}, AXES["all"]]
+    steps = [{"head_size": 8}, {"num_heads": 3, "head_size": 10}, {"num_layers": 3}, AXES["all"]]
     for i, sizes in enumerate(steps):
         grown = grow(model, **sizes, seed=i)
         before, after = model(tokens, resets=resets)[0], grown(tokens, resets=resets)[0]
         assert change(before, after) <= 1e-12, sizes
         model = disturb(grown, seed=i)
     assert [step["parent"] == "" for step in model.lineage] == [False] * 4
-    assert model.config.head_segments == (6, 2, 1, 2)
+    assert model.config.head_segments == (6, 2, 2, 2)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -240,7 +240,7 @@ def test_any_config_any_mixture(seed):
     refused |= asks and (meta["read"] == "value" or meta.get("encoder") == "cross")
     refused |= asks and has_meta and meta["query"] == "input" and meta["update"] != "self"
     sizes = {
-        "head_size": None if refused else size + draw.choice([0, 1, size]),
+        "head_size": None if refused else size + draw.choice([0, 2, size]),
         "num_heads": heads + draw.choice([0, 1, 3]),
         "parameter_tokens": model.config.parameter_tokens + draw.choice([0, 2]),
         "num_layers": model.config.num_layers + draw.choice([0, 1]),
@@ -357,6 +357,7 @@ def test_grown_saved_loaded_and_grown_again(tmp_path):
         ({}, "nothing grows"),
         ({"head_size": 6}, "nothing grows"),
         ({"head_size": 4}, "below the present"),
+        ({"head_size": 7}, "by one channel: a norm of one number is always zero"),
         ({"num_layers": 1}, "below the present"),
         ({"attention_slots": 99}, "cannot grow exactly"),
         ({"ffn_size": 9}, "below the present"),

@@ -98,6 +98,11 @@ def grown_config(
         if "head_size" in wanted:
             changes["head_size"] = wanted["head_size"]
             segment = wanted["head_size"] - config.head_size
+            if segment == 1:
+                raise ConfigError(
+                    "head_size cannot grow by one channel: a norm of one number is always zero, so "
+                    "it would never be read; grow by two or more"
+                )
             changes["head_segments"] = (*config.head_segments, segment)
         # A new block has the layers of the top one, of which it starts as a copy.
         for name in ("meta_layers", "ffn_layers"):
