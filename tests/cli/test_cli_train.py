@@ -82,10 +82,10 @@ def test_it_says_what_is_trained_and_for_how_long(settings, tmp_path, data, caps
     assert f"steps 1 to 4 of 2 x 16 tokens: 128 tokens in all, {passes:.1%} of the" in first
     assert "the warm-up of 4 steps is not over" in first and "laid anew" not in first
     assert "none left after 4 steps of 2 x 16" in said("--resume", "--out", tmp_path / "run")
-    more = said("--resume", "--out", tmp_path / "run", "--steps", 400)
-    assert "steps 5 to 400 of" in more and "12800 tokens" in more.replace(",", "")
+    more = said("--resume", "--out", tmp_path / "run", "--steps", 200)
+    assert "steps 5 to 200 of" in more and "6400 tokens" in more.replace(",", "")
     assert " times the training text" in more
-    assert "the cosine schedule is laid anew over 400 steps in place of 4: a learning" in more
+    assert "the cosine schedule is laid anew over 200 steps in place of 4: a learning" in more
 
 
 def test_a_run_that_cannot_go_on_says_what_can_be_done(

@@ -631,9 +631,9 @@ def wait_for_step(process, config, step):
 
 
 def test_kill_9_at_random_moments(config):
-    asked = {"steps": 40, "checkpoint_every": 1, "log_every": 1, "valid_every": 7}
+    asked = {"steps": 24, "checkpoint_every": 1, "log_every": 1, "valid_every": 7}
     done = start(config("straight", **asked)).communicate()
-    assert done[0] == "[40, null]\n", done[1]
+    assert done[0] == "[24, null]\n", done[1]
     broken, resume, draw = config("broken", **asked), False, random.Random(0)
     for _ in range(3):
         process = start(broken, resume)
@@ -645,7 +645,7 @@ def test_kill_9_at_random_moments(config):
         metastate.load(Path(broken.out, "last"))
         resume = True
     done = start(broken, resume).communicate()
-    assert done[0] == "[40, null]\n", done[1]
+    assert done[0] == "[24, null]\n", done[1]
     assert_same_run(config("straight").out, broken.out)
 
 
